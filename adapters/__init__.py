@@ -1,0 +1,1 @@
+"""Pruning frameworks, each behind one protocol: see base.py, and registry.py for the names."""

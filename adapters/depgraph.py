@@ -1,0 +1,283 @@
+"""DepGraph (torch-pruning): GroupNormPruner, with and without sparse learning.
+
+``base`` is upstream's own pruning of the model. For ``sp`` and ``sr`` upstream prunes a copy, to
+the same target; what it removed there decays in the real model and is removed at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dpm_core import DecayPruning, Owner, Phase, Slice, StructureGroup
+from third_party import dependency
+
+from .base import Adapter, AdapterError, Context, Plan, count_macs
+
+
+@dataclass(frozen=True)
+class DepGraphOptions:
+    """Settings of the framework. Exactly one of ``speed_up`` and ``ratio`` is the target.
+
+    Attributes:
+        speed_up: MACs of the dense over MACs of the pruned model, at least.
+        ratio: share of channels to remove, in one upstream step.
+        steps: upstream's ``iterative_steps`` towards a speed-up.
+        global_pruning: rank all groups against one another, rather than each by itself.
+        normalizer: upstream's ``normalizer`` of the group magnitude. ``None``: ``max`` with sparse
+            learning, ``mean`` without, as upstream's own recipes have it.
+        reg: upstream's ``reg``, the strength of sparse learning.
+        ignored: names of layers that are left as they are, besides those that make the output.
+    """
+
+    speed_up: float | None = None
+    ratio: float | None = None
+    steps: int = 400
+    global_pruning: bool = True
+    normalizer: str | None = None
+    reg: float = 5e-4
+    ignored: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.speed_up is None) == (self.ratio is None):
+            raise AdapterError("give exactly one target: speed_up (of MACs) or ratio (of channels)")
+        if self.speed_up is not None and not self.speed_up > 1:
+            raise AdapterError(f"speed_up is {self.speed_up}; give above 1 (2.0 halves the MACs)")
+        if self.ratio is not None and not 0 < self.ratio < 1:
+            raise AdapterError(f"ratio is {self.ratio}; give above 0, below 1")
+        if self.steps < 1 or self.reg < 0:
+            raise AdapterError("give steps of at least 1 and reg of at least 0")
+
+
+class DepGraph(Adapter):
+    """See the module."""
+
+    Options: ClassVar[type] = DepGraphOptions
+    stages: ClassVar[Mapping[str, bool]] = {"sparse": False, "prune": True}
+
+    def __init__(self, context: Context, options: DepGraphOptions) -> None:
+        super().__init__(context, options)
+        known = dict(context.model.named_modules())
+        for name in options.ignored:
+            if name not in known:
+                raise AdapterError(f"ignored names {name!r}, which is no layer of the model")
+        self._ignored = sorted(
+            {*options.ignored, *dependency.output_layers(context.model, context.example)}
+        )
+        self._stage = ""
+        self._stage_step = 0
+        self._pruner: Any = None
+        self._groups: dict[str, dependency.DependencyGroup] = {}
+        self._seen = 0  # events of the core that were dealt with
+
+    # ------------------------------------------------------------------ the target
+
+    def _new_pruner(self, model: nn.Module) -> Any:
+        o = self.options
+        return dependency.pruner(
+            model,
+            self.context.example,
+            ratio=1.0 if o.ratio is None else o.ratio,
+            steps=o.steps if o.ratio is None else 1,
+            global_pruning=o.global_pruning,
+            normalizer=o.normalizer or ("max" if "sparse" in self.context.stages else "mean"),
+            reg=o.reg,
+            ignored=self._ignored,
+        )
+
+    def _prune(self, model: nn.Module) -> Plan:
+        """Upstream's own pruning of ``model``, to the target."""
+        made, example = self._new_pruner(model), self.context.example
+        goal = None if self.options.ratio else count_macs(model, example) / self.options.speed_up
+
+        def reached() -> bool:
+            return goal is not None and count_macs(model, example) <= goal
+
+        def progress() -> None:
+            self.context.progress(f"selecting {made.current_step}/{made.iterative_steps}")
+
+        plan = dependency.run(made, reached, progress)
+        if goal is not None and not reached():
+            raise AdapterError(
+                f"speed_up {self.options.speed_up} was not reached: {count_macs(model, example)} "
+                f"MACs are left, {goal:.0f} wanted; lower speed_up or raise steps"
+            )
+        return plan
+
+    def check(self) -> None:
+        """Refuse too short a stage, odd layers, and a speed-up beyond one channel per group."""
+        needed, given = self.context.decay_steps(), self.context.stages["prune"]
+        if needed > given:
+            raise AdapterError(
+                f"the decay takes up to {needed} steps, but the stage 'prune' has {given}; give it "
+                "more epochs or shorten smooth.steps"
+            )
+        model = copy.deepcopy(self.context.model)
+        try:
+            groups = dependency.groups(self._new_pruner(model))
+        except dependency.UnsupportedLayerError as cause:
+            raise AdapterError(str(cause)) from cause
+        if not groups:
+            raise AdapterError("no group of layers is left to prune; shorten `ignored`")
+        if self.options.speed_up is not None:
+            dense = count_macs(model, self.context.example)
+            most = [(g.root, g.channels_of(range(1, g.structures))) for g in groups]
+            dependency.remove(model, self.context.example, [p for p in most if p[1]])
+            limit = dense / count_macs(model, self.context.example)
+            if self.options.speed_up > limit:
+                raise AdapterError(
+                    f"speed_up {self.options.speed_up} is impossible: with one channel left in "
+                    f"every group it is {limit:.1f}. Lower speed_up"
+                )
+
+    # ------------------------------------------------------------------ the run
+
+    def begin(
+        self, stage: str, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
+    ) -> None:
+        """Sparse learning starts, or the decision falls; after the removal there is no more."""
+        self._stage, self._stage_step = stage, 0
+        if self.removed is not None:
+            return
+        if stage == "sparse":
+            self._pruner = self._new_pruner(self.context.model)
+            return
+        self.decided = True
+        if self.context.variant == "base":
+            return
+        plan = self._prune(copy.deepcopy(self.context.model))
+        self._attach(optimizer, loss)
+        assert self.dpm is not None
+        self.dpm.decay({root: self._groups[root].structures_of(c) for root, c in plan})
+
+    def _attach(self, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+        self._pruner = self._new_pruner(self.context.model)
+        self._groups = {g.root: g for g in dependency.groups(self._pruner)}
+        rectify = self.context.rectify if self.context.variant == "sr" else None
+        self.dpm = DecayPruning(
+            [structure_group(g) for g in self._groups.values()], self.context.smooth, rectify
+        )
+        self.dpm.attach(optimizer, model=self.context.model, loss=loss)
+
+    def after_backward(self) -> None:
+        """Upstream's regularizer, while sparse learning lasts."""
+        if self._stage == "sparse":
+            if self._stage_step and self._stage_step % self.context.steps_per_epoch == 0:
+                self._pruner.update_regularizer()
+            self._pruner.regularize(self.context.model)
+
+    def after_step(self) -> None:
+        """Decay upstream's next-ranked structures of the same group for released ones."""
+        self._stage_step += 1
+        if self.dpm is None:
+            return
+        new, self._seen = self.dpm.events[self._seen :], len(self.dpm.events)
+        for event in new:
+            if event.kind != "release":
+                continue
+            score = dependency.importance(self._pruner, self._groups[event.group])
+            score[~self.dpm.available(event.group)] = torch.inf
+            lowest = score.argsort(stable=True)[: len(event.structures)]
+            self.dpm.decay({event.group: lowest}, wave=event.wave + 1)
+
+    def due(self) -> bool:
+        """Whether the decision has fallen and no structure is decaying any more."""
+        if not self.decided or self.removed is not None:
+            return False
+        return self.dpm is None or self.dpm.count(Phase.DECAYING) == 0
+
+    def remove(self) -> None:
+        """Upstream removes: by its own ranking in ``base``, what is zero in ``sp`` and ``sr``."""
+        if self.dpm is None:
+            groups = dependency.groups(self._new_pruner(self.context.model))
+            self._groups = {g.root: g for g in groups}
+            self.removed = self._prune(self.context.model)
+        else:
+            gone = {r: (self.dpm.phases(r) == Phase.PRUNED).nonzero()[:, 0] for r in self._groups}
+            plan = [(r, self._groups[r].channels_of(k.tolist())) for r, k in gone.items()]
+            self.dpm.detach()
+            self.removed = [(root, channels) for root, channels in plan if channels]
+            self.shrink(self.context.model, self.context.example, self.removed)
+        self.pruned = sum(len(self._groups[r].structures_of(c)) for r, c in self.removed)
+        self._pruner = None
+
+    @staticmethod
+    def shrink(model: nn.Module, example: Tensor, plan: Plan) -> None:
+        """Remove what a plan says, by upstream's dependency graph."""
+        dependency.remove(model, example, plan)
+
+    # ------------------------------------------------------------------ saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress, and the core's state while it is at work."""
+        return {
+            "stage": self._stage,
+            "stage_step": self._stage_step,
+            "decided": self.decided,
+            "seen": self._seen,
+            "removed": self.removed,
+            "pruned": self.pruned,
+            "dpm": self.dpm.state_dict() if self.dpm is not None and not self.removed else None,
+        }
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        stage: str,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[], Tensor],
+    ) -> None:
+        """Take up where :meth:`state_dict` was called."""
+        self._stage, self._stage_step = state["stage"], state["stage_step"]
+        self.decided, self._seen = state["decided"], state["seen"]
+        self.removed, self.pruned = state["removed"], state["pruned"]
+        if self.removed is None and stage == "sparse":
+            self._pruner = self._new_pruner(self.context.model)
+        elif self.removed is None and state["dpm"] is not None:
+            self._attach(optimizer, loss)
+            assert self.dpm is not None
+            self.dpm.load_state_dict(state["dpm"])
+
+
+def structure_group(group: dependency.DependencyGroup) -> StructureGroup:
+    """A dependency group as the core's structure group, named after its root layer."""
+    return StructureGroup(
+        group.root,
+        [
+            Slice(s.parameter, torch.tensor(s.index), s.dim, s.batch_norm, s.name)
+            for s in group.shares
+        ],
+        [Owner(module, torch.tensor(index), dim) for module, dim, index in group.owners],
+    )
+
+
+def structure_groups(
+    model: nn.Module, example: Tensor, ignored: tuple[str, ...] = ()
+) -> list[StructureGroup]:
+    """Every structure group of a model, for use of the core without this adapter.
+
+    Args:
+        model: stays in its mode.
+        example: an input batch on the model's device.
+        ignored: names of layers to leave out, besides those that make the output.
+
+    Raises:
+        UnsupportedLayerError: naming a layer whose channels cannot be decayed.
+    """
+    left = sorted({*ignored, *dependency.output_layers(model, example)})
+    made = dependency.pruner(
+        model,
+        example,
+        ratio=0.5,
+        steps=1,
+        global_pruning=True,
+        normalizer="mean",
+        reg=0.0,
+        ignored=left,
+    )
+    return [structure_group(g) for g in dependency.groups(made)]

@@ -1,0 +1,56 @@
+"""Decay Pruning Method (DPM): smooth, self-rectifying removal of structures.
+
+The framework-agnostic core of the suite. It knows structure groups, phases, a decay schedule and
+release criteria, and attaches to any :class:`torch.optim.Optimizer`; it knows no pruning
+framework. The method is described in arXiv 2406.03879.
+"""
+
+from .decay import SmoothPruning, target_norm
+from .errors import (
+    AttachmentError,
+    ConfigurationError,
+    DecayPruningError,
+    GradientError,
+    GroupError,
+    PhaseError,
+    StateError,
+)
+from .groups import Owner, Slice, StructureGroup
+from .phases import Phase
+from .pruning import DecayPruning, Event
+from .rectify import (
+    Criterion,
+    Evidence,
+    Hearing,
+    LeastResistant,
+    RandomRelease,
+    SelfRectifying,
+    Trajectory,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttachmentError",
+    "ConfigurationError",
+    "Criterion",
+    "DecayPruning",
+    "DecayPruningError",
+    "Event",
+    "Evidence",
+    "GradientError",
+    "GroupError",
+    "Hearing",
+    "LeastResistant",
+    "Owner",
+    "Phase",
+    "PhaseError",
+    "RandomRelease",
+    "SelfRectifying",
+    "Slice",
+    "SmoothPruning",
+    "StateError",
+    "StructureGroup",
+    "Trajectory",
+    "target_norm",
+]

@@ -1,0 +1,33 @@
+"""What can go wrong, as types. Every message names the cause and the remedy.
+
+Whatever raises one of these raises it before anything has been changed: parameters, gradients,
+optimizer state and phases are what they were.
+"""
+
+
+class DecayPruningError(Exception):
+    """Base of all errors raised by the core."""
+
+
+class ConfigurationError(DecayPruningError, ValueError):
+    """A setting is out of range or contradicts another one."""
+
+
+class GroupError(DecayPruningError, ValueError):
+    """A slice or a structure group is not something the core can decay."""
+
+
+class PhaseError(DecayPruningError, ValueError):
+    """A structure is not in the phase that the request needs."""
+
+
+class AttachmentError(DecayPruningError, RuntimeError):
+    """The order of calls is wrong, or the optimizer does not fit the groups."""
+
+
+class GradientError(DecayPruningError, RuntimeError):
+    """A gradient, a norm or a loss is not finite, or has an unsupported layout."""
+
+
+class StateError(DecayPruningError, ValueError):
+    """A state dict is damaged, of another version, or of other groups."""

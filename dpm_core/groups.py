@@ -1,0 +1,235 @@
+"""Structure groups: which elements of which parameters make up a structure.
+
+A **structure** is the smallest thing removed whole, such as an output channel with all that
+produces it. A **slice** is one parameter's share in the structures of a group. A **structure
+group** holds K structures that share the same slices' tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from .errors import GroupError
+from .table import SliceTable
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """One parameter's share in the K structures of a group.
+
+    Attributes:
+        parameter: the tensor the optimizer trains.
+        index: int64 tensor, (K,) or (K, m): row k lists the positions along ``dim`` that belong
+            to structure k. m above 1 is for several positions per structure, as in a layer behind
+            a flatten or in a grouped convolution.
+        dim: the dimension of ``parameter`` that ``index`` counts along.
+        batch_norm: True for the weight or bias of a BatchNorm. Conv rows in front of a BatchNorm
+            are free of scale, so this part alone fixes how strongly the structure speaks.
+        name: how messages call the slice, best the parameter's name in its model.
+
+    Raises:
+        GroupError: index or dim do not fit the parameter, or the parameter is of a kind that
+            cannot be decayed in place (sharded, sparse, complex, integer, meta, expanded).
+    """
+
+    parameter: Tensor
+    index: Tensor
+    dim: int = 0
+    batch_norm: bool = False
+    name: str = "parameter"
+
+    def __post_init__(self) -> None:
+        p = self.parameter
+        _require_plain_storage(p, self.name)
+        if not 0 <= self.dim < p.dim():
+            raise GroupError(
+                f"slice {self.name!r}: dim {self.dim} is outside a parameter of shape "
+                f"{tuple(p.shape)}; give a dim of 0 to {p.dim() - 1}"
+            )
+        index = torch.as_tensor(self.index)
+        if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+            raise GroupError(
+                f"slice {self.name!r}: index is {index.dtype}; give integer positions along dim "
+                f"{self.dim}, not a mask"
+            )
+        if index.dim() not in (1, 2) or index.numel() == 0:
+            raise GroupError(
+                f"slice {self.name!r}: index has shape {tuple(index.shape)}; give (K,) or (K, m) "
+                "with at least one structure"
+            )
+        index = index.detach().to(device=p.device, dtype=torch.int64)
+        index = index.reshape(index.shape[0], -1)
+        extent = p.shape[self.dim]
+        if int(index.min()) < 0 or int(index.max()) >= extent:
+            raise GroupError(
+                f"slice {self.name!r}: index reaches from {int(index.min())} to "
+                f"{int(index.max())}, but dim {self.dim} has positions 0 to {extent - 1}"
+            )
+        if index.unique().numel() != index.numel():
+            raise GroupError(
+                f"slice {self.name!r}: a position along dim {self.dim} is listed twice; each "
+                "element belongs to one structure only"
+            )
+        object.__setattr__(self, "index", index)
+
+    @classmethod
+    def whole(
+        cls,
+        parameter: Tensor,
+        dim: int = 0,
+        *,
+        per_structure: int = 1,
+        batch_norm: bool = False,
+        name: str = "parameter",
+    ) -> Slice:
+        """All positions along ``dim``, ``per_structure`` consecutive ones to each structure."""
+        extent = parameter.shape[dim] if 0 <= dim < parameter.dim() else 0
+        if per_structure < 1 or extent == 0 or extent % per_structure:
+            raise GroupError(
+                f"slice {name!r}: {extent} positions along dim {dim} do not split into structures "
+                f"of {per_structure}"
+            )
+        index = torch.arange(extent, device=parameter.device).view(-1, per_structure)
+        return cls(parameter, index, dim, batch_norm, name)
+
+
+@dataclass(frozen=True, eq=False)
+class Owner:
+    """The module whose output carries the structures of a group, for a hearing.
+
+    Attributes:
+        module: best the BatchNorm behind the layer, else the layer itself. Its output is one
+            tensor with the batch in dimension 0.
+        index: int64 tensor, (K,) or (K, m): the output positions of each structure.
+        dim: the dimension of the output that ``index`` counts along; may count from the end.
+    """
+
+    module: nn.Module
+    index: Tensor
+    dim: int = 1
+
+    def __post_init__(self) -> None:
+        index = torch.as_tensor(self.index).detach().to(torch.int64)
+        object.__setattr__(self, "index", index.reshape(index.shape[0], -1))
+
+
+class StructureGroup:
+    """K structures that share the same slices' tensors.
+
+    Args:
+        name: unique among the groups of one :class:`~dpm_core.DecayPruning`; keys what is saved.
+        slices: the parameters' shares; all with the same K.
+        owners: where a hearing can gate the structures; may be empty where none is wanted.
+
+    Raises:
+        GroupError: no slices, slices of different K, or slices that overlap.
+    """
+
+    def __init__(self, name: str, slices: Iterable[Slice], owners: Iterable[Owner] = ()) -> None:
+        self.name = name
+        self.slices: tuple[Slice, ...] = tuple(slices)
+        self.owners: tuple[Owner, ...] = tuple(owners)
+        if not self.slices:
+            raise GroupError(f"group {name!r} has no slices; give at least one")
+        self.size = self.slices[0].index.shape[0]
+        counts = {s.name: s.index.shape[0] for s in self.slices}
+        counts |= {f"owner {i}": o.index.shape[0] for i, o in enumerate(self.owners)}
+        if len(set(counts.values())) != 1:
+            raise GroupError(
+                f"group {name!r}: slices disagree on the number of structures ({counts}); every "
+                "slice and owner needs one index row per structure"
+            )
+        require_disjoint([self])
+
+    @property
+    def effect_slices(self) -> tuple[Slice, ...]:
+        """The part that fixes the structures' effect: BatchNorm's, or all where there is none."""
+        return tuple(s for s in self.slices if s.batch_norm) or self.slices
+
+    @cached_property
+    def _table(self) -> SliceTable:
+        return SliceTable([self.slices])
+
+    def norms(self) -> Tensor:
+        """L2 norm of each structure, (K,), accumulated in at least float32."""
+        return self._table.square_norms(self._table.parameters()).sqrt()
+
+    def dots(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Inner product of each structure with ``tensors``, one per slice, (K,).
+
+        ``None`` stands for zeros, as a missing gradient does.
+        """
+        return self._table.dots(self._table.parameters(), self._table.order(tensors))
+
+    def scale_(self, factors: Tensor) -> None:
+        """Multiply structure k by ``factors[k]``, in place; ``factors`` is (K,)."""
+        self._table.scale_(factors)
+
+    def __repr__(self) -> str:
+        names = ", ".join(s.name for s in self.slices)
+        return f"StructureGroup({self.name!r}, {self.size} structures, slices: {names})"
+
+
+def require_disjoint(groups: Iterable[StructureGroup]) -> None:
+    """Refuse groups in which one element belongs to two structures.
+
+    Raises:
+        GroupError: two slices share elements, a parameter is sliced along two dimensions, or two
+            parameters share storage.
+    """
+    by_storage: dict[int, tuple[Slice, str, Tensor]] = {}
+    for group in groups:
+        for s in group.slices:
+            storage = s.parameter.untyped_storage().data_ptr()
+            here = f"{s.name!r} of group {group.name!r}"
+            taken = torch.zeros(s.parameter.shape[s.dim], dtype=torch.bool, device=s.index.device)
+            taken[s.index.reshape(-1)] = True
+            if storage in by_storage:
+                other, there, taken_before = by_storage[storage]
+                if other.parameter is not s.parameter:
+                    raise GroupError(
+                        f"{here} shares storage with {there}, but is another tensor; one of them "
+                        "would be decayed behind the other's back. Give tied parameters as one"
+                    )
+                if other.dim != s.dim:
+                    raise GroupError(
+                        f"{here} slices dim {s.dim} and {there} dim {other.dim} of one parameter, "
+                        "so they overlap; decay it along one of the two"
+                    )
+                if bool((taken & taken_before).any()):
+                    both = int((taken & taken_before).nonzero()[0])
+                    raise GroupError(
+                        f"{here} and {there} overlap (position {both} of dim {s.dim} is in both); "
+                        "an element can follow one decay only"
+                    )
+                taken |= taken_before
+            by_storage[storage] = (s, here, taken)
+
+
+def _require_plain_storage(p: Tensor, name: str) -> None:
+    """Refuse every kind of tensor whose elements cannot be scaled in place by position."""
+    if not isinstance(p, Tensor):
+        raise GroupError(f"slice {name!r}: {type(p).__name__} is not a tensor")
+    # DTensor and ShardedTensor hold a share of the values only: a norm over it would be wrong.
+    if hasattr(p, "placements") or hasattr(p, "local_shards"):
+        raise GroupError(
+            f"slice {name!r} is sharded over processes ({type(p).__name__}); its norm is not known "
+            "here. Prune the model before it is sharded"
+        )
+    if p.is_meta or p.layout != torch.strided:
+        kind = "on the meta device" if p.is_meta else f"of layout {p.layout}"
+        raise GroupError(f"slice {name!r} is {kind}; give a dense parameter that holds its values")
+    if not p.is_floating_point():
+        raise GroupError(f"slice {name!r} is {p.dtype}; only real floating-point values decay")
+    if p.numel() == 0 or p.dim() == 0:
+        raise GroupError(f"slice {name!r} has shape {tuple(p.shape)}; it holds no structures")
+    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        raise GroupError(
+            f"slice {name!r} is an expanded view, its elements share memory; give a parameter "
+            "with storage of its own (parameter.clone())"
+        )

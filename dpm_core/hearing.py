@@ -1,0 +1,152 @@
+"""A hearing: the loss's per-sample derivative by a gate on each decaying structure.
+
+Ours, not the paper's. Nothing is updated: parameters, gradients, buffers and random state are
+what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .errors import GradientError, GroupError
+from .groups import StructureGroup
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where hearings are held.
+
+    Attributes:
+        model: its buffers (BatchNorm's running statistics) are put back after a hearing.
+        loss: runs the model on the next training batch and returns the mean loss over its samples.
+    """
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+
+
+def hold(
+    room: Room,
+    groups: Sequence[StructureGroup],
+    gated: Sequence[Tensor],
+    batches: int,
+    gate: float,
+) -> tuple[Tensor, Tensor]:
+    """Gate the given structures to ``gate`` and read the gates' derivatives over some batches.
+
+    A gate multiplies a structure's output at its owners, once per sample, so that one backward
+    pass gives the derivative of every sample.
+
+    Args:
+        room: the model and its loss.
+        groups: the groups that have decaying structures; each needs owners.
+        gated: for each group, the numbers of its decaying structures, int64 on the host.
+        batches: how many times ``room.loss`` is run.
+        gate: the gates' value, above zero.
+
+    Returns:
+        Mean and mean square over all samples of the derivative of a sample's loss by the gate, for
+        the structures of all groups in order, float64 on the device.
+
+    Raises:
+        GroupError: a group has no owners, or an owner's output is not what its index says.
+        GradientError: a loss is not finite, or does not depend on the structures.
+    """
+    for group in groups:
+        if not group.owners:
+            raise GroupError(
+                f"group {group.name!r} has no owners, so a hearing cannot gate its structures; "
+                "give StructureGroup(owners=[Owner(module, index)]), or use Trajectory()"
+            )
+    sums: list[Tensor] = []
+    samples = 0
+    with _untouched(room.model), torch.enable_grad():
+        for _ in range(batches):
+            gates: list[tuple[int, Tensor, Tensor]] = []
+            with _gates(groups, gated, gate, gates):
+                loss = room.loss()
+            if not bool(torch.isfinite(loss)):
+                raise GradientError(
+                    f"the loss of a hearing is {float(loss.detach())}; the model has diverged, or "
+                    "its closure is at fault. Lower the learning rate or check the closure"
+                )
+            if not gates:
+                raise GradientError(
+                    "no owner of a decaying structure ran in the hearing's forward pass; the "
+                    "closure must run the model that the groups were made from"
+                )
+            found = torch.autograd.grad(loss, [g for _, g, _ in gates], allow_unused=True)
+            size = gates[0][1].shape[0]
+            per_sample = [
+                torch.zeros(size, len(numbers), dtype=torch.float64, device=loss.device)
+                for numbers in gated
+            ]
+            for (number, _, index), derivative in zip(gates, found, strict=True):
+                if derivative is not None:
+                    # The loss is a mean over samples; a sample's own loss counts in full.
+                    at_positions = derivative.double()[:, index] * size
+                    per_sample[number] += at_positions.sum(2)
+            batch = torch.cat(per_sample, dim=1)
+            sums.append(torch.stack([batch.sum(0), batch.square().sum(0)]))
+            samples += size
+    mean, square = torch.stack(sums).sum(0) / samples
+    return mean, square
+
+
+@contextmanager
+def _gates(
+    groups: Sequence[StructureGroup],
+    gated: Sequence[Tensor],
+    value: float,
+    gates: list[tuple[int, Tensor, Tensor]],
+) -> Iterator[None]:
+    """While open, multiply owners' outputs by fresh gates and list (group, gate, index) of each."""
+
+    def hook_for(number: int, dim: int, index: Tensor) -> Callable[..., Tensor]:
+        def multiply(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            sound = isinstance(output, Tensor) and -output.dim() < dim < output.dim() and dim != 0
+            if not sound:
+                raise GroupError(
+                    f"an owner of group {groups[number].name!r} does not return a tensor with its "
+                    f"structures along dim {dim}; name another module as the owner"
+                )
+            here = index.to(output.device)
+            along = dim % output.dim()
+            z = output.new_ones(output.shape[0], output.shape[along])
+            z[:, here.reshape(-1)] = value
+            z.requires_grad_()
+            gates.append((number, z, here))
+            shape = [output.shape[d] if d in (0, along) else 1 for d in range(output.dim())]
+            return output * z.view(shape)
+
+        return multiply
+
+    handles = [
+        owner.module.register_forward_hook(hook_for(number, owner.dim, owner.index.cpu()[numbers]))
+        for number, (group, numbers) in enumerate(zip(groups, gated, strict=True))
+        for owner in group.owners
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put buffers and random state back to what they were."""
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[d.index or 0 for d in devices]):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, b in model.named_buffers():
+                    b.copy_(buffers[name])

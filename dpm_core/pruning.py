@@ -1,0 +1,588 @@
+"""DecayPruning: owns groups and phases, and works around the steps of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from .decay import SmoothPruning, target_norm
+from .errors import (
+    AttachmentError,
+    ConfigurationError,
+    GradientError,
+    GroupError,
+    PhaseError,
+    StateError,
+)
+from .groups import StructureGroup, require_disjoint
+from .hearing import Room, hold
+from .phases import Move, Phase, after
+from .rectify import Evidence, SelfRectifying
+from .state import VERSION, Ledger, check_groups, check_header
+from .table import SliceTable, zero_
+
+Kind = Literal["decay", "release", "prune"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to structures of one group, for adapters, plots and records.
+
+    Attributes:
+        step: optimizer steps since the start, when it happened.
+        kind: ``"decay"`` started, ``"release"`` or ``"prune"`` (became exactly zero).
+        group: the group's name.
+        structures: their numbers in the group.
+        norms: L2 norm of each at that moment: L_init at the start of a decay, the norm that the
+            decay had come to at a release, zero when pruned.
+        wave: 0 for first decisions, 1 for replacements of released structures, and so on.
+    """
+
+    step: int
+    kind: Kind
+    group: str
+    structures: tuple[int, ...]
+    norms: tuple[float, ...]
+    wave: int
+
+
+@dataclass
+class _Plan:
+    """What the hook before a step found out, carried out by the hook after it."""
+
+    decaying: Tensor
+    resistance: Tensor
+    gradient: Tensor
+    release: Tensor
+
+
+class DecayPruning:
+    """Smooth Pruning and Self-Rectifying for the structures of some groups.
+
+    Usage::
+
+        dpm = DecayPruning(groups, SmoothPruning(steps=20), SelfRectifying())
+        dpm.attach(optimizer)
+        dpm.decay({"layer1.0.conv1": [3, 7]})
+        loss.backward()
+        optimizer.step()
+
+    Around every ``optimizer.step()`` decaying structures are put on their schedule (arXiv
+    2406.03879, section on smooth pruning), decisions are taken back where Self-Rectifying says
+    so, and pruned structures are held at exactly zero. Structures that are ACTIVE get what the
+    optimizer gave them, bit for bit. A step loops over no structures and waits for the device at
+    most once, and not at all while nothing decays. A parameter without a gradient in a step
+    counts as one with a gradient of zero. A step that is skipped, as by a gradient scaler, decays
+    nothing.
+
+    Args:
+        groups: the structure groups, on one device.
+        smooth: the decay's length.
+        rectify: how decisions are taken back; ``None`` for Smooth Pruning alone.
+
+    Raises:
+        GroupError: no groups, two of one name, overlapping slices, or several devices.
+        ConfigurationError: the decay is too short for Self-Rectifying.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[StructureGroup],
+        smooth: SmoothPruning | None = None,
+        rectify: SelfRectifying | None = None,
+    ) -> None:
+        listed = list(groups)
+        self.groups: dict[str, StructureGroup] = {g.name: g for g in listed}
+        if not listed:
+            raise GroupError("no structure groups were given; there is nothing to prune")
+        if len(self.groups) != len(listed):
+            names = [g.name for g in listed]
+            twice = sorted({n for n in names if names.count(n) > 1})
+            raise GroupError(f"group names {twice} are given twice; names key what is saved")
+        require_disjoint(listed)
+        devices = {s.parameter.device for g in listed for s in g.slices}
+        if len(devices) > 1:
+            raise GroupError(
+                f"the groups lie on several devices ({sorted(map(str, devices))}); make one "
+                "DecayPruning per device"
+            )
+        self.smooth = smooth if smooth is not None else SmoothPruning()
+        self.rectify = rectify
+        self._decision = rectify.decision_step(self.smooth.steps) if rectify else None
+        self.events: list[Event] = []
+        self.clock = 0
+        """Optimizer steps seen since the start."""
+        self.heard = 0
+        """Batches that hearings have run; they count as training steps in comparisons."""
+
+        self._device = devices.pop()
+        self._start: dict[str, int] = {}
+        total = 0
+        for group in listed:
+            self._start[group.name] = total
+            total += group.size
+        self._names = list(self.groups)
+        self._group_of = torch.repeat_interleave(
+            torch.arange(len(listed)), torch.tensor([g.size for g in listed])
+        )
+        self._ledger = Ledger.blank(total)
+        self._optimizer: Optimizer | None = None
+        self._handles: list[RemovableHandle] = []
+        self._room: Room | None = None
+        self._plan: _Plan | None = None
+        self._refresh()
+
+    # ------------------------------------------------------------------ attachment
+
+    def attach(
+        self,
+        optimizer: Optimizer,
+        *,
+        model: nn.Module | None = None,
+        loss: Callable[[], Tensor] | None = None,
+    ) -> DecayPruning:
+        """Work around every step of ``optimizer`` from now on, by PyTorch's own step hooks.
+
+        Args:
+            optimizer: any optimizer that owns all parameters of all groups and whose ``step`` is
+                called without a closure.
+            model: with ``loss``, for a criterion that holds a hearing: the model whose buffers
+                are put back afterwards.
+            loss: runs the model on the next training batch and returns the mean loss over it.
+
+        Returns:
+            self.
+
+        Raises:
+            AttachmentError: attached already, a parameter is not the optimizer's, or a hearing
+                has no model or loss.
+        """
+        if self._optimizer is not None:
+            raise AttachmentError(
+                "already attached to an optimizer; structures would decay twice a step. Call "
+                "detach() first"
+            )
+        owned = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        for group in self.groups.values():
+            for s in group.slices:
+                if id(s.parameter) not in owned:
+                    raise AttachmentError(
+                        f"{s.name!r} of group {group.name!r} is not a parameter of this optimizer, "
+                        "so the decay would not follow its steps. Build the optimizer from the "
+                        "model that the groups were made from, or leave the group out"
+                    )
+        if self.rectify is not None and self.rectify.criterion.batches:
+            if model is None or loss is None:
+                raise AttachmentError(
+                    f"{type(self.rectify.criterion).__name__} holds a hearing and needs the model "
+                    "and its loss: attach(optimizer, model=model, loss=closure)"
+                )
+            for group in self.groups.values():
+                if not group.owners:
+                    raise AttachmentError(
+                        f"group {group.name!r} has no owners, so a hearing cannot gate its "
+                        "structures; give StructureGroup(owners=...), or use Trajectory()"
+                    )
+            self._room = Room(model, loss)
+        self._optimizer = optimizer
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        return self
+
+    def detach(self) -> None:
+        """Leave the optimizer. Phases stay; nothing decays or is held at zero any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._optimizer = None
+        self._room = None
+        self._plan = None
+
+    # ------------------------------------------------------------------ decisions
+
+    @torch.no_grad()
+    def decay(self, structures: Mapping[str, Sequence[int] | Tensor], *, wave: int = 0) -> None:
+        """Start the decay of some structures; it runs with the optimizer's next N steps.
+
+        A structure whose norm is zero is PRUNED at once.
+
+        Args:
+            structures: group name to the numbers of its structures.
+            wave: 0 for a first decision; a replacement for structures released in wave w is
+                decayed in wave w + 1.
+
+        Raises:
+            AttachmentError: not attached.
+            PhaseError: a structure is unknown, given twice, decaying, pruned, or was released.
+            GroupError: a parameter of a group is frozen.
+            GradientError: the norm of a structure is not finite.
+            ConfigurationError: ``wave`` is not a count.
+        """
+        if self._optimizer is None:
+            raise AttachmentError(
+                "not attached to an optimizer, so no step would carry the decay out; call "
+                "attach(optimizer) first"
+            )
+        if isinstance(wave, bool) or not isinstance(wave, int) or wave < 0:
+            raise ConfigurationError(f"wave is {wave!r}; give 0, or 1 and up for replacements")
+        numbers = self._resolve(structures)
+        if numbers.numel() == 0:
+            return
+        self._require_active(numbers)
+        for i in self._group_of[numbers].unique().tolist():
+            for s in self.groups[self._names[i]].slices:
+                if not s.parameter.requires_grad:
+                    raise GroupError(
+                        f"{s.name!r} of group {self._names[i]!r} is frozen (requires_grad is "
+                        "False), but the structure would decay while training goes on; unfreeze "
+                        "it, or leave the group out"
+                    )
+        groups = self._groups_of(numbers)
+        here = self._numbers_of(groups)
+        whole = SliceTable([g.slices for g in groups])
+        part = SliceTable([g.effect_slices for g in groups])
+        squares = [t.square_norms(t.parameters()) for t in (whole, part)]
+        norms = torch.stack(squares).sqrt().to("cpu", torch.float64)
+        norms = norms[:, torch.searchsorted(here, numbers)]
+        if not bool(torch.isfinite(norms).all()):
+            bad = numbers[~torch.isfinite(norms).all(0)]
+            raise GradientError(
+                f"the norm of {self._describe(bad)} is not finite; the model has diverged. Lower "
+                "the learning rate, or go back to an earlier checkpoint"
+            )
+
+        ledger, gone = self._ledger, norms[0] == 0
+        ledger.wave[numbers] = wave
+        ledger.initial[numbers], ledger.effect[numbers] = norms
+        for field in (ledger.step, ledger.resistance, ledger.gradient):
+            field[numbers] = 0
+        self._move(numbers[~gone], Move.START)
+        self._move(numbers[gone], Move.VANISH)
+        self._record("decay", numbers[~gone], norms[0, ~gone])
+        self._record("prune", numbers[gone], norms[0, gone])
+        self._refresh()
+
+    def phases(self, group: str) -> Tensor:
+        """Phases of a group's structures, (K,) int64 on the host, as :class:`Phase` values."""
+        start = self._first_of(group)
+        return self._ledger.phase[start : start + self.groups[group].size].clone()
+
+    def available(self, group: str) -> Tensor:
+        """Which structures of a group may be decayed: ACTIVE and never released; (K,) bool."""
+        start = self._first_of(group)
+        part = slice(start, start + self.groups[group].size)
+        return (self._ledger.phase[part] == Phase.ACTIVE) & ~self._ledger.immune[part]
+
+    def count(self, phase: Phase) -> int:
+        """How many structures of all groups are in ``phase``."""
+        return int((self._ledger.phase == phase).sum())
+
+    # ------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._plan = None
+        if self._decaying is None:
+            return
+        if kwargs.get("closure") is not None or any(callable(a) for a in args):
+            raise AttachmentError(
+                "optimizer.step(closure) computes its gradients after decay pruning has to read "
+                "them; call loss.backward() and then optimizer.step() without a closure"
+            )
+        decaying, table = self._decaying, self._decaying.table
+        gradients = table.gradients()
+        for s in gradients:
+            if s is not None and s.layout != torch.strided:
+                raise GradientError(
+                    f"a decaying structure has a gradient of layout {s.layout}; switch sparse "
+                    "gradients off for its module"
+                )
+        found = [table.square_norms(gradients)]
+        if self.rectify is not None:
+            found.append(table.dots(table.parameters(), gradients))
+        # The only wait for the device in a step.
+        host = _to_host(torch.stack(found))[:, decaying.local].double()
+        numbers, ledger = decaying.numbers, self._ledger
+        if not bool(torch.isfinite(host).all()):
+            bad = numbers[~torch.isfinite(host).all(0)]
+            raise GradientError(
+                f"the gradient of {self._describe(bad)} is not finite. Nothing was changed: skip "
+                "this step (optimizer.zero_grad()), clip gradients, or lower the learning rate"
+            )
+        initial, step = ledger.initial[numbers], ledger.step[numbers]
+        # ||x_k|| is L_init (1 - (k - 1) / N), so L_init / ||x_k|| depends on the schedule alone.
+        stretch = 1 / target_norm(torch.ones_like(initial), step, self.smooth.steps)
+        plan = _Plan(
+            decaying=numbers,
+            gradient=ledger.gradient[numbers] + host[0].sqrt() * initial,
+            resistance=ledger.resistance[numbers] - (host[1] * stretch if len(found) > 1 else 0),
+            release=torch.zeros(numbers.numel(), dtype=torch.bool),
+        )
+        if self.rectify is not None:
+            due = (step + 1 == self._decision) & (ledger.wave[numbers] < self.rectify.waves)
+            if bool(due.any()):
+                plan.release[due] = self._hear(plan, due)
+        self._plan = plan
+
+    def _hear(self, plan: _Plan, due: Tensor) -> Tensor:
+        """Which of the structures whose decision falls now are released; bool."""
+        assert self.rectify is not None
+        criterion, numbers = self.rectify.criterion, plan.decaying[due]
+        groups, cohort = self._group_of[numbers].unique(return_inverse=True)
+        size = torch.bincount(cohort, minlength=groups.numel())
+        # A released structure must be replaceable, or the target could not be met.
+        free = (self._ledger.phase == Phase.ACTIVE) & ~self._ledger.immune
+        spare = torch.bincount(self._group_of[free], minlength=len(self._names))[groups]
+        limits = torch.minimum((self.rectify.max_share * size + 1e-9).long(), spare)
+        derivative = fisher = None
+        if criterion.batches and bool((limits > 0).any()):
+            assert self._room is not None
+            heard = self._groups_of(plan.decaying)
+            gated = [
+                plan.decaying[self._group_of[plan.decaying] == self._names.index(g.name)]
+                - self._start[g.name]
+                for g in heard
+            ]
+            found = hold(self._room, heard, gated, criterion.batches, criterion.gate)
+            self.heard += criterion.batches
+            derivative, fisher = torch.stack(found).cpu()[:, due]
+        elif criterion.batches:
+            return torch.zeros(numbers.numel(), dtype=torch.bool)
+        evidence = Evidence(cohort, plan.resistance[due], plan.gradient[due], derivative, fisher)
+        return criterion.choose(evidence, limits, self.clock)
+
+    @torch.no_grad()
+    def _after_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.clock += 1
+        plan, self._plan = self._plan, None
+        if plan is not None:
+            self._carry_out(plan)
+        zero_(self._pruned)
+
+    def _carry_out(self, plan: _Plan) -> None:
+        assert self._decaying is not None
+        ledger, decaying = self._ledger, self._decaying
+        numbers, kept = plan.decaying, ~plan.release
+        ledger.gradient[numbers], ledger.resistance[numbers] = plan.gradient, plan.resistance
+        ledger.step[numbers] += 1
+        step = ledger.step[numbers]
+        done = kept & (step == self.smooth.steps)
+
+        # Every other structure of these groups keeps a factor of exactly one.
+        table = decaying.table
+        target = torch.full((table.size,), -1.0, dtype=torch.float64)
+        target[decaying.local[kept]] = target_norm(
+            ledger.initial[numbers], step, self.smooth.steps
+        )[kept]
+        wanted = target.to(device=self._device, dtype=table.dtype, non_blocking=True)
+        norms = table.square_norms(table.parameters()).sqrt()
+        # A structure that the optimizer made zero has no direction to grow in, and stays zero.
+        table.scale_(torch.where((wanted >= 0) & (norms > 0), wanted / norms, 1.0))
+
+        released = numbers[plan.release]
+        if released.numel():
+            assert self.rectify is not None
+            if self.rectify.restore == "effect":
+                self._restore(released)
+            left = target_norm(ledger.initial[released], step[plan.release] - 1, self.smooth.steps)
+            ledger.immune[released] = True
+            self._move(released, Move.RELEASE)
+            self._record("release", released, left)
+        finished = numbers[done]
+        if finished.numel():
+            self._move(finished, Move.FINISH)
+            self._record("prune", finished, torch.zeros(finished.numel()))
+        if released.numel() or finished.numel():
+            self._refresh()
+
+    def _restore(self, released: Tensor) -> None:
+        """Bring the effect of released structures back to its norm at the decay's start."""
+        groups = self._groups_of(released)
+        table = SliceTable([g.effect_slices for g in groups])
+        here = self._numbers_of(groups)
+        target = torch.full((table.size,), -1.0, dtype=torch.float64)
+        target[torch.searchsorted(here, released)] = self._ledger.effect[released]
+        wanted = target.to(device=self._device, dtype=table.dtype, non_blocking=True)
+        norms = table.square_norms(table.parameters()).sqrt()
+        table.scale_(torch.where((wanted > 0) & (norms > 0), wanted / norms, 1.0))
+
+    # ------------------------------------------------------------------ saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs besides model and optimizer; tensors on the host."""
+        return {
+            "version": VERSION,
+            **self._settings(),
+            "clock": self.clock,
+            "heard": self.heard,
+            "groups": {
+                name: self._ledger.part(self._start[name], group.size)
+                for name, group in self.groups.items()
+            },
+            "events": [asdict(e) for e in self.events],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, after checking all of it.
+
+        Raises:
+            StateError: the state is damaged, or of another version, configuration or model.
+                Nothing was assigned.
+        """
+        check_header(state, self._settings())
+        sizes = {name: group.size for name, group in self.groups.items()}
+        check_groups(state["groups"], sizes, self.smooth.steps)
+        try:
+            events = [
+                Event(**{**e, "structures": tuple(e["structures"]), "norms": tuple(e["norms"])})
+                for e in state["events"]
+            ]
+        except (TypeError, KeyError) as cause:
+            raise StateError(f"the state's events are damaged ({cause})") from cause
+        for name, part in state["groups"].items():
+            self._ledger.assign(self._start[name], sizes[name], part)
+        self.clock, self.heard, self.events = state["clock"], state["heard"], events
+        self._plan = None
+        self._refresh()
+
+    def _settings(self) -> dict[str, str]:
+        return {"smooth": repr(self.smooth), "rectify": repr(self.rectify)}
+
+    # ------------------------------------------------------------------ bookkeeping
+
+    def _refresh(self) -> None:
+        """Rebuild what depends on who decays and who is pruned; after every change of phase."""
+        decaying = (self._ledger.phase == Phase.DECAYING).nonzero().flatten()
+        pruned = (self._ledger.phase == Phase.PRUNED).nonzero().flatten()
+        groups = self._groups_of(decaying)
+        if not groups:
+            self._decaying: _Decaying | None = None
+        else:
+            before: _Decaying | None = getattr(self, "_decaying", None)
+            names = [g.name for g in groups]
+            table = (
+                before.table
+                if before is not None and before.names == names
+                else SliceTable([g.slices for g in groups])
+            )
+            local = torch.searchsorted(self._numbers_of(groups), decaying)
+            self._decaying = _Decaying(names, table, decaying, local)
+        self._pruned: list[tuple[Tensor, int, Tensor]] = []
+        if pruned.numel():
+            groups = self._groups_of(pruned)
+            local = torch.searchsorted(self._numbers_of(groups), pruned)
+            self._pruned = SliceTable([g.slices for g in groups]).positions(local)
+
+    def _move(self, numbers: Tensor, move: Move) -> None:
+        self._ledger.phase[numbers] = after(self._ledger.phase[numbers], move)
+        if move is not Move.START:
+            self._ledger.step[numbers] = 0
+
+    def _record(self, kind: Kind, numbers: Tensor, norms: Tensor) -> None:
+        for i in self._group_of[numbers].unique().tolist():
+            for wave in self._ledger.wave[numbers[self._group_of[numbers] == i]].unique().tolist():
+                here = (self._group_of[numbers] == i) & (self._ledger.wave[numbers] == wave)
+                name = self._names[i]
+                local = numbers[here] - self._start[name]
+                self.events.append(
+                    Event(
+                        self.clock,
+                        kind,
+                        name,
+                        tuple(local.tolist()),
+                        tuple(norms[here].tolist()),
+                        wave,
+                    )
+                )
+
+    def _resolve(self, structures: Mapping[str, Sequence[int] | Tensor]) -> Tensor:
+        """Numbers of the named structures over all groups, sorted."""
+        found = []
+        for name, given in structures.items():
+            start, size = self._first_of(name), self.groups[name].size
+            local = torch.as_tensor(given)
+            if local.numel() == 0:
+                continue
+            if local.dim() != 1 or local.dtype == torch.bool or local.is_floating_point():
+                raise PhaseError(
+                    f"group {name!r}: structures are given as {local.dtype} of shape "
+                    f"{tuple(local.shape)}; give a list of their numbers"
+                )
+            local = local.cpu().to(torch.int64)
+            if int(local.min()) < 0 or int(local.max()) >= size:
+                raise PhaseError(
+                    f"group {name!r} has structures 0 to {size - 1}; {local.tolist()} reaches "
+                    "outside"
+                )
+            if local.unique().numel() != local.numel():
+                raise PhaseError(
+                    f"group {name!r}: a structure is listed twice in {local.tolist()}; list each "
+                    "once"
+                )
+            found.append(start + local)
+        return torch.cat(found).sort().values if found else torch.empty(0, dtype=torch.int64)
+
+    def _require_active(self, numbers: Tensor) -> None:
+        refused = after(self._ledger.phase[numbers], Move.START) < 0
+        if bool(refused.any()):
+            bad = numbers[refused]
+            phase = Phase(int(self._ledger.phase[bad[0]])).name
+            raise PhaseError(
+                f"{self._describe(bad)} cannot start to decay, being {phase} already; decay "
+                "structures that available() lists"
+            )
+        if bool(self._ledger.immune[numbers].any()):
+            bad = numbers[self._ledger.immune[numbers]]
+            raise PhaseError(
+                f"{self._describe(bad)} was released and is immune from then on; decay structures "
+                "that available() lists"
+            )
+
+    def _first_of(self, group: str) -> int:
+        if group not in self._start:
+            raise PhaseError(f"there is no group {group!r}; groups are {self._names}")
+        return self._start[group]
+
+    def _groups_of(self, numbers: Tensor) -> list[StructureGroup]:
+        return [self.groups[self._names[i]] for i in self._group_of[numbers].unique().tolist()]
+
+    def _numbers_of(self, groups: list[StructureGroup]) -> Tensor:
+        """Numbers of all structures of some groups, in order."""
+        runs = [torch.arange(self._start[g.name], self._start[g.name] + g.size) for g in groups]
+        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64)
+
+    def _describe(self, numbers: Tensor) -> str:
+        name = self._names[int(self._group_of[numbers[0]])]
+        local = int(numbers[0]) - self._start[name]
+        more = f" (and {numbers.numel() - 1} more)" if numbers.numel() > 1 else ""
+        return f"structure {local} of group {name!r}{more}"
+
+
+@dataclass
+class _Decaying:
+    """The groups with decaying structures: names, passes, and who decays.
+
+    ``numbers`` count over all groups, ``local`` over the structures of ``table``.
+    """
+
+    names: list[str]
+    table: SliceTable
+    numbers: Tensor
+    local: Tensor
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """Wait for the device and bring values over; the one place on the step path that does."""
+    return values.cpu()

@@ -1,0 +1,188 @@
+"""Single vectorised passes over many slices: the only place that touches parameters in bulk.
+
+No pass here loops over structures or waits for the device. A dense pass over a whole parameter
+is cheaper than gathering and scattering its decaying rows (half of VGG16-BN's rows: 12 against
+9 ms for the norms and products, 2.5 against 7 ms for the scaling, on two cores), and multiplying
+by exactly one leaves every bit of an active structure as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class SliceLike(Protocol):
+    """What a table needs to know of a slice."""
+
+    @property
+    def parameter(self) -> Tensor:
+        """The tensor that the slice is of."""
+
+    @property
+    def index(self) -> Tensor:
+        """(K, m) positions along ``dim``."""
+
+    @property
+    def dim(self) -> int:
+        """The dimension that ``index`` counts along."""
+
+
+class SliceTable:
+    """The slices of several structure groups, numbered as one run of structures.
+
+    Structures are numbered through: those of the first group, then those of the second, and so
+    on. A position along a slice's dimension is an *entry*; the entries of all slices form one
+    vector, in which sums over a structure are gathers.
+
+    Args:
+        groups: for each group, its slices, on one device.
+    """
+
+    def __init__(self, groups: Iterable[Sequence[SliceLike]]) -> None:
+        slices: list[SliceLike] = []
+        first: list[int] = []
+        total = 0
+        members: list[tuple[int, list[int]]] = []
+        for group in groups:
+            members.append((total, list(range(len(slices), len(slices) + len(group)))))
+            slices.extend(group)
+            first.extend([total] * len(group))
+            total += group[0].index.shape[0]
+        self.size = total
+        # Vectors go last, so that all of them take part as one concatenated tensor.
+        self._order = sorted(range(len(slices)), key=lambda i: slices[i].parameter.dim() == 1)
+        self._matrices = sum(s.parameter.dim() > 1 for s in slices)
+        self._slices = [slices[i] for i in self._order]
+        self._first = [first[i] for i in self._order]
+        self._extents = [s.parameter.shape[s.dim] for s in self._slices]
+        self._others = [[d for d in range(s.parameter.dim()) if d != s.dim] for s in self._slices]
+        self._shapes = [
+            [-1 if d == s.dim else 1 for d in range(s.parameter.dim())] for s in self._slices
+        ]
+        self.device = self._slices[0].parameter.device
+        self.dtype = torch.float32
+        for s in self._slices:
+            self.dtype = torch.promote_types(self.dtype, s.parameter.dtype)
+        self._build_index(members)
+
+    def _build_index(self, members: list[tuple[int, list[int]]]) -> None:
+        starts = [0]
+        for extent in self._extents:
+            starts.append(starts[-1] + extent)
+        place = {given: i for i, given in enumerate(self._order)}
+        # Entry -> structure; entries that belong to nobody point past the end, at factor one.
+        owner = torch.full((starts[-1],), self.size, dtype=torch.int64, device=self.device)
+        # Structure -> entries. Structures of one group have equally many; groups with equally
+        # many share a gather, so that nothing is padded and the order of summation is fixed.
+        by_width: dict[int, list[tuple[int, Tensor]]] = {}
+        for start, given in members:
+            columns = []
+            for i in (place[g] for g in given):
+                s = self._slices[i]
+                entries = starts[i] + s.index
+                numbers = torch.arange(s.index.shape[0], device=self.device) + start
+                owner[entries.reshape(-1)] = numbers.repeat_interleave(s.index.shape[1])
+                columns.append(entries)
+            entries = torch.cat(columns, dim=1)
+            by_width.setdefault(entries.shape[1], []).append((start, entries))
+        self._entry_owner = owner
+        self._gathers: list[Tensor] = []
+        places: list[Tensor] = []
+        for parts in by_width.values():
+            self._gathers.append(torch.cat([entries for _, entries in parts]))
+            places.extend(
+                torch.arange(start, start + entries.shape[0], device=self.device)
+                for start, entries in parts
+            )
+        self._back = torch.empty(self.size, dtype=torch.int64, device=self.device)
+        self._back[torch.cat(places)] = torch.arange(self.size, device=self.device)
+
+    def order(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """``tensors``, given one per slice in the groups' order, in the table's order."""
+        return [tensors[i] for i in self._order]
+
+    def parameters(self) -> list[Tensor | None]:
+        """The slices' parameters, detached, in the table's order."""
+        return [s.parameter.detach() for s in self._slices]
+
+    def gradients(self) -> list[Tensor | None]:
+        """The slices' gradients, in the table's order; ``None`` where there is none."""
+        return [s.parameter.grad for s in self._slices]
+
+    def square_norms(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Squared L2 norm of ``tensors`` over each structure, (size,), in ``dtype``."""
+        entries = [
+            self._zeros(i)
+            if t is None
+            else torch.linalg.vector_norm(t, dim=self._others[i], dtype=self._wide(t))
+            if i < self._matrices
+            else t
+            for i, t in enumerate(tensors)
+        ]
+        return self._sum(torch.cat([e.to(self.dtype) for e in entries]).square())
+
+    def dots(self, left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor:
+        """Inner product of ``left`` and ``right`` over each structure, (size,), in ``dtype``."""
+        matrices = [
+            self._zeros(i)
+            if a is None or b is None
+            else (a.to(self._wide(a)) * b.to(self._wide(b))).sum(self._others[i]).to(self.dtype)
+            for i, (a, b) in enumerate(zip(left[: self._matrices], right, strict=False))
+        ]
+        sides = [
+            [
+                self._zeros(i) if t is None else t.to(self.dtype)
+                for i, t in enumerate(side[self._matrices :], start=self._matrices)
+            ]
+            for side in (left, right)
+        ]
+        vectors = [torch.cat(sides[0]) * torch.cat(sides[1])] if sides[0] else []
+        return self._sum(torch.cat(matrices + vectors))
+
+    @torch.no_grad()
+    def scale_(self, factors: Tensor) -> None:
+        """Multiply structure k by ``factors[k]`` in place; ``factors`` is (size,)."""
+        padded = torch.cat([factors.to(self.dtype), factors.new_ones(1, dtype=self.dtype)])
+        per_entry = padded[self._entry_owner].split(self._extents)
+        torch._foreach_mul_(
+            [s.parameter.detach() for s in self._slices],
+            [f.view(shape) for f, shape in zip(per_entry, self._shapes, strict=True)],
+        )
+
+    def positions(self, structures: Tensor) -> list[tuple[Tensor, int, Tensor]]:
+        """(parameter, dim, positions) of ``structures`` for each slice that has any of them.
+
+        Args:
+            structures: sorted int64 numbers on the host.
+        """
+        found = []
+        for s, first in zip(self._slices, self._first, strict=True):
+            local = structures - first
+            local = local[(local >= 0) & (local < s.index.shape[0])]
+            if local.numel():
+                rows = s.index[local.to(self.device)].reshape(-1)
+                found.append((s.parameter.detach(), s.dim, rows))
+        return found
+
+    def _zeros(self, i: int) -> Tensor:
+        return torch.zeros(self._extents[i], dtype=self.dtype, device=self.device)
+
+    def _wide(self, t: Tensor) -> torch.dtype:
+        return torch.promote_types(t.dtype, torch.float32)
+
+    def _sum(self, entries: Tensor) -> Tensor:
+        return torch.cat([entries[g].sum(1) for g in self._gathers])[self._back]
+
+
+@torch.no_grad()
+def zero_(positions: Iterable[tuple[Tensor, int, Tensor]]) -> None:
+    """Write exact zeros at what :meth:`SliceTable.positions` found.
+
+    A product with zero would keep a NaN and make a negative zero.
+    """
+    for parameter, dim, rows in positions:
+        parameter.index_fill_(dim, rows, 0)

@@ -1,0 +1,1 @@
+"""Runs, comparisons, tables and plots. Start at ``python -m experiments --help``."""

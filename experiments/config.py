@@ -1,0 +1,218 @@
+"""TOML configurations, checked whole before any work: names, types, ranges, targets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from adapters import registry
+from adapters.base import Adapter, AdapterError
+from dpm_core import (
+    ConfigurationError,
+    Criterion,
+    Hearing,
+    LeastResistant,
+    RandomRelease,
+    SelfRectifying,
+    SmoothPruning,
+    Trajectory,
+)
+
+from .models import MODELS
+
+
+class ConfigError(ValueError):
+    """A configuration cannot be run. The message names the key and what it may be."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0)]
+
+
+class Data(_Table):
+    """Which images; ``--data`` overrides the name."""
+
+    name: str = "digits"
+    size: Count = 32
+    """Height and width that a folder's images are brought to."""
+
+
+class Stage(_Table):
+    """One stretch of training."""
+
+    epochs: Count
+    batch: Count = 128
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: Rate
+    milestones: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Epochs after which the learning rate is multiplied by ``gamma``."""
+    gamma: Rate = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Decay = 5e-4
+
+
+class Smooth(_Table):
+    """The decay."""
+
+    steps: Count = 20
+
+
+class Rectify(_Table):
+    """Self-Rectifying; ``criterion`` with its own settings, the rest as in the core."""
+
+    criterion: Literal["trajectory", "hearing"] = "trajectory"
+    control: Literal["none", "random", "least-resistant"] = "none"
+    """Release as many as the criterion would, but at random or those that resist least."""
+    rate: float | None = None
+    length: float | None = None
+    batches: int | None = None
+    threshold: float | None = None
+    at: float | None = None
+    max_share: float = 0.15
+    restore: Literal["keep", "effect"] = "effect"
+    waves: int = 1
+
+    def build(self, seed: int) -> SelfRectifying:
+        """The core's settings; ``seed`` is for the random control."""
+        settings = {"trajectory": ("rate", "length"), "hearing": ("batches", "threshold")}
+        given = {k: v for k in sum(settings.values(), ()) if (v := getattr(self, k)) is not None}
+        for key in given.keys() - set(settings[self.criterion]):
+            raise ConfigurationError(f"{key} is no setting of the criterion {self.criterion!r}")
+        makers: dict[str, type[Trajectory | Hearing]] = {
+            "trajectory": Trajectory,
+            "hearing": Hearing,
+        }
+        criterion: Criterion = makers[self.criterion](**given)
+        if self.control == "random":
+            criterion = RandomRelease(criterion, seed)
+        elif self.control == "least-resistant":
+            criterion = LeastResistant(criterion)
+        return SelfRectifying(criterion, self.at, self.max_share, self.restore, self.waves)
+
+
+class Curve(_Table):
+    """The accuracy curve around removal, in steps of the stage in which decisions fall."""
+
+    every: Count = 5
+    until: Annotated[int, Field(ge=0)] = 100
+
+
+class Config(_Table):
+    """One experiment: a framework on a network on images, for all variants."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    framework: str
+    model: str
+    data: Data = Data()
+    dense: Stage
+    """Training of the dense model, before the framework starts."""
+    stages: dict[str, Stage]
+    """The framework's stages, by name."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The framework's own settings."""
+    smooth: Smooth = Smooth()
+    rectify: Rectify = Rectify()
+    curve: Curve = Curve()
+
+    @model_validator(mode="after")
+    def _known(self) -> Config:
+        if self.model not in MODELS:
+            raise ValueError(f"unknown model {self.model!r}; there are: {', '.join(MODELS)}")
+        adapter = self.adapter()
+        unknown = sorted(set(self.stages) - set(adapter.stages))
+        if unknown:
+            raise ValueError(
+                f"{self.framework} has no stage {unknown[0]!r}; its stages are: "
+                f"{', '.join(adapter.stages)}"
+            )
+        missing = [s for s, needed in adapter.stages.items() if needed and s not in self.stages]
+        if missing:
+            raise ValueError(
+                f"{self.framework} needs the stage {missing[0]!r}: [stages.{missing[0]}]"
+            )
+        self.build_options()
+        self.rectify.build(0).decision_step(self.build_smooth().steps)
+        return self
+
+    def adapter(self) -> type[Adapter]:
+        """The framework's adapter."""
+        return registry.load(self.framework)
+
+    def build_options(self) -> Any:
+        """The framework's own settings, as its adapter defines them."""
+        return _options(self.adapter().Options, self.options)
+
+    def build_smooth(self) -> SmoothPruning:
+        """The core's settings of the decay."""
+        return SmoothPruning(self.smooth.steps)
+
+    def hash(self) -> str:
+        """Names the configuration's content: 16 hex digits."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def dense_hash(self, label: str) -> str:
+        """Names what the dense model depends on, so that variants and frameworks share it."""
+        parts = [self.model, label, self.data.size, self.dense.model_dump(mode="json")]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _options(kind: type, given: dict[str, Any]) -> Any:
+    names = {f.name for f in fields(kind)}
+    unknown = sorted(set(given) - names)
+    if unknown:
+        raise ValueError(f"options.{unknown[0]} is unknown; there are: {', '.join(sorted(names))}")
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(given), strict=True)
+    except ValidationError as cause:
+        raise ValueError("; ".join(_lines(cause, "options"))) from cause
+
+
+def _lines(error: ValidationError, prefix: str = "") -> list[str]:
+    lines = []
+    for e in error.errors(include_url=False):
+        key = ".".join(str(part) for part in ([prefix] if prefix else []) + list(e["loc"]))
+        if e["type"] == "extra_forbidden":
+            message = "unknown key"
+        else:
+            message = e["msg"].removeprefix("Value error, ")
+        lines.append(f"{key}: {message}" if key else message)
+    return lines
+
+
+def load(path: Path, *, data: str | None = None) -> Config:
+    """Read and check a configuration.
+
+    Args:
+        path: a TOML file.
+        data: takes the place of the configuration's ``data.name``.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key, a type, a range or a target is wrong.
+    """
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise ConfigError(f"cannot read {path}: {cause.strerror}") from cause
+    except tomllib.TOMLDecodeError as cause:
+        raise ConfigError(f"{path} is not TOML: {cause}") from cause
+    if data is not None:
+        raw["data"] = {**raw.get("data", {}), "name": data}
+    try:
+        # Strict JSON mode takes lists for tuples and whole numbers for floats, and nothing else.
+        return Config.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as cause:
+        raise ConfigError(f"{path}: " + "; ".join(_lines(cause))) from cause
+    except (AdapterError, ConfigurationError, ImportError) as cause:
+        raise ConfigError(f"{path}: {cause}") from cause

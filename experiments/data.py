@@ -1,0 +1,230 @@
+"""Images, decoded once into one uint8 tensor, and batches that depend on seed and position alone.
+
+``digits``: scikit-learn's bundled handwriting (1,797 images of 8x8), offline. ``cifar10`` and
+``cifar100``: torchvision's downloads. ``folder:PATH``: any image folder with ``train`` and
+``test`` (or ``val``) inside, one subfolder per class in each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from .files import save_tensors
+
+
+class DataError(ValueError):
+    """The data is not there, or not what it is said to be. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A training and a test set on one device.
+
+    Attributes:
+        label: how tables and plots call the data.
+        train, test: uint8, (N, C, H, W).
+        train_labels, test_labels: int64, (N,).
+        classes: number of classes.
+        pad: random crops are cut from the image padded by this many pixels.
+        flip: whether half of the training images are mirrored.
+    """
+
+    label: str
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    classes: int
+    pad: int
+    flip: bool
+
+    @property
+    def channels(self) -> int:
+        """Colour channels."""
+        return self.train.shape[1]
+
+    def to(self, device: torch.device) -> Images:
+        """The same images on another device."""
+        names = ("train", "train_labels", "test", "test_labels")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 to float32 with mean 0 and deviation 1 per channel over the training images."""
+        mean, deviation = self._moments()
+        return (images.float() / 255 - mean) / deviation
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        cached: tuple[Tensor, Tensor] | None = getattr(self, "_cached_moments", None)
+        if cached is None:
+            pixels = self.train.double() / 255
+            shape = (1, self.channels, 1, 1)
+            mean, deviation = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+            cached = (mean.float().view(shape), deviation.float().view(shape))
+            object.__setattr__(self, "_cached_moments", cached)
+        return cached
+
+    def steps_per_epoch(self, batch: int) -> int:
+        """Full batches in one pass over the training images."""
+        if batch > len(self.train):
+            raise DataError(f"batch {batch} exceeds the {len(self.train)} training images")
+        return len(self.train) // batch
+
+    def batch(self, size: int, position: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The training batch at a position: augmented and normalised, the same in every run.
+
+        Args:
+            size: images in the batch.
+            position: counts training steps from 0; epochs follow one another in fresh orders.
+            seed: of the order and the augmentation.
+
+        Returns:
+            Images, float32 (size, C, H, W), and labels (size,).
+        """
+        steps = self.steps_per_epoch(size)
+        epoch, step = divmod(position, steps)
+        order = torch.Generator().manual_seed(_mix(seed, 1, epoch))
+        draw = torch.Generator().manual_seed(_mix(seed, 2, position))
+        rows = torch.randperm(len(self.train), generator=order)[step * size : (step + 1) * size]
+        images = self.train[rows.to(self.train.device)]
+        return self.normalize(self._augment(images, draw)), self.train_labels[
+            rows.to(images.device)
+        ]
+
+    def _augment(self, images: Tensor, draw: torch.Generator) -> Tensor:
+        n, _, height, width = images.shape
+        device = images.device
+        if self.flip:
+            mirrored = (torch.rand(n, generator=draw) < 0.5).to(device)
+            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+        if self.pad:
+            shift = torch.randint(2 * self.pad + 1, (2, n), generator=draw).to(device)
+            images = functional.pad(images, (self.pad,) * 4)
+            rows = (shift[0, :, None] + torch.arange(height, device=device)).view(n, 1, height, 1)
+            columns = (shift[1, :, None] + torch.arange(width, device=device)).view(n, 1, 1, width)
+            every = torch.arange(n, device=device).view(n, 1, 1, 1)
+            channel = torch.arange(images.shape[1], device=device).view(1, -1, 1, 1)
+            images = images[every, channel, rows, columns]
+        return images
+
+
+def _mix(seed: int, purpose: int, number: int) -> int:
+    """A seed for one purpose: neighbouring numbers give unrelated streams."""
+    text = f"{seed}/{purpose}/{number}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def load(name: str, root: Path, *, size: int = 32) -> Images:
+    """Load a data set by name, on the host.
+
+    Args:
+        name: ``digits``, ``cifar10``, ``cifar100`` or ``folder:PATH``.
+        root: where downloads and decoded folders are kept.
+        size: images of a folder are brought to this height and width.
+
+    Raises:
+        DataError: the name is unknown, or the data cannot be had.
+    """
+    if name == "digits":
+        return _digits()
+    if name in ("cifar10", "cifar100"):
+        return _cifar(name, root)
+    if name.startswith("folder:"):
+        return _folder(Path(name.removeprefix("folder:")).expanduser(), root, size)
+    raise DataError(f"unknown data {name!r}; give digits, cifar10, cifar100 or folder:PATH")
+
+
+def _digits() -> Images:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bundled = load_digits()
+    # 17 grey levels, 0 to 16.
+    images = torch.tensor(bundled.images * 15, dtype=torch.uint8).unsqueeze(1)
+    labels = torch.tensor(bundled.target, dtype=torch.int64)
+    train, test = train_test_split(
+        range(len(labels)), test_size=500, random_state=0, stratify=bundled.target
+    )
+    return Images(
+        "digits", images[train], labels[train], images[test], labels[test], 10, pad=1, flip=False
+    )
+
+
+def _cifar(name: str, root: Path) -> Images:
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    try:
+        parts = [source(str(root), train=train, download=True) for train in (True, False)]
+    except Exception as cause:
+        raise DataError(
+            f"{name} is not in {root} and could not be downloaded ({cause}); put torchvision's "
+            f"files there, or give folder:PATH"
+        ) from cause
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    labels = [torch.tensor(part.targets, dtype=torch.int64) for part in parts]
+    label = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[name]
+    classes = len(parts[0].classes)
+    return Images(label, images[0], labels[0], images[1], labels[1], classes, pad=4, flip=True)
+
+
+def _folder(path: Path, root: Path, size: int) -> Images:
+    from torchvision.datasets import ImageFolder
+
+    test = next((path / n for n in ("test", "val") if (path / n).is_dir()), None)
+    if not (path / "train").is_dir() or test is None:
+        raise DataError(
+            f"{path} needs the folders train and test (or val), each with one folder of images "
+            "per class"
+        )
+    try:
+        parts = [ImageFolder(str(path / "train")), ImageFolder(str(test))]
+    except FileNotFoundError as cause:
+        raise DataError(f"{path}: {cause}") from cause
+    if parts[0].classes != parts[1].classes:
+        differ = sorted(set(parts[0].classes) ^ set(parts[1].classes))
+        raise DataError(f"{path}: train and test differ in classes {differ}")
+    stamp = hashlib.sha256(f"{size}".encode())
+    for part in parts:
+        for file, label in part.samples:
+            at = Path(file)
+            stamp.update(f"{at.relative_to(path)} {at.stat().st_size} {label}\n".encode())
+    cache = root / "decoded" / f"{path.resolve().name}-{stamp.hexdigest()[:16]}.pt"
+    if not cache.exists():
+        tensors = {}
+        for split, part in zip(("train", "test"), parts, strict=True):
+            tensors[split] = _decode([file for file, _ in part.samples], size, split)
+            tensors[f"{split}_labels"] = torch.tensor([label for _, label in part.samples])
+        save_tensors(cache, tensors)
+    loaded = torch.load(cache, weights_only=True)
+    return Images(
+        f"{path.resolve().name} (folder)", **loaded, classes=len(parts[0].classes), pad=4, flip=True
+    )
+
+
+def _decode(files: list[str], size: int, what: str) -> Tensor:
+    from PIL import Image
+
+    out = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    for i, file in enumerate(tqdm(files, desc=f"decoding {what}", unit="image", disable=None)):
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert("RGB")
+        except OSError as cause:
+            raise DataError(f"{file} is not an image ({cause}); remove it") from cause
+        if image.size != (size, size):
+            # The largest centred square, resized.
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.resize(
+                (size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side)
+            )
+        raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        out[i] = raw.view(size, size, 3).permute(2, 0, 1)
+    return out

@@ -1,0 +1,423 @@
+"""One process, one run, one record."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import dpm_core
+from adapters import registry
+from adapters.base import Adapter, Context, Variant, count_macs, count_parameters
+from third_party.upstreams import PINS, require
+
+from . import data, models
+from .config import Config
+from .files import save_json, save_tensors
+from .training import Loop, Progress, accuracy, optimizer_of
+
+VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
+RECORD_VERSION = 1
+
+
+class RunError(RuntimeError):
+    """A run cannot start or go on. The message says what to do."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one run is to do.
+
+    Attributes:
+        config: the checked configuration.
+        variant: base, sp or sr.
+        seed: of initial weights, data order and augmentation.
+        out: where all runs are kept; this one gets a folder of its own in it.
+        data_root: where downloads and decoded folders are kept.
+        device: where to train.
+        resume: go on from a checkpoint.
+        force: throw away what is there and start anew.
+        save_every: seconds between checkpoints; 0 writes one after every step.
+    """
+
+    config: Config
+    variant: Variant
+    seed: int
+    out: Path = Path("runs")
+    data_root: Path = Path("data")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    resume: bool = False
+    force: bool = False
+    save_every: float = 30.0
+
+    @property
+    def folder(self) -> Path:
+        """This run's own folder."""
+        kind = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.config.data.name)
+        return self.out / self.config.name / kind / f"{self.variant}-seed{self.seed}"
+
+
+def run(request: Request) -> Path:
+    """Carry a run out, from the dense model to the record.
+
+    Returns:
+        The path of the record. Beside it lie ``model.pt``, the pruned model, and ``trace.pt``, the
+        norms of the structures that decayed.
+
+    Raises:
+        RunError: the folder holds another run, or there is nothing to resume.
+        Stopped: the run was asked to stop; ``resume`` goes on.
+        ConfigError, DataError, AdapterError: before any work, with cause and remedy.
+    """
+    folder, config = request.folder, request.config
+    record_path, checkpoint_path = folder / "record.json", folder / "checkpoint.pt"
+    if request.force:
+        for path in (record_path, checkpoint_path):
+            path.unlink(missing_ok=True)
+    if record_path.exists():
+        raise RunError(f"{record_path} is there already; --force throws it away and runs anew")
+    saved = _checkpoint(checkpoint_path, request)
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    images = data.load(config.data.name, request.data_root, size=config.data.size)
+    images = images.to(request.device)
+    model = _build(request, images)
+    example = images.normalize(images.test[:2])
+    _adapter(request, images, model, example).check()
+
+    with _asked_to_stop() as stop:
+        dense = _dense_model(request, images, saved, stop)
+        loop, adapter = _framework_loop(request, images, dense, example, saved, stop)
+        model = loop.model
+        loop.run()
+
+    p = loop.progress
+    kept = _widths(model)
+    save_tensors(
+        folder / "model.pt",
+        {
+            "version": RECORD_VERSION,
+            "model": config.model,
+            "framework": config.framework,
+            "in_channels": images.channels,
+            "classes": images.classes,
+            "image_size": images.train.shape[2],
+            "removed": adapter.removed,
+            "state": {k: v.cpu() for k, v in model.state_dict().items()},
+        },
+    )
+    save_tensors(folder / "trace.pt", {"trace": p.trace, "events": p.events})
+    save_json(
+        record_path,
+        {
+            "version": RECORD_VERSION,
+            "config": config.model_dump(mode="json"),
+            "config_hash": config.hash(),
+            "framework": config.framework,
+            "model": config.model,
+            "data": images.label,
+            "variant": request.variant,
+            "seed": request.seed,
+            "versions": _versions(config),
+            "revision": revision(),
+            "device": _device_name(request.device),
+            "threads": torch.get_num_threads(),
+            "accuracy": {
+                "dense": accuracy(dense, images),
+                "at_removal": p.found["at_removal"],
+                "at_removal_reestimated": p.found["at_removal_reestimated"],
+                "final": accuracy(model, images),
+            },
+            "macs": {"dense": count_macs(dense, example), "pruned": count_macs(model, example)},
+            "parameters": {"dense": count_parameters(dense), "pruned": count_parameters(model)},
+            "structures": {
+                "decayed": _count(p.events, "decay", first=True),
+                "released": _count(p.events, "release"),
+                "refilled": _count(p.events, "decay", first=False),
+                "pruned": adapter.pruned,
+            },
+            "output_difference": p.found["output_difference"],
+            "channels": {name: [width, kept[name]] for name, width in _widths(dense).items()},
+            "curve": p.curve,
+            "steps": {
+                "total": p.total,
+                "decision": p.decided_at,
+                "removal": p.removed_at,
+                "heard": p.heard,
+            },
+            "seconds": p.seconds,
+        },
+    )
+    checkpoint_path.unlink(missing_ok=True)
+    return record_path
+
+
+def load_model(path: Path) -> nn.Module:
+    """The pruned model of a run, rebuilt from its file alone.
+
+    Args:
+        path: a run's ``model.pt``.
+
+    Raises:
+        RunError: the file is damaged or of another version.
+    """
+    try:
+        saved = torch.load(path, weights_only=True)
+        version = saved["version"]
+    except Exception as cause:
+        raise RunError(f"{path} is no model file of this project ({cause})") from cause
+    if version != RECORD_VERSION:
+        raise RunError(f"{path} has version {version}; this release reads {RECORD_VERSION}")
+    model = models.build(saved["model"], saved["in_channels"], saved["classes"])
+    size = saved["image_size"]
+    example = torch.zeros(2, saved["in_channels"], size, size)
+    registry.load(saved["framework"]).shrink(model, example, saved["removed"])
+    model.load_state_dict(saved["state"])
+    return model.eval()
+
+
+def revision() -> str | None:
+    """The checkout's git revision, marked where files differ from it; ``None`` outside of git."""
+    here = Path(__file__).parent
+    try:
+        head, changed = (
+            subprocess.run(
+                ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-changed" if changed else head
+
+
+# ---------------------------------------------------------------------- parts of a run
+
+
+def _build(request: Request, images: data.Images) -> nn.Module:
+    config = request.config
+    model = models.build(config.model, images.channels, images.classes, seed=request.seed)
+    return model.to(request.device)
+
+
+def _adapter(
+    request: Request, images: data.Images, model: nn.Module, example: torch.Tensor
+) -> Adapter:
+    config = request.config
+    adapter = config.adapter()
+    ordered = {name: config.stages[name] for name in adapter.stages if name in config.stages}
+    per_epoch = {name: images.steps_per_epoch(s.batch) for name, s in ordered.items()}
+    context = Context(
+        model=model,
+        example=example,
+        variant=request.variant,
+        smooth=config.build_smooth(),
+        rectify=config.rectify.build(request.seed),
+        stages={name: s.epochs * per_epoch[name] for name, s in ordered.items()},
+        steps_per_epoch=next(iter(per_epoch.values())),
+        progress=_Spinner(),
+    )
+    return adapter(context, config.build_options())
+
+
+def _dense_model(
+    request: Request,
+    images: data.Images,
+    saved: Mapping[str, Any] | None,
+    stop: Callable[[], bool],
+) -> nn.Module:
+    """The trained dense model, which all variants and frameworks of a seed share."""
+    config, model = request.config, _build(request, images)
+    name = f"{config.model}-{config.dense_hash(images.label)}-seed{request.seed}.pt"
+    path = request.out / "dense" / name
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True, map_location=request.device))
+        return model
+    loop = Loop(
+        model=model,
+        images=images,
+        seed=request.seed,
+        stages=[("dense", config.dense)],
+        adapter=None,
+        curve=config.curve,
+        save=lambda loop: _save(request, "dense", loop),
+        stop=stop,
+        save_every=request.save_every,
+    )
+    if saved is not None and saved["part"] == "dense":
+        _restore(loop, saved)
+    loop.run()
+    save_tensors(path, model.state_dict())
+    return model
+
+
+def _framework_loop(
+    request: Request,
+    images: data.Images,
+    dense: nn.Module,
+    example: torch.Tensor,
+    saved: Mapping[str, Any] | None,
+    stop: Callable[[], bool],
+) -> tuple[Loop, Adapter]:
+    """The framework's stages on a copy of the dense model, from the start or a checkpoint."""
+    config, model = request.config, copy.deepcopy(dense)
+    adapter = _adapter(request, images, model, example)
+    loop = Loop(
+        model=model,
+        images=images,
+        seed=request.seed,
+        stages=[(name, config.stages[name]) for name in adapter.context.stages],
+        adapter=adapter,
+        curve=config.curve,
+        save=lambda loop: _save(request, "framework", loop),
+        stop=stop,
+        save_every=request.save_every,
+    )
+    if saved is not None and saved["part"] == "framework":
+        _restore(loop, saved)
+    return loop, adapter
+
+
+def _save(request: Request, part: str, loop: Loop) -> None:
+    assert loop.optimizer is not None
+    save_tensors(
+        request.folder / "checkpoint.pt",
+        {
+            "version": RECORD_VERSION,
+            "run": _identity(request),
+            "part": part,
+            "progress": asdict(loop.progress),
+            "model": loop.model.state_dict(),
+            "optimizer": loop.optimizer.state_dict(),
+            "adapter": loop.adapter.state_dict() if loop.adapter is not None else None,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        },
+    )
+
+
+def _restore(loop: Loop, saved: Mapping[str, Any]) -> None:
+    """Put a loop where :func:`_save` left it."""
+    loop.progress = Progress(**saved["progress"])
+    name, stage = loop.stages[loop.progress.stage]
+    adapter, state = loop.adapter, saved["adapter"]
+    if adapter is not None and state["removed"] is not None:
+        adapter.shrink(loop.model, adapter.context.example, state["removed"])
+    loop.model.load_state_dict(saved["model"])
+    loop.optimizer = optimizer_of(stage, loop.model)
+    loop.optimizer.load_state_dict(saved["optimizer"])
+    if adapter is not None:
+        adapter.load_state_dict(state, name, loop.optimizer, loop.hearing_loss)
+    torch.set_rng_state(saved["random"].cpu())
+    if saved["random_cuda"]:
+        torch.cuda.set_rng_state_all([s.cpu() for s in saved["random_cuda"]])
+
+
+def _checkpoint(path: Path, request: Request) -> Mapping[str, Any] | None:
+    """The checkpoint to go on from, if there is one and it is this run's."""
+    if not path.exists():
+        return None
+    if not request.resume:
+        raise RunError(f"a stopped run is in {path.parent}; --resume goes on, --force starts anew")
+    try:
+        saved: Mapping[str, Any] = torch.load(path, weights_only=True, map_location=request.device)
+        identity, version = saved["run"], saved["version"]
+    except Exception as cause:
+        raise RunError(f"{path} cannot be read ({cause}); --force starts anew") from cause
+    if (version, identity) != (RECORD_VERSION, _identity(request)):
+        raise RunError(
+            f"{path} is of another run ({identity}, here {_identity(request)}); --force starts anew"
+        )
+    return saved
+
+
+def _identity(request: Request) -> dict[str, Any]:
+    return {
+        "config": request.config.hash(),
+        "variant": request.variant,
+        "seed": request.seed,
+        "device": request.device.type,
+    }
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Take an interrupt or a termination as a request: the step ends, a checkpoint is written."""
+    asked: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        asked.append(number)
+        for kind in previous:  # a second signal stops at once
+            signal.signal(kind, signal.SIG_DFL)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            previous[kind] = signal.signal(kind, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)
+
+
+class _Spinner:
+    """Progress of work between training steps, shown on a terminal only."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def __call__(self, what: str) -> None:
+        if self._bar is None:
+            self._bar = tqdm(bar_format="{desc} [{elapsed}]", disable=None, leave=False)
+        self._bar.set_description_str(what)
+
+
+# ---------------------------------------------------------------------- what a record says
+
+
+def _count(events: list[dict[str, Any]], kind: str, first: bool | None = None) -> int:
+    """Structures with such an event; of the first wave, of later ones, or of all."""
+    return sum(
+        len(e["structures"])
+        for e in events
+        if e["kind"] == kind and (first is None or (e["wave"] == 0) == first)
+    )
+
+
+def _widths(model: nn.Module) -> dict[str, int]:
+    """Output channels of every convolution and linear layer."""
+    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    return {n: m.weight.shape[0] for n, m in model.named_modules() if isinstance(m, layers)}
+
+
+def _versions(config: Config) -> dict[str, str]:
+    upstream = {name: require(name) for name in PINS if PINS[name]["adapter"] == config.framework}
+    return {
+        "decay-pruning": dpm_core.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **upstream,
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return f"{named[0]}, {len(named)} cores"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()

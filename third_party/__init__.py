@@ -1,0 +1,1 @@
+"""What is specific to the upstream packages: pins, licences and the touch points in them."""
