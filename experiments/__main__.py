@@ -11,8 +11,11 @@ import torch
 from adapters.base import AdapterError
 from dpm_core import DecayPruningError
 
+from . import table
+from .compare import compare
 from .config import ConfigError, load
 from .data import DataError
+from .files import save_json
 from .run import VARIANTS, Request, RunError, run
 from .training import Stopped
 
@@ -32,7 +35,60 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--resume", action="store_true", help="go on from a checkpoint, if any")
     one.add_argument("--force", action="store_true", help="throw away what is there")
     one.add_argument("--save-every", type=float, default=30.0, help="seconds between checkpoints")
+
+    many = commands.add_parser("compare", help="all variants over several seeds, and their table")
+    many.add_argument("config", type=Path, help="a TOML configuration")
+    many.add_argument("--variants", default=",".join(VARIANTS), help="base,sp,sr")
+    many.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="0-2, or 0,3,5")
+    many.add_argument("--data", help="digits, cifar10, cifar100 or folder:PATH")
+    many.add_argument("--jobs", type=int, help="runs at a time (default: one per core)")
+    _common(many)
+
+    for name, what in (("table", "table of finished runs"), ("plots", "plots of finished runs")):
+        shown = commands.add_parser(name, help=what)
+        shown.add_argument(
+            "paths", type=Path, nargs="*", help="records or folders (default: --out)"
+        )
+        shown.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept")
     return top
+
+
+def seeds(text: str) -> list[int]:
+    """``0-4`` or ``0,2,5`` as a list."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds; give 0-4 or 0,2,5")
+        found += range(int(first), int(last if dash else first) + 1)
+    return found
+
+
+def _compare(args: argparse.Namespace) -> None:
+    variants = args.variants.split(",")
+    if unknown := [v for v in variants if v not in VARIANTS]:
+        raise RunError(f"unknown variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}")
+    config = load(args.config, data=args.data)
+    common = {"out": args.out, "data_root": args.data_root, "device": device(args.device)}
+    requests = [Request(config, v, seed, **common) for seed in args.seeds for v in variants]
+    records = compare(args.config, requests, data=args.data, jobs=args.jobs)
+    _table(records, args.out)
+    _plots(records, args.out)
+
+
+def _table(paths: list[Path], out: Path) -> None:
+    records = table.read(paths)
+    figures = [{"title": t, "rows": table.rows(m)} for t, m in table.sections(records)]
+    save_json(out / "table.json", figures)
+    print(table.markdown(records) + f"\n\n{out / 'table.json'}")
+
+
+def _plots(paths: list[Path], out: Path) -> None:
+    from . import plot  # only now: matplotlib takes a second to load
+
+    files = table.files(paths)
+    for made in plot.plot(list(zip(files, table.read(files), strict=True)), out / "plots"):
+        print(made)
 
 
 def _common(command: argparse.ArgumentParser) -> None:
@@ -68,6 +124,12 @@ def main(arguments: list[str] | None = None) -> int:
                 save_every=args.save_every,
             )
             print(run(request))
+        elif args.command == "compare":
+            _compare(args)
+        elif args.command == "table":
+            _table(args.paths or [args.out], args.out)
+        else:
+            _plots(args.paths or [args.out], args.out)
     except Stopped:
         print("stopped; the same command with --resume goes on", file=sys.stderr)
         return STOPPED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import platform
 import signal
 import subprocess
@@ -85,7 +86,9 @@ def run(request: Request) -> Path:
     if request.force:
         for path in (record_path, checkpoint_path):
             path.unlink(missing_ok=True)
-    if record_path.exists():
+    if finished(request):
+        if request.resume:
+            return record_path
         raise RunError(f"{record_path} is there already; --force throws it away and runs anew")
     saved = _checkpoint(checkpoint_path, request)
 
@@ -161,6 +164,27 @@ def run(request: Request) -> Path:
     )
     checkpoint_path.unlink(missing_ok=True)
     return record_path
+
+
+def finished(request: Request) -> bool:
+    """Whether the run's record is there.
+
+    Raises:
+        RunError: a record is there, but of another configuration.
+    """
+    path = request.folder / "record.json"
+    if not path.exists():
+        return False
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))["config_hash"]
+    except (OSError, ValueError, KeyError, TypeError) as cause:
+        raise RunError(f"{path} cannot be read ({cause}); --force runs anew") from cause
+    if there != request.config.hash():
+        raise RunError(
+            f"{path} is of another configuration of this name; --force throws it away, another "
+            "--out keeps both"
+        )
+    return True
 
 
 def load_model(path: Path) -> nn.Module:
