@@ -72,15 +72,16 @@ def _compare(args: argparse.Namespace) -> None:
     common = {"out": args.out, "data_root": args.data_root, "device": device(args.device)}
     requests = [Request(config, v, seed, **common) for seed in args.seeds for v in variants]
     records = compare(args.config, requests, data=args.data, jobs=args.jobs)
-    _table(records, args.out)
+    print(table.markdown(table.read(records)), end="\n\n")
     _plots(records, args.out)
+    print(_figures(records, args.out))
 
 
-def _table(paths: list[Path], out: Path) -> None:
-    records = table.read(paths)
-    figures = [{"title": t, "rows": table.rows(m)} for t, m in table.sections(records)]
-    save_json(out / "table.json", figures)
-    print(table.markdown(records) + f"\n\n{out / 'table.json'}")
+def _figures(paths: list[Path], out: Path) -> Path:
+    """Write the table's figures as JSON, in full precision."""
+    found = [{"title": t, "rows": table.rows(m)} for t, m in table.sections(table.read(paths))]
+    save_json(out / "table.json", found)
+    return out / "table.json"
 
 
 def _plots(paths: list[Path], out: Path) -> None:
@@ -127,7 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.command == "compare":
             _compare(args)
         elif args.command == "table":
-            _table(args.paths or [args.out], args.out)
+            paths = args.paths or [args.out]
+            print(table.markdown(table.read(paths)), end="\n\n")
+            print(_figures(paths, args.out))
         else:
             _plots(args.paths or [args.out], args.out)
     except Stopped:

@@ -65,7 +65,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def _norms(title: str, traces: dict[str, tuple[int, dict[str, Any]]]) -> Figure:
-    """Norms over the steps since the decision, as shares of L_init; releases marked."""
+    """Norms over the optimizer's steps since the decision; releases marked."""
     figure, axes = plt.subplots(
         1,
         len(traces),
@@ -76,24 +76,26 @@ def _norms(title: str, traces: dict[str, tuple[int, dict[str, Any]]]) -> Figure:
     )
     for axis, (variant, (seed, saved)) in zip(axes[0], traces.items(), strict=True):
         initial: dict[tuple[str, int], float] = {}
+        started: dict[tuple[str, int], int] = {}
         released: dict[tuple[str, int], int] = {}
         refilled: set[tuple[str, int]] = set()
         for event in saved["events"]:
             for k, norm in zip(event["structures"], event["norms"], strict=True):
                 key = (event["group"], k)
                 if event["kind"] == "decay":
-                    initial[key] = norm
+                    initial[key], started[key] = norm, event["step"]
                     if event["wave"]:
                         refilled.add(key)
                 elif event["kind"] == "release":
                     released[key] = event["step"]
-        lines: dict[tuple[str, int], list[tuple[int, float]]] = {}
+        lines: dict[tuple[str, int], list[tuple[int, float]]] = {
+            key: [(started[key], norm)] for key, norm in initial.items()
+        }
         for step, groups in saved["trace"]:
             for group, norms in groups.items():
                 for k, norm in norms.items():
-                    key = (group, k)
-                    if key in initial:
-                        lines.setdefault(key, [(step - 1, 1.0)]).append((step, norm / initial[key]))
+                    if step > started[group, k]:
+                        lines[group, k].append((step, norm))
         kinds = {
             "decayed to zero": (
                 [k for k in lines if k not in released and k not in refilled],
@@ -123,10 +125,10 @@ def _norms(title: str, traces: dict[str, tuple[int, dict[str, Any]]]) -> Figure:
                 linestyle="none",
             )
         axis.set_title(f"{NAMES[variant]}, seed {seed}")
-        axis.set_xlabel("steps since the decision")
+        axis.set_xlabel("optimizer steps since the decision")
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False, fontsize=8)
-    axes[0][0].set_ylabel("norm / L_init")
+    axes[0][0].set_ylabel("norm")
     figure.suptitle(f"Norms of decaying structures\n{title}", fontsize=10)
     return figure
 

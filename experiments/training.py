@@ -91,7 +91,7 @@ class Progress:
         curve: (steps since the decision, test accuracy in %), the removal's own at its step.
         events: what the core reported until the removal.
         heard: batches that hearings used up until then.
-        trace: norms of the structures that ever decayed, by steps since the decision, group and
+        trace: norms of the structures that ever decayed, by the core's clock, group and
             structure.
     """
 
@@ -257,7 +257,7 @@ class Loop:
         norms = {g: dpm.groups[g].norms().tolist() for g in followed}
         p.trace.append(
             (
-                p.total - p.decided_at,
+                dpm.clock,
                 {g: {k: norms[g][k] for k in ks} for g, ks in followed.items()},
             )
         )

@@ -1,0 +1,60 @@
+# Everything a user or a developer runs. `make` alone lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+PY ?= $(VENV)/bin/python
+SETUP ?= $(VENV)/.installed
+OUT ?= runs
+SEEDS ?= 0-2
+VARIANT ?= sp
+SEED ?= 0
+CONFIG ?= experiments/configs/depgraph-digits.toml
+DATA ?=
+FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench-depgraph bench-overhead table plots clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
+	  | while IFS='|' read -r name what; do printf '  %-16s %s\n' "$$name" "$$what"; done
+
+setup: $(VENV)/.installed ## make the environment in .venv, once
+
+# The versions are those of constraints.txt; the stamp is touched only when all is installed.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); \
+	  sys.exit(0 if ok else "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (PyTorch is large: minutes, and about 5 GB)"
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -e '.[depgraph,experiments,dev]'
+	@touch $@
+
+demo: $(SETUP) ## DepGraph on digits: base, +SP and +SR over SEEDS=0-2, table and plots
+	@$(PY) -m experiments compare $(CONFIG) --seeds $(SEEDS) --out $(OUT) \
+	  $(if $(DATA),--data $(DATA)) $(FLAGS)
+
+bench-depgraph: $(SETUP) ## one DepGraph run: VARIANT=base|sp|sr SEED= DATA= CONFIG=
+	@$(PY) -m experiments run $(CONFIG) --variant $(VARIANT) --seed $(SEED) --out $(OUT) --resume \
+	  $(if $(DATA),--data $(DATA)) $(FLAGS)
+
+bench-overhead: $(SETUP) ## what attaching costs a training step, and the decay against torch-kirigami
+	@$(PY) -m experiments.overhead --out $(OUT)/overhead/overhead.json $(FLAGS)
+
+table: $(SETUP) ## the table of all finished runs in OUT=runs
+	@$(PY) -m experiments table --out $(OUT)
+
+plots: $(SETUP) ## the plots of all finished runs in OUT=runs
+	@$(PY) -m experiments plots --out $(OUT)
+
+test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones
+	@$(PY) -m pytest $(FLAGS)
+
+lint: $(SETUP) ## ruff (lint and format) and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+clean: ## remove runs, caches and the environment; downloads in data/ stay
+	rm -rf $(VENV) $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
