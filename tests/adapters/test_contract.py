@@ -1,0 +1,216 @@
+"""What every adapter promises, whatever its framework. A new adapter adds a case, no test."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from adapters.base import AdapterError, count_macs, count_parameters
+from adapters.registry import ADAPTERS
+from dpm_core import Hearing, LeastResistant, Phase, RandomRelease, SelfRectifying, SmoothPruning
+from tests.support.frameworks import CASES, EXAMPLE, IDS, Case, Drive, new_optimizer
+
+VARIANTS = ("base", "sp", "sr")
+cases = pytest.mark.parametrize("case", CASES, ids=IDS)
+
+
+def finished(case: Case, variant: str, **settings) -> Drive:
+    return Drive(case, case.adapter(case.build(), variant, **settings)).run()
+
+
+def outputs(model: torch.nn.Module) -> torch.Tensor:
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def assert_equal_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    left, right = one.state_dict(), other.state_dict()
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_every_registered_adapter_has_a_case():
+    assert {c.framework for c in CASES} == set(ADAPTERS)
+
+
+@cases
+def test_all_variants_meet_the_same_target(case):
+    dense = case.build()
+    drives = {v: finished(case, v) for v in VARIANTS}
+    macs = {v: count_macs(d.model, EXAMPLE) for v, d in drives.items()}
+    assert len(set(macs.values())) == 1
+    assert macs["sp"] <= count_macs(dense, EXAMPLE) / case.speed_up
+    assert len({count_parameters(d.model) for d in drives.values()}) == 1
+    assert len({d.adapter.pruned for d in drives.values()}) == 1
+    assert drives["sp"].adapter.pruned > 0
+    assert len({d.batches for d in drives.values()}) == 1
+
+
+@cases
+@pytest.mark.parametrize("variant", ["sp", "sr"])
+def test_the_smaller_model_gives_the_zeroed_models_outputs(case, variant):
+    # Stop at the removal: the steps after it change the model.
+    drive = Drive(case, case.adapter(case.build(), variant))
+    adapter, seen = drive.adapter, []
+    shrink = type(adapter).remove
+
+    def remove() -> None:
+        before = outputs(copy.deepcopy(adapter.context.model))
+        shrink(adapter)
+        seen.append((before, outputs(copy.deepcopy(adapter.context.model))))
+
+    adapter.remove = remove
+    drive.run()
+    ((before, after),) = seen
+    assert not torch.equal(before, torch.zeros_like(before))
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    assert count_macs(drive.model, EXAMPLE) < count_macs(drive.before_removal, EXAMPLE)
+
+
+@cases
+def test_sp_decays_before_it_removes(case):
+    adapter = case.adapter(case.build(), "sp", smooth=SmoothPruning(6))
+    drive = Drive(case, adapter).run()
+    decayed = [e for e in adapter.dpm.events if e.kind == "decay"]
+    pruned = [e for e in adapter.dpm.events if e.kind == "prune"]
+    assert sum(len(e.structures) for e in decayed) == adapter.pruned
+    assert {e.step for e in pruned} == {decayed[0].step + 6}
+    assert drive.before_removal is not None
+
+
+@cases
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        EAGER_CRITERION := SelfRectifying().criterion.__class__(rate=-1.0, length=-1e9),
+        Hearing(batches=2, threshold=-1.0),
+        RandomRelease(EAGER_CRITERION),
+        LeastResistant(EAGER_CRITERION),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_released_structures_stay_and_are_replaced_in_their_group(case, criterion):
+    rectify = SelfRectifying(criterion, max_share=0.4)
+    adapter = case.adapter(case.build(), "sr", rectify=rectify)
+    Drive(case, adapter).run()
+    events = adapter.dpm.events
+    released = [(e.group, k) for e in events if e.kind == "release" for k in e.structures]
+    refilled = [(e.group, k) for e in events if e.kind == "decay" and e.wave for k in e.structures]
+    assert released
+    assert sorted(g for g, _ in released) == sorted(g for g, _ in refilled)
+    assert not set(released) & set(refilled)
+    for group, k in released:
+        assert adapter.dpm.phases(group)[k] == Phase.ACTIVE
+    for group, k in refilled:
+        assert adapter.dpm.phases(group)[k] == Phase.PRUNED
+
+
+@cases
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(stop=st.integers(1, 15))
+def test_a_run_taken_up_from_its_state_ends_in_the_same_bits(case, variant, stop):
+    whole = finished(case, variant)
+    first = Drive(case, case.adapter(case.build(), variant)).run(stop_after=stop)
+    file = io.BytesIO()
+    state = {
+        "adapter": first.adapter.state_dict(),
+        "model": first.model.state_dict(),
+        "optimizer": first.optimizer.state_dict(),
+    }
+    torch.save(state, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    model = case.build()
+    adapter = case.adapter(model, variant)
+    if saved["adapter"]["removed"] is not None:
+        adapter.shrink(model, EXAMPLE, saved["adapter"]["removed"])
+    model.load_state_dict(saved["model"])
+    second = Drive(case, adapter, stage=first.stage, step=first.step, batches=first.batches)
+    second.optimizer = new_optimizer(model)
+    second.optimizer.load_state_dict(saved["optimizer"])
+    stage = list(adapter.context.stages)[first.stage]
+    adapter.load_state_dict(saved["adapter"], stage, second.optimizer, second.loss)
+    second.run()
+    assert_equal_weights(second.model, whole.model)
+    assert [list(p) for p in adapter.removed] == [list(p) for p in whole.adapter.removed]
+
+
+@cases
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_was_removed_can_be_repeated_on_a_dense_model(case, variant):
+    drive = finished(case, variant)
+    model = case.build()
+    drive.adapter.shrink(model, EXAMPLE, drive.adapter.removed)
+    model.load_state_dict(drive.model.state_dict())
+    assert torch.equal(outputs(model), outputs(drive.model))
+
+
+@cases
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_model_stays_in_its_mode(case, variant):
+    model = case.build()
+    model.train()
+    next(model.children()).eval()
+    modes = [m.training for m in model.modules()]
+    adapter = case.adapter(model, variant)
+    adapter.check()
+    for stage in adapter.context.stages:
+        adapter.begin(stage, new_optimizer(model), lambda: torch.zeros(()))
+    if variant == "base":
+        assert adapter.due()
+        adapter.remove()
+    assert [m.training for m in model.modules()] == modes
+
+
+@cases
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_impossible_target_is_refused_and_nothing_is_changed(case, variant):
+    model = case.build()
+    before = weights(model)
+    adapter = case.adapter(model, variant, options=case.impossible)
+    with pytest.raises(AdapterError, match=r"impossible.*Lower"):
+        adapter.check()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@cases
+@pytest.mark.parametrize("variant", ["sp", "sr"])
+def test_a_stage_too_short_for_the_decay_is_refused(case, variant):
+    short = {name: (5 if name == "prune" else steps) for name, steps in case.stages.items()}
+    with pytest.raises(AdapterError, match="more epochs or shorten"):
+        case.adapter(case.build(), variant, stages=short).check()
+    case.adapter(case.build(), "base", stages=short).check()
+
+
+@cases
+def test_a_sound_request_passes_the_check_and_changes_nothing(case):
+    for variant in VARIANTS:
+        model = case.build()
+        before = weights(model)
+        case.adapter(model, variant).check()
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@cases
+def test_a_copy_is_selected_on_and_the_real_model_is_only_decayed(case):
+    """At the decision nothing is lost yet: the dense model's outputs are still there."""
+    model = case.build()
+    adapter = case.adapter(model, "sp", stages={"prune": 16})
+    before = weights(model)
+    adapter.begin("prune", new_optimizer(model), lambda: torch.zeros(()))
+    assert adapter.decided
+    assert not adapter.due()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -1,0 +1,360 @@
+"""DepGraph: base is upstream, sp selects what upstream removes, and odd layers are refused."""
+
+from __future__ import annotations
+
+import copy
+from importlib import metadata
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import nn
+from torch.nn import functional
+
+from adapters.base import AdapterError, Context, count_macs
+from adapters.depgraph import DepGraph, DepGraphOptions, structure_groups
+from dpm_core import Phase, SelfRectifying, SmoothPruning
+from experiments import models
+from tests.support.frameworks import CASES, EXAMPLE, Case, Drive, batch, new_optimizer, small_resnet
+from third_party import dependency, upstreams
+
+
+def context(model, variant="sp", example=EXAMPLE, stages=None, smooth=None) -> Context:
+    return Context(
+        model=model,
+        example=example,
+        variant=variant,
+        smooth=smooth or SmoothPruning(4),
+        rectify=SelfRectifying(),
+        stages=stages or {"prune": 8},
+        steps_per_epoch=3,
+    )
+
+
+def upstream(model: nn.Module, speed_up: float, sparse_steps: int) -> nn.Module:
+    """The recipe of upstream's own documentation, written out with nothing of this project."""
+    importance = tp.importance.GroupMagnitudeImportance(
+        p=2, normalizer="max" if sparse_steps else "mean"
+    )
+
+    def pruner():
+        return tp.pruner.GroupNormPruner(
+            model,
+            EXAMPLE,
+            importance=importance,
+            reg=5e-4,
+            global_pruning=True,
+            pruning_ratio=1.0,
+            iterative_steps=25,
+            ignored_layers=[model.head],
+            in_channel_groups={},
+            out_channel_groups={},
+            num_heads={},
+        )
+
+    made = pruner()
+    optimizer = new_optimizer(model)
+    for step in range(sparse_steps):
+        model.train()
+        if step and step % 3 == 0:
+            made.update_regularizer()
+        images, labels = batch(step)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images), labels).backward()
+        made.regularize(model)
+        optimizer.step()
+    model.eval()
+    made = pruner()
+    dense = count_macs(model, EXAMPLE)
+    while count_macs(model, EXAMPLE) > dense / speed_up:
+        made.step()
+    return model
+
+
+@pytest.mark.parametrize("sparse_steps", [0, 7])
+def test_base_is_upstream_bit_for_bit(sparse_steps):
+    case = CASES[1 if sparse_steps else 0]
+    expected = upstream(small_resnet(), 2.0, sparse_steps)
+    stages = {"sparse": 7, "prune": 0} if sparse_steps else {"prune": 0}
+    drive = Drive(case, case.adapter(small_resnet(), "base", stages=stages)).run()
+    left, right = drive.model.state_dict(), expected.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[k], right[k]) for k in left)
+    assert right["stem.weight"].shape != small_resnet().state_dict()["stem.weight"].shape
+
+
+NETS = {
+    "small": (small_resnet, EXAMPLE),
+    "vgg-digits": (lambda: models.build("vgg-digits", 1, 10, seed=0), torch.randn(2, 1, 8, 8)),
+    "resnet20": (lambda: models.build("resnet20", 3, 10, seed=0), torch.randn(2, 3, 32, 32)),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "options", [{"speed_up": 1.8, "steps": 25}, {"ratio": 0.4}], ids=["speed-up", "ratio"]
+)
+def test_sp_selects_exactly_what_base_removes(name, options):
+    build, example = NETS[name]
+    base = DepGraph(context(build(), "base", example), DepGraphOptions(**options))
+    base.begin("prune", new_optimizer(base.context.model), lambda: torch.zeros(()))
+    base.remove()
+    sp = DepGraph(context(build(), "sp", example), DepGraphOptions(**options))
+    sp.begin("prune", new_optimizer(sp.context.model), lambda: torch.zeros(()))
+    selected = {
+        (root, k)
+        for root in sp.dpm.groups
+        for k in (sp.dpm.phases(root) == Phase.DECAYING).nonzero()[:, 0].tolist()
+    }
+    removed = {(root, k) for root, channels in base.removed for k in channels}
+    assert selected == removed
+
+    # And removing the selection from the untouched model gives upstream's model, bit for bit.
+    model = build()
+    DepGraph.shrink(model, example, [(r, list(c)) for r, c in base.removed])
+    expected = base.context.model.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+def test_a_ratio_removes_that_share_of_channels():
+    model = small_resnet()
+    adapter = DepGraph(context(model, "base"), DepGraphOptions(ratio=0.5, global_pruning=False))
+    adapter.begin("prune", new_optimizer(model), lambda: torch.zeros(()))
+    adapter.remove()
+    assert model.inner.out_channels == 8
+    assert model.stem.out_channels == 6
+    assert model.head.out_features == 5
+
+
+class Grouped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.grouped = nn.Conv2d(16, 24, 3, padding=1, groups=4)
+        self.up = nn.ConvTranspose2d(24, 10, 2)
+        self.up_norm = nn.BatchNorm2d(10)
+        self.wide = nn.BatchNorm2d(26)
+        self.head = nn.Linear(26, 5)
+
+    def forward(self, x):
+        x = functional.relu(self.norm(self.first(x)))
+        x = functional.relu(self.depthwise(x))
+        y = functional.relu(self.up_norm(self.up(functional.relu(self.grouped(x)))))
+        both = torch.cat([x, y[..., :-1, :-1]], 1)  # two groups share one BatchNorm
+        return self.head(functional.relu(self.wide(both)).mean((2, 3)))
+
+
+def test_grouped_depthwise_transposed_and_concatenated_layers_leave_equal_outputs():
+    torch.manual_seed(0)
+    model = Grouped()
+    adapter = DepGraph(context(model, "sp"), DepGraphOptions(ratio=0.5, global_pruning=False))
+    adapter.check()
+    optimizer = new_optimizer(model)
+    adapter.begin("prune", optimizer, lambda: torch.zeros(()))
+    # In the first group upstream removes channels of each of the four convolution groups together.
+    shapes = {g.name: tuple(g.slices[0].index.shape) for g in adapter.dpm.groups.values()}
+    assert (4, 4) in shapes.values()
+    step = 0
+    while not adapter.due():
+        images, labels = batch(step)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        adapter.after_step()
+        step += 1
+    with torch.no_grad():
+        zeroed = model.eval()(EXAMPLE)
+        adapter.remove()
+        assert model.grouped.out_channels == 12
+        torch.testing.assert_close(model.eval()(EXAMPLE), zeroed, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "resnext50_32x4d", "densenet121"])
+def test_networks_of_torchvision_give_the_zeroed_models_outputs(name):
+    import torchvision
+
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(num_classes=10)
+    example = torch.randn(2, 3, 64, 64)
+    adapter = DepGraph(
+        context(model, "sp", example, smooth=SmoothPruning(1)), DepGraphOptions(ratio=0.3)
+    )
+    adapter.check()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    adapter.begin("prune", optimizer, lambda: torch.zeros(()))
+    functional.cross_entropy(model(example), torch.tensor([1, 2])).backward()
+    optimizer.step()
+    adapter.after_step()
+    assert adapter.due()
+    dense = count_macs(model, example)
+    with torch.no_grad():
+        zeroed = model.eval()(example)
+        adapter.remove()
+        small = model.eval()(example)
+    torch.testing.assert_close(small, zeroed, atol=1e-5, rtol=1e-5)
+    assert count_macs(model, example) < dense
+
+
+@pytest.mark.parametrize("name", ["vgg16-bn", "resnet56"])
+@pytest.mark.slow
+def test_the_recipes_networks_give_the_zeroed_models_outputs(name):
+    model = models.build(name, 3, 10, seed=0)
+    example = torch.randn(2, 3, 32, 32)
+    adapter = DepGraph(
+        context(model, "sp", example, smooth=SmoothPruning(1)),
+        DepGraphOptions(speed_up=2.0, steps=25),
+    )
+    adapter.check()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    adapter.begin("prune", optimizer, lambda: torch.zeros(()))
+    functional.cross_entropy(model(example), torch.tensor([1, 2])).backward()
+    optimizer.step()
+    adapter.after_step()
+    dense = count_macs(model, example)
+    with torch.no_grad():
+        zeroed = model.eval()(example)
+        adapter.remove()
+        torch.testing.assert_close(model.eval()(example), zeroed, atol=1e-5, rtol=0)
+    assert count_macs(model, example) <= dense / 2
+
+
+def test_a_replacement_is_upstreams_next_in_rank():
+    case: Case = CASES[0]
+    adapter = case.adapter(small_resnet(), "sr")
+    drive = Drive(case, adapter)
+    chosen: dict[str, list[int]] = {}
+    scores: dict[str, torch.Tensor] = {}
+    original = dependency.importance
+
+    def importance(made, group):
+        score = original(made, group)
+        scores[group.root] = score.clone()
+        return score
+
+    dependency.importance = importance
+    try:
+        drive.run()
+    finally:
+        dependency.importance = original
+    for event in adapter.dpm.events:
+        if event.kind == "decay" and event.wave == 1:
+            chosen[event.group] = list(event.structures)
+    assert chosen
+    first = {e.group: set(e.structures) for e in adapter.dpm.events if e.wave == 0}
+    for root, structures in chosen.items():
+        free = [k for k in range(len(scores[root])) if k not in first[root]]
+        expected = sorted(free, key=lambda k: float(scores[root][k]))[: len(structures)]
+        assert sorted(structures) == sorted(expected)
+
+
+class WithLayerNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(12, 8)
+        self.norm = nn.LayerNorm(8)
+        self.hidden = nn.Linear(8, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(functional.relu(self.hidden(self.norm(self.embed(x)))))
+
+
+def test_a_layer_norm_is_refused_by_name_and_can_be_left_out():
+    model, example = WithLayerNorm(), torch.randn(2, 12)
+    with pytest.raises(AdapterError, match=r"'norm'.*LayerNorm.*'embed'.*ignored"):
+        DepGraph(context(model, "sp", example), DepGraphOptions(ratio=0.5)).check()
+    DepGraph(context(model, "sp", example), DepGraphOptions(ratio=0.5, ignored=("embed",))).check()
+    assert [g.name for g in structure_groups(model, example, ("embed",))] == ["hidden"]
+
+
+def test_a_batch_norm_without_weights_is_refused():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.Flatten(), nn.Linear(8 * 36, 5)
+    )
+    with pytest.raises(AdapterError, match=r"BatchNorm2d.*running mean"):
+        DepGraph(context(model, "sp"), DepGraphOptions(ratio=0.5)).check()
+
+
+def test_layers_that_make_the_output_are_left_alone():
+    assert dependency.output_layers(small_resnet(), EXAMPLE) == ["head"]
+    groups = structure_groups(small_resnet(), EXAMPLE)
+    assert "head" not in {g.name for g in groups}
+    softmax = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4, 5), nn.Softmax(1))
+    assert dependency.output_layers(softmax, EXAMPLE) == ["2"]
+
+
+def test_batch_norm_is_in_the_structures_and_owns_them():
+    groups = {g.name: g for g in structure_groups(small_resnet(), EXAMPLE)}
+    names = {s.name for g in groups.values() for s in g.slices}
+    assert {"norm.weight", "norm.bias", "outer_norm.weight", "inner_norm.bias"} <= names
+    for group in groups.values():
+        for s in group.slices:
+            assert s.batch_norm == ("norm" in s.name)
+    tied = next(g for g in groups.values() if any(s.name == "stem.weight" for s in g.slices))
+    assert {type(o.module) for o in tied.owners} == {nn.BatchNorm2d}
+    assert len(tied.owners) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "exactly one target"),
+        ({"speed_up": 2.0, "ratio": 0.5}, "exactly one target"),
+        ({"speed_up": 1.0}, "above 1"),
+        ({"ratio": 1.0}, "below 1"),
+        ({"ratio": 0.5, "steps": 0}, "steps of at least 1"),
+    ],
+)
+def test_contradictory_options_are_refused(options, message):
+    with pytest.raises(AdapterError, match=message):
+        DepGraphOptions(**options)
+
+
+def test_an_unknown_layer_in_ignored_is_refused():
+    with pytest.raises(AdapterError, match="'stemm', which is no layer"):
+        DepGraph(context(small_resnet()), DepGraphOptions(ratio=0.5, ignored=("stemm",)))
+
+
+def test_pruners_share_no_dictionaries():
+    """Upstream's defaults are mutable and written to: a pruner's grouped layers would leak."""
+    one = DepGraph(context(Grouped()), DepGraphOptions(ratio=0.5))._new_pruner(Grouped())
+    other = DepGraph(context(small_resnet()), DepGraphOptions(ratio=0.5))._new_pruner(
+        small_resnet()
+    )
+    assert one.out_channel_groups
+    assert not other.out_channel_groups
+    assert not other.num_heads
+
+
+def test_selecting_draws_no_random_numbers():
+    model = small_resnet()
+    state = torch.get_rng_state()
+    adapter = DepGraph(context(model), DepGraphOptions(speed_up=2.0, steps=25))
+    adapter.check()
+    adapter.begin("prune", new_optimizer(model), lambda: torch.zeros(()))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_missing_upstream_names_the_extra(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(upstreams.UpstreamError, match=r"not installed.*\[depgraph\]"):
+        upstreams.require("torch-pruning")
+
+
+def test_another_upstream_version_is_refused(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "1.5.0")
+    with pytest.raises(upstreams.UpstreamError, match=r"1\.5\.0.*1\.6\.1"):
+        upstreams.require("torch-pruning")
+
+
+def test_the_loop_copy_keeps_upstreams_own_model_untouched():
+    model = small_resnet()
+    twin = copy.deepcopy(model)
+    DepGraph(context(model), DepGraphOptions(speed_up=2.0, steps=25)).check()
+    assert all(torch.equal(v, twin.state_dict()[k]) for k, v in model.state_dict().items())

@@ -1,0 +1,28 @@
+"""Shared by all tests: the command line, and hypothesis without time limits or chance."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-cuda",
+        action="store_true",
+        help="tests that need a GPU fail where there is none, instead of being skipped",
+    )
+
+
+@pytest.fixture
+def cuda(request: pytest.FixtureRequest) -> torch.device:
+    """A GPU. Where there is none the test is skipped, or fails under --require-cuda."""
+    if not torch.cuda.is_available():
+        if request.config.getoption("--require-cuda"):
+            pytest.fail("--require-cuda was given, and there is no CUDA device")
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")

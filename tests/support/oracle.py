@@ -1,0 +1,223 @@
+"""The method once more, slowly: float64, plain loops over structures and over their elements.
+
+Shares no code with dpm_core. A *share* is what the core calls a slice: a tensor, the dimension
+that is counted along, and the positions of each structure, as lists of Python integers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One parameter's part in K structures; ``positions[k]`` belong to structure k."""
+
+    parameter: Tensor
+    dim: int
+    positions: list[list[int]]
+    batch_norm: bool = False
+
+    def places(self, k: int) -> Iterator[tuple[int, ...]]:
+        """Coordinates of the elements of structure k."""
+        others = [range(n) for d, n in enumerate(self.parameter.shape) if d != self.dim]
+        for position in self.positions[k]:
+            for rest in itertools.product(*others):
+                yield (*rest[: self.dim], position, *rest[self.dim :])
+
+
+def shares_of(group: Any) -> list[Share]:
+    """The shares of a structure group, read off its public attributes."""
+    return [
+        Share(s.parameter, s.dim, [[int(i) for i in row] for row in s.index.tolist()], s.batch_norm)
+        for s in group.slices
+    ]
+
+
+def values(shares: Sequence[Share], k: int, tensors: Sequence[Tensor | None] = ()) -> list[float]:
+    """Structure k as one flat list: of the parameters, or of ``tensors`` in their place."""
+    found = []
+    for share, tensor in zip(shares, tensors or [s.parameter for s in shares], strict=True):
+        nested = None if tensor is None else tensor.detach().to(torch.float64).tolist()
+        for place in share.places(k):
+            value = nested
+            for coordinate in place if nested is not None else ():
+                value = value[coordinate]
+            found.append(0.0 if value is None else value)
+    return found
+
+
+def length(vector: Sequence[float]) -> float:
+    return math.sqrt(math.fsum(v * v for v in vector))
+
+
+def inner(left: Sequence[float], right: Sequence[float]) -> float:
+    return math.fsum(a * b for a, b in zip(left, right, strict=True))
+
+
+def resistance(initial: float, x: Sequence[float], gradient: Sequence[float]) -> float:
+    """R_k = L_init <-g_k, x_k> / ||x_k||."""
+    size = length(x)
+    return -initial * inner(gradient, x) / size if size else 0.0
+
+
+def smooth(star: Sequence[float], initial: float, n: int, steps: int) -> list[float]:
+    """x after decay step n of ``steps``, from the x* that the optimizer made."""
+    if n == steps:
+        return [0.0 for _ in star]
+    size = length(star)
+    target = initial * (steps - n) / steps
+    return [v * target / size if size else 0.0 for v in star]
+
+
+def cap(max_share: float, cohort: int, spare: int) -> int:
+    """How many of a cohort may be released: rounded down, and each needs a replacement."""
+    return min(int(Fraction(str(max_share)) * cohort), spare)
+
+
+def rate(resistances: Sequence[float], gradients: Sequence[float], initial: float) -> float:
+    """C_rate, the direction: sum R_k / sum(||g_k|| L_init)."""
+    bound = math.fsum(g * initial for g in gradients)
+    return math.fsum(resistances) / bound if bound else 0.0
+
+
+def strength(mine: Sequence[float], cohort: Sequence[Sequence[float]]) -> float:
+    """C_len: the mean R over the mean |mean R| of those decaying beside it, itself among them."""
+    typical = math.fsum(abs(math.fsum(r) / len(r)) for r in cohort) / len(cohort)
+    return math.fsum(mine) / len(mine) / typical if typical else 0.0
+
+
+def strongest(scores: dict[int, float], most: int) -> set[int]:
+    """The ``most`` structures with the highest scores."""
+    return set(sorted(scores, key=lambda k: -scores[k])[: max(most, 0)])
+
+
+def trajectory(
+    cohort: dict[int, tuple[list[float], list[float], float]],
+    t_rate: float,
+    t_len: float,
+    most: int,
+) -> set[int]:
+    """Who of one group's cohort is released; number -> (R_k of each step, ||g_k||, L_init)."""
+    everyone = [r for r, _, _ in cohort.values()]
+    lengths = {k: strength(r, everyone) for k, (r, _, _) in cohort.items()}
+    resisting = {
+        k: lengths[k]
+        for k, (r, g, initial) in cohort.items()
+        if rate(r, g, initial) > t_rate and lengths[k] > t_len
+    }
+    return strongest(resisting, most)
+
+
+def hearing_score(derivatives: Sequence[float]) -> float:
+    """R / sqrt(F) from the derivative of each sample's loss by the structure's gate."""
+    count = len(derivatives)
+    mean = math.fsum(derivatives) / count
+    square = math.fsum(d * d for d in derivatives) / count
+    return -mean / math.sqrt(square) if square else 0.0
+
+
+@dataclass
+class Case:
+    """What the replica knows of one structure."""
+
+    phase: str = "ACTIVE"
+    n: int = 0
+    initial: float = 0.0
+    effect: float = 0.0
+    wave: int = 0
+    immune: bool = False
+    resistances: list[float] = field(default_factory=list)
+    gradients: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Replica:
+    """Follows one structure group through training: fed with gradients and x*, it predicts.
+
+    Trajectory is the only criterion it knows.
+    """
+
+    shares: list[Share]
+    steps: int
+    decision: int
+    t_rate: float
+    t_len: float
+    max_share: float
+    restore: str
+    waves: int = 1
+    cases: list[Case] = field(default_factory=list)
+    released: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.cases = [Case() for _ in self.shares[0].positions]
+
+    @property
+    def effect_shares(self) -> list[Share]:
+        return [s for s in self.shares if s.batch_norm] or self.shares
+
+    def decay(self, structures: Sequence[int], wave: int = 0) -> None:
+        for k in structures:
+            initial = length(values(self.shares, k))
+            effect = length(values(self.effect_shares, k))
+            phase = "DECAYING" if initial > 0 else "PRUNED"
+            self.cases[k] = Case(phase, 0, initial, effect, wave)
+
+    def before_step(self) -> None:
+        """Look at parameters and gradients as they are before the optimizer's step."""
+        decaying = {k: c for k, c in enumerate(self.cases) if c.phase == "DECAYING"}
+        gradients = [s.parameter.grad for s in self.shares]
+        for k, case in decaying.items():
+            gradient = values(self.shares, k, gradients)
+            case.n += 1
+            case.resistances.append(resistance(case.initial, values(self.shares, k), gradient))
+            case.gradients.append(length(gradient))
+        cohort = {
+            k: (c.resistances, c.gradients, c.initial)
+            for k, c in decaying.items()
+            if c.n == self.decision and c.wave < self.waves
+        }
+        spare = sum(c.phase == "ACTIVE" and not c.immune for c in self.cases)
+        most = cap(self.max_share, len(cohort), spare)
+        self.released = trajectory(cohort, self.t_rate, self.t_len, most)
+
+    def after_step(self, stars: Sequence[Tensor]) -> dict[int, list[float]]:
+        """From x*, one tensor per share: what every structure that is not ACTIVE must be now.
+
+        Released ones are among them, for this step.
+        """
+        expected = {}
+        for k, case in enumerate(self.cases):
+            star = values(self.shares, k, stars)
+            if k in self.released:
+                case.phase, case.immune, case.n = "ACTIVE", True, 0
+                expected[k] = self._restored(k, case, star, stars)
+            elif case.phase == "DECAYING":
+                expected[k] = smooth(star, case.initial, case.n, self.steps)
+                if case.n == self.steps:
+                    case.phase, case.n = "PRUNED", 0
+            elif case.phase == "PRUNED":
+                expected[k] = [0.0 for _ in star]
+        return expected
+
+    def _restored(
+        self, k: int, case: Case, star: list[float], stars: Sequence[Tensor]
+    ) -> list[float]:
+        if self.restore == "keep":
+            return star
+        part = [i for i, s in enumerate(self.shares) if s in self.effect_shares]
+        size = length(values([self.shares[i] for i in part], k, [stars[i] for i in part]))
+        factor = case.effect / size if size else 1.0
+        out = []
+        for i, share in enumerate(self.shares):
+            one = values([share], k, [stars[i]])
+            out += [v * factor for v in one] if i in part else one
+        return out
