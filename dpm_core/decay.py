@@ -26,6 +26,8 @@ def target_norm(initial: Number, step: Number | int, steps: int) -> Number:
     Returns:
         The target norm, of the type and shape of ``initial``.
     """
+    if isinstance(step, Tensor):
+        step = step.double()  # whole numbers would divide in float32
     return initial * ((steps - step) / steps)
 
 

@@ -51,19 +51,7 @@ class Slice:
                 f"slice {self.name!r}: dim {self.dim} is outside a parameter of shape "
                 f"{tuple(p.shape)}; give a dim of 0 to {p.dim() - 1}"
             )
-        index = torch.as_tensor(self.index)
-        if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
-            raise GroupError(
-                f"slice {self.name!r}: index is {index.dtype}; give integer positions along dim "
-                f"{self.dim}, not a mask"
-            )
-        if index.dim() not in (1, 2) or index.numel() == 0:
-            raise GroupError(
-                f"slice {self.name!r}: index has shape {tuple(index.shape)}; give (K,) or (K, m) "
-                "with at least one structure"
-            )
-        index = index.detach().to(device=p.device, dtype=torch.int64)
-        index = index.reshape(index.shape[0], -1)
+        index = _rows(self.index, f"slice {self.name!r}").to(p.device)
         extent = p.shape[self.dim]
         if int(index.min()) < 0 or int(index.max()) >= extent:
             raise GroupError(
@@ -107,6 +95,9 @@ class Owner:
             tensor with the batch in dimension 0.
         index: int64 tensor, (K,) or (K, m): the output positions of each structure.
         dim: the dimension of the output that ``index`` counts along; may count from the end.
+
+    Raises:
+        GroupError: ``index`` is no list of positions.
     """
 
     module: nn.Module
@@ -114,8 +105,7 @@ class Owner:
     dim: int = 1
 
     def __post_init__(self) -> None:
-        index = torch.as_tensor(self.index).detach().to(torch.int64)
-        object.__setattr__(self, "index", index.reshape(index.shape[0], -1))
+        object.__setattr__(self, "index", _rows(self.index, f"owner {self.module}"))
 
 
 class StructureGroup:
@@ -137,11 +127,12 @@ class StructureGroup:
         if not self.slices:
             raise GroupError(f"group {name!r} has no slices; give at least one")
         self.size = self.slices[0].index.shape[0]
-        counts = {s.name: s.index.shape[0] for s in self.slices}
-        counts |= {f"owner {i}": o.index.shape[0] for i, o in enumerate(self.owners)}
-        if len(set(counts.values())) != 1:
+        counts = [(s.name, s.index.shape[0]) for s in self.slices]
+        counts += [(f"owner {i}", o.index.shape[0]) for i, o in enumerate(self.owners)]
+        if len({count for _, count in counts}) != 1:
+            listed = ", ".join(f"{what!r}: {count}" for what, count in counts)
             raise GroupError(
-                f"group {name!r}: slices disagree on the number of structures ({counts}); every "
+                f"group {name!r}: slices disagree on the number of structures ({listed}); every "
                 "slice and owner needs one index row per structure"
             )
         require_disjoint([self])
@@ -182,15 +173,14 @@ def require_disjoint(groups: Iterable[StructureGroup]) -> None:
         GroupError: two slices share elements, a parameter is sliced along two dimensions, or two
             parameters share storage.
     """
-    by_storage: dict[int, tuple[Slice, str, Tensor]] = {}
+    by_storage: dict[int, list[tuple[Slice, str, Tensor]]] = {}
     for group in groups:
         for s in group.slices:
             storage = s.parameter.untyped_storage().data_ptr()
             here = f"{s.name!r} of group {group.name!r}"
             taken = torch.zeros(s.parameter.shape[s.dim], dtype=torch.bool, device=s.index.device)
             taken[s.index.reshape(-1)] = True
-            if storage in by_storage:
-                other, there, taken_before = by_storage[storage]
+            for other, there, taken_before in by_storage.get(storage, []):
                 if other.parameter is not s.parameter:
                     raise GroupError(
                         f"{here} shares storage with {there}, but is another tensor; one of them "
@@ -207,8 +197,24 @@ def require_disjoint(groups: Iterable[StructureGroup]) -> None:
                         f"{here} and {there} overlap (position {both} of dim {s.dim} is in both); "
                         "an element can follow one decay only"
                     )
-                taken |= taken_before
-            by_storage[storage] = (s, here, taken)
+            by_storage.setdefault(storage, []).append((s, here, taken))
+
+
+def _rows(index: Tensor, what: str) -> Tensor:
+    """An index as int64 (K, m).
+
+    Raises:
+        GroupError: it is no list of positions.
+    """
+    index = torch.as_tensor(index)
+    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+        raise GroupError(f"{what}: index is {index.dtype}; give integer positions, not a mask")
+    if index.dim() not in (1, 2) or index.numel() == 0:
+        raise GroupError(
+            f"{what}: index has shape {tuple(index.shape)}; give (K,) or (K, m) with at least one "
+            "structure"
+        )
+    return index.detach().to(torch.int64).reshape(index.shape[0], -1)
 
 
 def _require_plain_storage(p: Tensor, name: str) -> None:

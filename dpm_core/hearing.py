@@ -75,12 +75,18 @@ def hold(
                     f"the loss of a hearing is {float(loss.detach())}; the model has diverged, or "
                     "its closure is at fault. Lower the learning rate or check the closure"
                 )
-            if not gates:
+            reached = bool(gates) and loss.requires_grad
+            found = (
+                torch.autograd.grad(loss, [g for _, g, _ in gates], allow_unused=True)
+                if reached
+                else ()
+            )
+            if all(derivative is None for derivative in found):
                 raise GradientError(
-                    "no owner of a decaying structure ran in the hearing's forward pass; the "
-                    "closure must run the model that the groups were made from"
+                    "the loss of a hearing does not depend on the decaying structures; the closure "
+                    "must run the model that the groups were made from and return its loss, not "
+                    "detached"
                 )
-            found = torch.autograd.grad(loss, [g for _, g, _ in gates], allow_unused=True)
             size = gates[0][1].shape[0]
             per_sample = [
                 torch.zeros(size, len(numbers), dtype=torch.float64, device=loss.device)
@@ -107,7 +113,7 @@ def _gates(
 ) -> Iterator[None]:
     """While open, multiply owners' outputs by fresh gates and list (group, gate, index) of each."""
 
-    def hook_for(number: int, dim: int, index: Tensor) -> Callable[..., Tensor]:
+    def hook_for(number: int, dim: int, index: Tensor, highest: int) -> Callable[..., Tensor]:
         def multiply(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
             sound = isinstance(output, Tensor) and -output.dim() < dim < output.dim() and dim != 0
             if not sound:
@@ -117,6 +123,12 @@ def _gates(
                 )
             here = index.to(output.device)
             along = dim % output.dim()
+            if highest >= output.shape[along] or (gates and gates[0][1].shape[0] != len(output)):
+                raise GroupError(
+                    f"an owner of group {groups[number].name!r} returns shape "
+                    f"{tuple(output.shape)}, which has not the batch in dimension 0, or no "
+                    f"position {highest} in dimension {dim}; correct the owner's index or dim"
+                )
             z = output.new_ones(output.shape[0], output.shape[along])
             z[:, here.reshape(-1)] = value
             z.requires_grad_()
@@ -127,7 +139,9 @@ def _gates(
         return multiply
 
     handles = [
-        owner.module.register_forward_hook(hook_for(number, owner.dim, owner.index.cpu()[numbers]))
+        owner.module.register_forward_hook(
+            hook_for(number, owner.dim, owner.index.cpu()[numbers], int(owner.index.max()))
+        )
         for number, (group, numbers) in enumerate(zip(groups, gated, strict=True))
         for owner in group.owners
     ]

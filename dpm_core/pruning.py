@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +97,8 @@ class DecayPruning:
         smooth: SmoothPruning | None = None,
         rectify: SelfRectifying | None = None,
     ) -> None:
-        listed = list(groups)
+        # By name: events and draws do not depend on the order in which groups were found.
+        listed = sorted(groups, key=lambda g: g.name)
         self.groups: dict[str, StructureGroup] = {g.name: g for g in listed}
         if not listed:
             raise GroupError("no structure groups were given; there is nothing to prune")
@@ -301,12 +302,8 @@ class DecayPruning:
             )
         decaying, table = self._decaying, self._decaying.table
         gradients = table.gradients()
-        for s in gradients:
-            if s is not None and s.layout != torch.strided:
-                raise GradientError(
-                    f"a decaying structure has a gradient of layout {s.layout}; switch sparse "
-                    "gradients off for its module"
-                )
+        if any(g is not None and g.layout != torch.strided for g in gradients):
+            raise self._sparse_gradient(decaying.names)
         found = [table.square_norms(gradients)]
         if self.rectify is not None:
             found.append(table.dots(table.parameters(), gradients))
@@ -333,6 +330,18 @@ class DecayPruning:
             if bool(due.any()):
                 plan.release[due] = self._hear(plan, due)
         self._plan = plan
+
+    def _sparse_gradient(self, names: list[str]) -> GradientError:
+        name, s = next(
+            (name, s)
+            for name in names
+            for s in self.groups[name].slices
+            if s.parameter.grad is not None and s.parameter.grad.layout != torch.strided
+        )
+        return GradientError(
+            f"{s.name!r} of group {name!r} has a sparse gradient, whose share in a structure "
+            "cannot be read; switch sparse gradients off for its module"
+        )
 
     def _hear(self, plan: _Plan, due: Tensor) -> Tensor:
         """Which of the structures whose decision falls now are released; bool."""
@@ -449,13 +458,30 @@ class DecayPruning:
                 Event(**{**e, "structures": tuple(e["structures"]), "norms": tuple(e["norms"])})
                 for e in state["events"]
             ]
+            sound = all(self._could_have_happened(e, state["clock"]) for e in events)
         except (TypeError, KeyError) as cause:
             raise StateError(f"the state's events are damaged ({cause})") from cause
+        if not sound:
+            raise StateError(
+                "the state's events are damaged: they name kinds, groups, structures or steps that "
+                "there are not"
+            )
         for name, part in state["groups"].items():
             self._ledger.assign(self._start[name], sizes[name], part)
         self.clock, self.heard, self.events = state["clock"], state["heard"], events
         self._plan = None
         self._refresh()
+
+    def _could_have_happened(self, event: Event, clock: int) -> bool:
+        return (
+            event.kind in get_args(Kind)
+            and event.group in self.groups
+            and 0 <= event.step <= clock
+            and event.wave >= 0
+            and len(event.norms) == len(event.structures)
+            and all(0 <= k < self.groups[event.group].size for k in event.structures)
+            and all(isinstance(norm, float) for norm in event.norms)
+        )
 
     def _settings(self) -> dict[str, str]:
         return {"smooth": repr(self.smooth), "rectify": repr(self.rectify)}

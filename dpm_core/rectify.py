@@ -272,6 +272,11 @@ class SelfRectifying:
             raise ConfigurationError(
                 f"SelfRectifying.at is {self.at!r}; the decision falls in [0.75, 1) of the decay"
             )
+        if not 0.75 <= self.criterion.at < 1:
+            raise ConfigurationError(
+                f"{type(self.criterion).__name__}.at is {self.criterion.at!r}; the decision falls "
+                "in [0.75, 1) of the decay"
+            )
         if not 0 < self.max_share <= 1:
             raise ConfigurationError(
                 f"SelfRectifying.max_share is {self.max_share!r}; give above 0, at most 1"

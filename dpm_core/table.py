@@ -40,6 +40,12 @@ class SliceTable:
 
     Args:
         groups: for each group, its slices, on one device.
+
+    Attributes:
+        slices: all slices, in the table's own order: vectors last.
+        size: number of structures.
+        device: of all slices.
+        dtype: in which sums are accumulated: float32, or wider where a slice is.
     """
 
     def __init__(self, groups: Iterable[Sequence[SliceLike]]) -> None:
@@ -56,16 +62,16 @@ class SliceTable:
         # Vectors go last, so that all of them take part as one concatenated tensor.
         self._order = sorted(range(len(slices)), key=lambda i: slices[i].parameter.dim() == 1)
         self._matrices = sum(s.parameter.dim() > 1 for s in slices)
-        self._slices = [slices[i] for i in self._order]
+        self.slices = [slices[i] for i in self._order]
         self._first = [first[i] for i in self._order]
-        self._extents = [s.parameter.shape[s.dim] for s in self._slices]
-        self._others = [[d for d in range(s.parameter.dim()) if d != s.dim] for s in self._slices]
+        self._extents = [s.parameter.shape[s.dim] for s in self.slices]
+        self._others = [[d for d in range(s.parameter.dim()) if d != s.dim] for s in self.slices]
         self._shapes = [
-            [-1 if d == s.dim else 1 for d in range(s.parameter.dim())] for s in self._slices
+            [-1 if d == s.dim else 1 for d in range(s.parameter.dim())] for s in self.slices
         ]
-        self.device = self._slices[0].parameter.device
+        self.device = self.slices[0].parameter.device
         self.dtype = torch.float32
-        for s in self._slices:
+        for s in self.slices:
             self.dtype = torch.promote_types(self.dtype, s.parameter.dtype)
         self._build_index(members)
 
@@ -82,7 +88,7 @@ class SliceTable:
         for start, given in members:
             columns = []
             for i in (place[g] for g in given):
-                s = self._slices[i]
+                s = self.slices[i]
                 entries = starts[i] + s.index
                 numbers = torch.arange(s.index.shape[0], device=self.device) + start
                 owner[entries.reshape(-1)] = numbers.repeat_interleave(s.index.shape[1])
@@ -107,11 +113,11 @@ class SliceTable:
 
     def parameters(self) -> list[Tensor | None]:
         """The slices' parameters, detached, in the table's order."""
-        return [s.parameter.detach() for s in self._slices]
+        return [s.parameter.detach() for s in self.slices]
 
     def gradients(self) -> list[Tensor | None]:
         """The slices' gradients, in the table's order; ``None`` where there is none."""
-        return [s.parameter.grad for s in self._slices]
+        return [s.parameter.grad for s in self.slices]
 
     def square_norms(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Squared L2 norm of ``tensors`` over each structure, (size,), in ``dtype``."""
@@ -123,7 +129,7 @@ class SliceTable:
             else t
             for i, t in enumerate(tensors)
         ]
-        return self._sum(torch.cat([e.to(self.dtype) for e in entries]).square())
+        return self._sum(torch.cat(entries).to(self.dtype).square())
 
     def dots(self, left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor:
         """Inner product of ``left`` and ``right`` over each structure, (size,), in ``dtype``."""
@@ -149,7 +155,7 @@ class SliceTable:
         padded = torch.cat([factors.to(self.dtype), factors.new_ones(1, dtype=self.dtype)])
         per_entry = padded[self._entry_owner].split(self._extents)
         torch._foreach_mul_(
-            [s.parameter.detach() for s in self._slices],
+            [s.parameter.detach() for s in self.slices],
             [f.view(shape) for f, shape in zip(per_entry, self._shapes, strict=True)],
         )
 
@@ -160,11 +166,11 @@ class SliceTable:
             structures: sorted int64 numbers on the host.
         """
         found = []
-        for s, first in zip(self._slices, self._first, strict=True):
+        for s, first in zip(self.slices, self._first, strict=True):
             local = structures - first
             local = local[(local >= 0) & (local < s.index.shape[0])]
             if local.numel():
-                rows = s.index[local.to(self.device)].reshape(-1)
+                rows = s.index[local.to(self.device, non_blocking=True)].reshape(-1)
                 found.append((s.parameter.detach(), s.dim, rows))
         return found
 

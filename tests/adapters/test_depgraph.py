@@ -243,7 +243,9 @@ def test_a_replacement_is_upstreams_next_in_rank():
         if event.kind == "decay" and event.wave == 1:
             chosen[event.group] = list(event.structures)
     assert chosen
-    first = {e.group: set(e.structures) for e in adapter.dpm.events if e.wave == 0}
+    first = {
+        e.group: set(e.structures) for e in adapter.dpm.events if e.kind == "decay" and e.wave == 0
+    }
     for root, structures in chosen.items():
         free = [k for k in range(len(scores[root])) if k not in first[root]]
         expected = sorted(free, key=lambda k: float(scores[root][k]))[: len(structures)]

@@ -1,10 +1,11 @@
 """A pretended device, to see on a CPU where a program would wait for a real one.
 
-Tensors are marked as the device's: the ones that a test names, those made with an explicit
-``device=`` or brought over with ``.to(device)``, and whatever is computed from any of them. All
-others are the host's. While the watch is armed it notes every operation that would make the host
-wait for the device: reading a value, a result whose size depends on values, or a copy in either
-direction other than a non-blocking one to the device.
+Tensors are marked as the device's: the ones that a test names, those made with ``device=`` or
+brought over with ``.to``, and whatever is computed from any of them. All others are the host's.
+The device is named by a ``torch.device``, the host by the string ``"cpu"``. While the watch is
+armed it notes every operation that would make the host wait for the device: reading a value, a
+result whose size depends on values, or a copy in either direction other than a non-blocking one to
+the device.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class _Operations(TorchDispatchMode):
         far = [t for t in inputs if watch.on_device(t)]
         if watch.armed:
             watch.operations[name] += 1
-            if far and name in WAITING and not (name == "repeat_interleave" and len(inputs) == 0):
+            if far and name in WAITING:
                 watch.note(name)
             if name in INDEXING:
                 indices = list(_tensors(args[1]))
@@ -119,10 +120,11 @@ class _Operations(TorchDispatchMode):
                     watch.note(f"{name} with a mask on the device")
                 if watch.on_device(args[0]) and any(not watch.on_device(i) for i in indices):
                     watch.note(f"{name} with indices on the host")
-            if name in WRITING and inputs[0].dim() and not watch.on_device(inputs[0]) and far:
-                watch.note(f"{name} from the device to the host")
+        to_host = name in WRITING and bool(far) and not watch.on_device(inputs[0])
+        if to_host:
+            watch.note(f"{name} from the device to the host")
         out = func(*args, **kwargs)
-        if far:
+        if far and not to_host:
             watch.mark(_tensors(out))
         return out
 
@@ -142,18 +144,27 @@ class _Functions(TorchFunctionMode):
         watch, kwargs = self.watch, kwargs or {}
         name = getattr(func, "__name__", "")
         first = args[0] if args else None
-        if name in READING and watch.on_device(first):
+        far = watch.on_device(first)
+        place = next(
+            (a for a in (*args[1:], kwargs.get("device")) if isinstance(a, torch.device | str)),
+            None,
+        )
+        if far and name in READING:
             watch.note(name)
+        if far and name == "to" and place == "cpu" and isinstance(place, str):
+            watch.note("to('cpu')")
         out = func(*args, **kwargs)
-        if name in ("to", "cuda") and isinstance(first, Tensor):
-            given = [*args[1:], kwargs.get("device")]
-            if any(isinstance(a, torch.device | str) for a in given) and not watch.on_device(first):
-                if not kwargs.get("non_blocking"):
-                    watch.note("a blocking copy to the device")
-                # On a CPU it may be the very same tensor, which stays the host's.
-                with watch.off():
-                    out = out.clone()
+        if not isinstance(out, Tensor) or not (place or name == "cpu"):
+            return out
+        if name in ("to", "cpu") and isinstance(first, Tensor):
+            back = name == "cpu" or isinstance(place, str)
+            if not back and not far and not kwargs.get("non_blocking"):
+                watch.note("a blocking copy to the device")
+            # On a CPU both sides may be one tensor; here they are two.
+            with watch.off():
+                out = out.detach().clone()
+            if not back:
                 watch.mark([out])
-        elif kwargs.get("device") is not None and isinstance(out, Tensor):
+        elif isinstance(place, torch.device):
             watch.mark([out])
         return out
