@@ -473,8 +473,10 @@ class DecayPruning:
         self._refresh()
 
     def _could_have_happened(self, event: Event, clock: int) -> bool:
+        numbers = (event.step, event.wave, *event.structures)
         return (
-            event.kind in get_args(Kind)
+            all(isinstance(number, int) for number in numbers)
+            and event.kind in get_args(Kind)
             and event.group in self.groups
             and 0 <= event.step <= clock
             and event.wave >= 0

@@ -66,13 +66,16 @@ class SliceTable:
         self._first = [first[i] for i in self._order]
         self._extents = [s.parameter.shape[s.dim] for s in self.slices]
         self._others = [[d for d in range(s.parameter.dim()) if d != s.dim] for s in self.slices]
-        self._shapes = [
-            [-1 if d == s.dim else 1 for d in range(s.parameter.dim())] for s in self.slices
-        ]
         self.device = self.slices[0].parameter.device
         self.dtype = torch.float32
         for s in self.slices:
             self.dtype = torch.promote_types(self.dtype, s.parameter.dtype)
+        # One factor per entry, filled anew in every step, and a view of it in each slice's shape.
+        self._factors = torch.ones(sum(self._extents), dtype=self.dtype, device=self.device)
+        self._factor_views = [
+            part.view([-1 if d == s.dim else 1 for d in range(s.parameter.dim())])
+            for part, s in zip(self._factors.split(self._extents), self.slices, strict=True)
+        ]
         self._build_index(members)
 
     def _build_index(self, members: list[tuple[int, list[int]]]) -> None:
@@ -134,30 +137,26 @@ class SliceTable:
     def dots(self, left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor:
         """Inner product of ``left`` and ``right`` over each structure, (size,), in ``dtype``."""
         matrices = [
-            self._zeros(i)
-            if a is None or b is None
-            else (a.to(self._wide(a)) * b.to(self._wide(b))).sum(self._others[i]).to(self.dtype)
+            self._zeros(i) if a is None or b is None else self._dot(a, b, self._others[i])
             for i, (a, b) in enumerate(zip(left[: self._matrices], right, strict=False))
         ]
         sides = [
             [
-                self._zeros(i) if t is None else t.to(self.dtype)
+                self._zeros(i) if t is None else t
                 for i, t in enumerate(side[self._matrices :], start=self._matrices)
             ]
             for side in (left, right)
         ]
-        vectors = [torch.cat(sides[0]) * torch.cat(sides[1])] if sides[0] else []
+        a, b = (torch.cat(side).to(self.dtype) if side else None for side in sides)
+        vectors = [a * b] if a is not None and b is not None else []
         return self._sum(torch.cat(matrices + vectors))
 
     @torch.no_grad()
     def scale_(self, factors: Tensor) -> None:
         """Multiply structure k by ``factors[k]`` in place; ``factors`` is (size,)."""
         padded = torch.cat([factors.to(self.dtype), factors.new_ones(1, dtype=self.dtype)])
-        per_entry = padded[self._entry_owner].split(self._extents)
-        torch._foreach_mul_(
-            [s.parameter.detach() for s in self.slices],
-            [f.view(shape) for f, shape in zip(per_entry, self._shapes, strict=True)],
-        )
+        torch.index_select(padded, 0, self._entry_owner, out=self._factors)
+        torch._foreach_mul_([s.parameter for s in self.slices], self._factor_views)
 
     def positions(self, structures: Tensor) -> list[tuple[Tensor, int, Tensor]]:
         """(parameter, dim, positions) of ``structures`` for each slice that has any of them.
@@ -173,6 +172,13 @@ class SliceTable:
                 rows = s.index[local.to(self.device, non_blocking=True)].reshape(-1)
                 found.append((s.parameter.detach(), s.dim, rows))
         return found
+
+    def _dot(self, a: Tensor, b: Tensor, others: list[int]) -> Tensor:
+        # Products of half-precision numbers would lose what their sum is made of.
+        wide = self._wide(a)
+        if not a.dtype == b.dtype == wide:
+            a, b = a.to(wide), b.to(wide)
+        return (a * b).sum(others).to(self.dtype)
 
     def _zeros(self, i: int) -> Tensor:
         return torch.zeros(self._extents[i], dtype=self.dtype, device=self.device)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -41,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     many.add_argument("--variants", default=",".join(VARIANTS), help="base,sp,sr")
     many.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="0-2, or 0,3,5")
     many.add_argument("--data", help="digits, cifar10, cifar100 or folder:PATH")
-    many.add_argument("--jobs", type=int, help="runs at a time (default: one per core)")
+    many.add_argument("--jobs", type=count, help="runs at a time (default: one per core)")
     _common(many)
 
     for name, what in (("table", "table of finished runs"), ("plots", "plots of finished runs")):
@@ -53,6 +55,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; give 1 or more")
+    return int(text)
+
+
 def seeds(text: str) -> list[int]:
     """``0-4`` or ``0,2,5`` as a list."""
     found: list[int] = []
@@ -60,17 +69,23 @@ def seeds(text: str) -> list[int]:
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds; give 0-4 or 0,2,5")
+        if dash and int(last) < int(first):
+            raise argparse.ArgumentTypeError(f"{text!r} runs backwards; give 0-4 or 0,2,5")
         found += range(int(first), int(last if dash else first) + 1)
-    return found
+    return sorted(set(found))
 
 
 def _compare(args: argparse.Namespace) -> None:
+    # A termination is an interrupt too: the runs are to save themselves.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     variants = args.variants.split(",")
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise RunError(f"unknown variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}")
     config = load(args.config, data=args.data)
     common = {"out": args.out, "data_root": args.data_root, "device": device(args.device)}
-    requests = [Request(config, v, seed, **common) for seed in args.seeds for v in variants]
+    ordered = [v for v in VARIANTS if v in variants]
+    requests = [Request(config, v, seed, **common) for seed in args.seeds for v in ordered]
     records = compare(args.config, requests, data=args.data, jobs=args.jobs)
     print(table.markdown(table.read(records)), end="\n\n")
     _plots(records, args.out)
@@ -96,20 +111,26 @@ def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept")
     command.add_argument("--data-root", type=Path, default=Path("data"), help="downloads, caches")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    command.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    command.add_argument("--threads", type=count, help="CPU threads (default: PyTorch's choice)")
 
 
 def device(name: str) -> torch.device:
     """The device of that name; ``auto`` takes a GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as cause:
+        reason = str(cause).splitlines()[0]
+        raise RunError(f"there is no device {name!r} ({reason}); give auto, cpu or cuda") from cause
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; prints what it made, or one clear error."""
     args = parser().parse_args(arguments)
-    if args.threads:
+    if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
     try:
         if args.command == "run":
@@ -135,6 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
             _plots(args.paths or [args.out], args.out)
     except Stopped:
         print("stopped; the same command with --resume goes on", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
         return STOPPED
     except (ConfigError, DataError, RunError, AdapterError, DecayPruningError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -101,4 +101,8 @@ def _start(
     if data is not None:
         command += ["--data", data]
     with (request.folder / "run.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        # A session of its own: an interrupt on the terminal reaches this process alone, which
+        # then asks every run once. A second signal would end a run before it has saved itself.
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )

@@ -32,7 +32,7 @@ class ConfigError(ValueError):
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -129,7 +129,10 @@ class Config(_Table):
     def _known(self) -> Config:
         if self.model not in MODELS:
             raise ValueError(f"unknown model {self.model!r}; there are: {', '.join(MODELS)}")
-        adapter = self.adapter()
+        try:
+            adapter = self.adapter()
+        except AdapterError as cause:
+            raise ValueError(f"framework: {cause}") from cause
         unknown = sorted(set(self.stages) - set(adapter.stages))
         if unknown:
             raise ValueError(
@@ -162,9 +165,13 @@ class Config(_Table):
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def dense_hash(self, label: str) -> str:
-        """Names what the dense model depends on, so that variants and frameworks share it."""
-        parts = [self.model, label, self.data.size, self.dense.model_dump(mode="json")]
+    def dense_hash(self, images: str) -> str:
+        """Names what the dense model depends on, so that variants and frameworks share it.
+
+        Args:
+            images: names the images' content.
+        """
+        parts = [self.model, images, self.data.size, self.dense.model_dump(mode="json")]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -191,6 +198,11 @@ def _lines(error: ValidationError, prefix: str = "") -> list[str]:
     return lines
 
 
+def _plain(value: object) -> dict[str, str]:
+    """TOML's dates and times, which no key takes: refused as what they are, under their key."""
+    return {type(value).__name__: str(value)}
+
+
 def load(path: Path, *, data: str | None = None) -> Config:
     """Read and check a configuration.
 
@@ -207,11 +219,14 @@ def load(path: Path, *, data: str | None = None) -> Config:
         raise ConfigError(f"cannot read {path}: {cause.strerror}") from cause
     except tomllib.TOMLDecodeError as cause:
         raise ConfigError(f"{path} is not TOML: {cause}") from cause
-    if data is not None:
-        raw["data"] = {**raw.get("data", {}), "name": data}
+    except UnicodeDecodeError as cause:
+        raise ConfigError(f"{path} is not TOML: it is not UTF-8 ({cause.reason})") from cause
+    table = raw.get("data", {})
+    if data is not None and isinstance(table, dict):
+        raw["data"] = {**table, "name": data}
     try:
         # Strict JSON mode takes lists for tuples and whole numbers for floats, and nothing else.
-        return Config.model_validate_json(json.dumps(raw), strict=True)
+        return Config.model_validate_json(json.dumps(raw, default=_plain), strict=True)
     except ValidationError as cause:
         raise ConfigError(f"{path}: " + "; ".join(_lines(cause))) from cause
     except (AdapterError, ConfigurationError, ImportError) as cause:

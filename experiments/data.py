@@ -70,6 +70,13 @@ class Images:
             object.__setattr__(self, "_cached_moments", cached)
         return cached
 
+    def digest(self) -> str:
+        """Names the content, images and labels of both sets: 16 hex digits."""
+        found = hashlib.blake2b(digest_size=8)
+        for tensor in (self.train, self.train_labels, self.test, self.test_labels):
+            found.update(tensor.cpu().contiguous().numpy().data)
+        return found.hexdigest()
+
     def steps_per_epoch(self, batch: int) -> int:
         """Full batches in one pass over the training images."""
         if batch > len(self.train):
@@ -190,11 +197,13 @@ def _folder(path: Path, root: Path, size: int) -> Images:
     if parts[0].classes != parts[1].classes:
         differ = sorted(set(parts[0].classes) ^ set(parts[1].classes))
         raise DataError(f"{path}: train and test differ in classes {differ}")
-    stamp = hashlib.sha256(f"{size}".encode())
+    stamp = hashlib.sha256(f"{path.resolve()} {size}\n".encode())
     for part in parts:
         for file, label in part.samples:
             at = Path(file)
-            stamp.update(f"{at.relative_to(path)} {at.stat().st_size} {label}\n".encode())
+            seen = at.stat()
+            line = f"{at.relative_to(path)} {seen.st_size} {seen.st_mtime_ns} {label}\n"
+            stamp.update(line.encode())
     cache = root / "decoded" / f"{path.resolve().name}-{stamp.hexdigest()[:16]}.pt"
     if not cache.exists():
         tensors = {}

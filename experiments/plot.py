@@ -105,7 +105,7 @@ def _norms(title: str, traces: dict[str, tuple[int, dict[str, Any]]]) -> Figure:
             "decayed in their place": ([k for k in lines if k in refilled], REFILLED),
         }
         for label, (keys, colour) in kinds.items():
-            for i, key in enumerate(keys[:: max(1, len(keys) // LINES)]):
+            for i, key in enumerate(keys[:: -(-len(keys) // LINES) or 1]):
                 axis.plot(
                     *zip(*lines[key], strict=True),
                     color=colour,

@@ -24,9 +24,9 @@ from adapters.base import Adapter, Context, Variant, count_macs, count_parameter
 from third_party.upstreams import PINS, require
 
 from . import data, models
-from .config import Config
+from .config import Config, ConfigError
 from .files import save_json, save_tensors
-from .training import Loop, Progress, accuracy, optimizer_of
+from .training import Loop, Progress, accuracy, optimizer_of, outputs
 
 VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
 RECORD_VERSION = 1
@@ -97,6 +97,14 @@ def run(request: Request) -> Path:
     images = images.to(request.device)
     model = _build(request, images)
     example = images.normalize(images.test[:2])
+    try:
+        outputs(model, example)
+    except RuntimeError as cause:
+        size = "x".join(map(str, example.shape[1:]))
+        raise ConfigError(
+            f"{config.model} cannot take images of {size} ({_first_line(cause)}); choose another "
+            "model or larger images"
+        ) from cause
     _adapter(request, images, model, example).check()
 
     with _asked_to_stop() as stop:
@@ -134,7 +142,7 @@ def run(request: Request) -> Path:
             "seed": request.seed,
             "versions": _versions(config),
             "revision": revision(),
-            "device": _device_name(request.device),
+            "device": device_name(request.device),
             "threads": torch.get_num_threads(),
             "accuracy": {
                 "dense": accuracy(dense, images),
@@ -199,16 +207,17 @@ def load_model(path: Path) -> nn.Module:
     try:
         saved = torch.load(path, weights_only=True)
         version = saved["version"]
+        if version == RECORD_VERSION:
+            model = models.build(saved["model"], saved["in_channels"], saved["classes"])
+            size = saved["image_size"]
+            example = torch.zeros(2, saved["in_channels"], size, size)
+            registry.load(saved["framework"]).shrink(model, example, saved["removed"])
+            model.load_state_dict(saved["state"])
+            return model.eval()
     except Exception as cause:
-        raise RunError(f"{path} is no model file of this project ({cause})") from cause
-    if version != RECORD_VERSION:
-        raise RunError(f"{path} has version {version}; this release reads {RECORD_VERSION}")
-    model = models.build(saved["model"], saved["in_channels"], saved["classes"])
-    size = saved["image_size"]
-    example = torch.zeros(2, saved["in_channels"], size, size)
-    registry.load(saved["framework"]).shrink(model, example, saved["removed"])
-    model.load_state_dict(saved["state"])
-    return model.eval()
+        reason = _first_line(cause)
+        raise RunError(f"{path} is missing, damaged or no model file ({reason})") from cause
+    raise RunError(f"{path} has version {version}; this release reads {RECORD_VERSION}")
 
 
 def revision() -> str | None:
@@ -263,10 +272,13 @@ def _dense_model(
 ) -> nn.Module:
     """The trained dense model, which all variants and frameworks of a seed share."""
     config, model = request.config, _build(request, images)
-    name = f"{config.model}-{config.dense_hash(images.label)}-seed{request.seed}.pt"
+    name = f"{config.model}-{config.dense_hash(images.digest())}-seed{request.seed}.pt"
     path = request.out / "dense" / name
     if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True, map_location=request.device))
+        try:
+            model.load_state_dict(torch.load(path, weights_only=True, map_location=request.device))
+        except Exception as cause:
+            raise RunError(f"{path} cannot be read ({_first_line(cause)}); delete it") from cause
         return model
     loop = Loop(
         model=model,
@@ -358,7 +370,9 @@ def _checkpoint(path: Path, request: Request) -> Mapping[str, Any] | None:
         saved: Mapping[str, Any] = torch.load(path, weights_only=True, map_location=request.device)
         identity, version = saved["run"], saved["version"]
     except Exception as cause:
-        raise RunError(f"{path} cannot be read ({cause}); --force starts anew") from cause
+        raise RunError(
+            f"{path} cannot be read ({_first_line(cause)}); --force starts anew"
+        ) from cause
     if (version, identity) != (RECORD_VERSION, _identity(request)):
         raise RunError(
             f"{path} is of another run ({identity}, here {_identity(request)}); --force starts anew"
@@ -436,7 +450,13 @@ def _versions(config: Config) -> dict[str, str]:
     }
 
 
-def _device_name(device: torch.device) -> str:
+def _first_line(cause: Exception) -> str:
+    """What went wrong, without the advice that PyTorch adds over many lines."""
+    return (str(cause).splitlines() or [type(cause).__name__])[0]
+
+
+def device_name(device: torch.device) -> str:
+    """The processor that runs, or would run, on a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

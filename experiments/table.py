@@ -6,18 +6,48 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from adapters.base import Variant
 
 from .run import RECORD_VERSION, VARIANTS, RunError
 
 Record = dict[str, Any]
 
 
+class _Config(BaseModel):
+    name: str
+
+
+class _Shape(BaseModel):
+    """What tables and plots read of a record."""
+
+    config: _Config
+    config_hash: str
+    framework: str
+    model: str
+    data: str
+    variant: Variant
+    seed: int
+    accuracy: dict[Literal["dense", "at_removal", "at_removal_reestimated", "final"], float]
+    macs: dict[Literal["dense", "pruned"], int]
+    parameters: dict[Literal["dense", "pruned"], int]
+    structures: dict[Literal["decayed", "released", "refilled", "pruned"], int]
+    channels: dict[str, tuple[int, int]]
+    curve: list[tuple[int, float]]
+    steps: dict[Literal["total", "decision", "removal", "heard"], int]
+
+
 def files(paths: Iterable[Path]) -> list[Path]:
     """Record files below some folders; files stand for themselves."""
     found: list[Path] = []
     for path in paths:
-        found += sorted(path.rglob("*record.json")) if path.is_dir() else [path]
+        if path.suffix == ".json":
+            found.append(path)
+        else:
+            found += sorted(path.rglob("*record.json"))
     return found
 
 
@@ -32,8 +62,11 @@ def read(paths: Iterable[Path]) -> list[Record]:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             version = record["version"]
+            if version == RECORD_VERSION:
+                _Shape.model_validate(record)
         except (OSError, ValueError, KeyError, TypeError) as cause:
-            raise RunError(f"{file} is no record ({cause})") from cause
+            reason = " ".join(str(cause).split())
+            raise RunError(f"{file} is no record ({reason})") from cause
         if version != RECORD_VERSION:
             raise RunError(f"{file} has version {version}, this release reads {RECORD_VERSION}")
         records.append(record)

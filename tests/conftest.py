@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 import torch
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("suite")
+
+# The tests' tensors are small: threads wait for one another longer than they work, and on a busy
+# machine by a factor of ten.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -140,7 +140,7 @@ def test_a_candidate_outranks_one_that_is_not_however_low_its_score() -> None:
 
 
 @pytest.mark.parametrize("criterion", CRITERIA, ids=repr)
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(found=evidences(), step=st.integers(0, 10_000))
 def test_no_criterion_exceeds_its_limits(
     criterion: Criterion, found: tuple[Evidence, Tensor], step: int
@@ -169,7 +169,7 @@ def test_a_criterion_changes_nothing_of_its_evidence_and_repeats_itself(
 # ---------------------------------------------------------------------- trajectory
 
 
-@settings(max_examples=100)
+@settings(max_examples=70)
 @given(
     cohorts(),
     st.integers(1, 4),

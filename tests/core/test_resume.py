@@ -112,7 +112,7 @@ def uninterrupted(policy: str, optimizer_name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     stop=st.integers(0, STEPS),
     optimizer_name=st.sampled_from(["sgd", "adamw"]),
@@ -296,6 +296,13 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], None], tuple[str, ...]]] = {
     "an event of no structure": (event("structures", (99,) * 4), ("events", "damaged")),
     "an event with a norm too few": (event("norms", (1.0,)), ("events", "damaged")),
     "an event in the future": (event("step", 99), ("events", "damaged")),
+    "an event of a negative wave": (event("wave", -1), ("events", "damaged")),
+    "an event's norms are words": (event("norms", ("a", "b", "c", "d")), ("events", "damaged")),
+    "an event's step is a fraction": (event("step", 0.5), ("events", "damaged")),
+    "an event's structures are fractions": (
+        event("structures", (0.5, 1.5, 2.5, 3.5)),
+        ("events", "damaged"),
+    ),
     "an event's step is a word": (event("step", "soon"), ("events", "damaged")),
 }
 

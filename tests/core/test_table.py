@@ -82,7 +82,7 @@ def dots_by_hand(case: Case) -> list[float]:
     return found
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(cases())
 def test_square_norms_of_parameters_are_the_oracles(case: Case) -> None:
     table = case.table
@@ -92,7 +92,7 @@ def test_square_norms_of_parameters_are_the_oracles(case: Case) -> None:
     assert found.tolist() == pytest.approx(expected, rel=case.tolerance, abs=1e-9)
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(cases())
 def test_square_norms_of_other_tensors_count_none_as_zero(case: Case) -> None:
     table = case.table
@@ -101,7 +101,7 @@ def test_square_norms_of_other_tensors_count_none_as_zero(case: Case) -> None:
     assert found.tolist() == pytest.approx(expected, rel=case.tolerance, abs=1e-9)
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(cases())
 def test_dots_are_the_oracles_and_none_counts_as_zero(case: Case) -> None:
     table = case.table
@@ -112,7 +112,7 @@ def test_dots_are_the_oracles_and_none_counts_as_zero(case: Case) -> None:
         assert value == pytest.approx(expected, abs=case.tolerance * size + 1e-12)
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(cases(), st.data())
 def test_scale_multiplies_each_structure_and_nothing_else(case: Case, data: st.DataObject) -> None:
     table = case.table
@@ -145,7 +145,7 @@ def test_a_factor_of_one_leaves_every_bit(case: Case) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(cases(), st.data())
 def test_zero_writes_zeros_over_whole_structures_and_nothing_else(
     case: Case, data: st.DataObject

@@ -23,6 +23,8 @@ from experiments.training import Stopped
 from tests.support.snapshot import difference
 
 PATH = Path(__file__).with_name("tiny.toml")
+ROOT = PATH.parents[2]
+"""The checkout, in which the command line is run."""
 GONE = object()
 """As a change's value: the key is left out."""
 
@@ -32,6 +34,7 @@ MINIATURE: Changes = {
     "name": "miniature",
     "model": "miniature",
     "dense.batch": 40,
+    "options.steps": 8,
     "stages": {
         "sparse": {
             "epochs": 2,
@@ -158,9 +161,9 @@ def run_with_stops(wanted: Request, stops: Collection[int]) -> Path:
     """Carry a run out that is stopped after some of its steps, and goes on each time."""
     done, wanted = 0, replace(wanted, resume=True)
     for stop in sorted(stops):
-        with asked_when(lambda step, stop=stop, done=done: step == stop - done):
-            with pytest.raises(Stopped):
-                run(wanted)
+        last = stop - done
+        with asked_when(lambda step, last=last: step == last), pytest.raises(Stopped):
+            run(wanted)
         assert (wanted.folder / "checkpoint.pt").exists()
         assert not (wanted.folder / "record.json").exists()
         done = stop

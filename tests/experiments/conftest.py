@@ -1,0 +1,55 @@
+"""Runs of the tiny configuration, carried out once for all tests that only look at them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.run import VARIANTS, run
+from tests.support import tiny
+
+
+@dataclass
+class TinyRuns:
+    """Finished runs of all variants, seed 0. Look, but do not touch.
+
+    Attributes:
+        out: the folder they share.
+        paths: of the records, by variant.
+        dense_times: when the dense model's file was last written, as each run ended.
+    """
+
+    out: Path
+    paths: dict[str, Path]
+    dense_times: list[int]
+
+    def record(self, variant: str) -> dict[str, Any]:
+        return json.loads(self.paths[variant].read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
+    out = tmp_path_factory.mktemp("tiny")
+    paths, times = {}, []
+    with tiny.one_thread():
+        for variant in VARIANTS:
+            paths[variant] = run(tiny.request(out, variant))
+            (dense,) = (out / "dense").iterdir()
+            times.append(dense.stat().st_mtime_ns)
+    return TinyRuns(out, paths, times)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    with tiny.one_thread():
+        yield
+
+
+@pytest.fixture
+def miniature(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.miniature(monkeypatch)

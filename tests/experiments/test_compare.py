@@ -1,0 +1,375 @@
+"""Comparisons: which processes are started, in which order, and what comes of their failing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import compare as compare_module
+from experiments.__main__ import STOPPED, main
+from experiments.compare import compare
+from experiments.run import Request, RunError
+from tests.support import tiny
+from tests.support.records import record
+
+
+@dataclass
+class Started:
+    """A process that was not started: its command, and what is told of it."""
+
+    command: list[str]
+    ends_after: int
+    code: int = 0
+    terminated: bool = False
+    waited: bool = False
+
+    def option(self, name: str) -> str:
+        return self.command[self.command.index(f"--{name}") + 1]
+
+    @property
+    def name(self) -> str:
+        return f"{self.option('variant')} {self.option('seed')}"
+
+
+@dataclass
+class Machine:
+    """Stands in for processes and time.
+
+    Attributes:
+        durations: ticks that a run takes, by name; 1 for others.
+        codes: exit codes, by name; 0 for others.
+        log: what a run prints.
+    """
+
+    config: object = field(default_factory=tiny.config)
+    durations: dict[str, int] = field(default_factory=dict)
+    codes: dict[str, int] = field(default_factory=dict)
+    log: str = ""
+    started: list[Started] = field(default_factory=list)
+    at_once: list[int] = field(default_factory=list)
+    ticks: int = 0
+
+    def popen(self, command, stdout, stderr, start_new_session):
+        assert stderr == subprocess.STDOUT
+        # Else an interrupt on the terminal would reach a run twice, and end it unsaved.
+        assert start_new_session
+        process = Started(command, 0)
+        process.ends_after = self.ticks + self.durations.get(process.name, 1)
+        process.code = self.codes.get(process.name, 0)
+        stdout.write(self.log.encode())
+        process.poll = lambda: self.poll(process)
+        process.terminate = lambda: setattr(process, "terminated", True)
+        process.wait = lambda: setattr(process, "waited", True)
+        self.started.append(process)
+        return process
+
+    def poll(self, process):
+        if self.ticks < process.ends_after:
+            return None
+        if process.code == 0:
+            self.finish(process)
+        return process.code
+
+    def finish(self, process):
+        variant, seed = process.option("variant"), int(process.option("seed"))
+        folder = Request(self.config, variant, seed, out=Path(process.option("out"))).folder
+        made = record(variant, seed, config_hash=self.config.hash())
+        (folder / "record.json").write_text(json.dumps(made))
+
+    def sleep(self, seconds):
+        alive = [p for p in self.started if self.ticks < p.ends_after and not p.terminated]
+        self.at_once.append(len(alive))
+        self.ticks += 1
+        if self.ticks > 100:
+            raise AssertionError("waits forever")
+
+
+@pytest.fixture
+def machine(monkeypatch) -> Machine:
+    made = Machine()
+    monkeypatch.setattr(compare_module.subprocess, "Popen", made.popen)
+    monkeypatch.setattr(compare_module.time, "sleep", made.sleep)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Comparisons take signals; these tests give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def requests(out: Path, variants=("base", "sp", "sr"), seeds=(0, 1)) -> list[Request]:
+    return [tiny.request(out, v, seed=s) for s in seeds for v in variants]
+
+
+def names(started) -> list[str]:
+    return [process.name for process in started]
+
+
+def test_every_run_is_carried_out_and_its_record_returned_in_order(tmp_path, machine):
+    wanted = requests(tmp_path)
+    found = compare(tiny.PATH, wanted, data=None, jobs=2)
+    assert found == [r.folder / "record.json" for r in wanted]
+    assert sorted(names(machine.started)) == sorted(f"{r.variant} {r.seed}" for r in wanted)
+
+
+def test_a_seeds_dense_model_is_there_before_the_others_start(tmp_path, machine, monkeypatch):
+    machine.durations = {"base 0": 5, "base 1": 3}
+    ends: dict[str, int] = {}
+    finish = machine.finish
+    machine.finish = lambda process: (ends.update({process.name: machine.ticks}), finish(process))
+    begins: dict[str, int] = {}
+    popen = machine.popen
+
+    def start(command, **settings):
+        process = popen(command, **settings)
+        begins[process.name] = machine.ticks
+        return process
+
+    monkeypatch.setattr(compare_module.subprocess, "Popen", start)
+    compare(tiny.PATH, requests(tmp_path), data=None, jobs=4)
+    assert names(machine.started)[:2] == ["base 0", "base 1"]
+    for name in ("sp 0", "sr 0", "sp 1", "sr 1"):
+        assert begins[name] >= ends[f"base {name[-1]}"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3])
+def test_no_more_runs_at_once_than_asked(tmp_path, machine, jobs):
+    machine.durations = {"sp 0": 4, "sr 0": 2, "sr 1": 3}
+    compare(tiny.PATH, requests(tmp_path, seeds=(0, 1, 2)), data=None, jobs=jobs)
+    assert max(machine.at_once) == jobs
+    assert len(machine.started) == 9
+
+
+def test_by_default_there_is_a_run_per_core_and_on_a_gpu_one(tmp_path, machine, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    compare(tiny.PATH, requests(tmp_path / "a", seeds=(0, 1, 2)), data=None)
+    assert max(machine.at_once) == 3
+    machine.at_once.clear()
+    cuda = [
+        tiny.request(tmp_path / "b", "sp", seed=s, device=torch.device("cuda", 0)) for s in range(3)
+    ]
+    compare(tiny.PATH, cuda, data=None)
+    assert max(machine.at_once) == 1
+    assert {p.option("device") for p in machine.started[-3:]} == {"cuda:0"}
+
+
+def test_cores_are_shared_out_among_the_runs(tmp_path, machine, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    compare(tiny.PATH, requests(tmp_path / "a", seeds=(0,)), data=None, jobs=3)
+    compare(tiny.PATH, requests(tmp_path / "b", seeds=(0,)), data=None, jobs=20)
+    assert [p.option("threads") for p in machine.started] == ["2"] * 3 + ["1"] * 3
+
+
+def test_a_run_is_started_with_all_that_it_needs(tmp_path, machine):
+    wanted = tiny.request(tmp_path / "out", "sr", seed=7, save_every=4.5)
+    compare(tiny.PATH, [wanted], data="digits", jobs=1)
+    (process,) = machine.started
+    command = [sys.executable, "-m", "experiments", "run", str(tiny.PATH)]
+    assert process.command[: len(command)] == command
+    assert "--resume" in process.command
+    options = {
+        "variant": "sr",
+        "seed": "7",
+        "out": str(tmp_path / "out"),
+        "data-root": str(wanted.data_root),
+        "device": "cpu",
+        "save-every": "4.5",
+        "data": "digits",
+    }
+    assert {name: process.option(name) for name in options} == options
+
+
+def test_without_an_override_the_runs_get_none(tmp_path, machine):
+    compare(tiny.PATH, requests(tmp_path, seeds=(0,)), data=None, jobs=1)
+    assert all("--data" not in p.command for p in machine.started)
+
+
+def test_what_is_finished_is_not_run_again(tmp_path, machine):
+    wanted = requests(tmp_path)
+    compare(tiny.PATH, wanted[:4], data=None, jobs=2)
+    machine.started.clear()
+    assert compare(tiny.PATH, wanted, data=None, jobs=2) == [
+        r.folder / "record.json" for r in wanted
+    ]
+    # Seed 1's first variant is there, with its dense model.
+    assert sorted(names(machine.started)) == ["sp 1", "sr 1"]
+    machine.started.clear()
+    compare(tiny.PATH, wanted, data=None, jobs=2)
+    assert machine.started == []
+
+
+def test_a_failing_run_is_named_and_its_output_quoted_and_the_others_are_stopped(tmp_path, machine):
+    machine.codes = {"sp 0": 3}
+    machine.durations = {"sp 0": 2, "sr 0": 50, "sp 1": 50}
+    machine.log = "\n".join(f"line {i}" for i in range(40)) + "\nerror: no disk is left\n"
+    with pytest.raises(RunError, match="sp, seed 0 ended with code 3") as caught:
+        compare(tiny.PATH, requests(tmp_path), data=None, jobs=3)
+    message = str(caught.value)
+    assert "error: no disk is left" in message
+    assert "line 39" in message
+    assert "line 3\n" not in message
+    others = [p for p in machine.started if p.name in ("sr 0", "sp 1")]
+    assert len(others) == 2
+    assert all(p.terminated and p.waited for p in others)
+    assert "sr 1" not in names(machine.started)
+    # Finished ones are kept.
+    assert (tmp_path / "tiny" / "digits" / "base-seed0" / "record.json").exists()
+
+
+def test_an_interrupt_lets_every_run_save_itself(tmp_path, machine, monkeypatch):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare_module.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        compare(tiny.PATH, requests(tmp_path), data=None, jobs=2)
+    assert len(machine.started) == 2
+    assert all(p.terminated and p.waited for p in machine.started)
+
+
+def command(tmp_path, *more) -> list[str]:
+    return [
+        "compare",
+        str(tiny.PATH),
+        "--out",
+        str(tmp_path / "out"),
+        "--data-root",
+        str(tmp_path / "data"),
+        "--device",
+        "cpu",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_comparison_says_how_to_go_on(
+    tmp_path, machine, monkeypatch, capsys, number
+):
+    monkeypatch.setattr(compare_module.time, "sleep", lambda seconds: signal.raise_signal(number))
+    try:
+        code = main(command(tmp_path))
+    except KeyboardInterrupt:  # which would end the tests
+        pytest.fail("the interrupt went through, with a traceback")
+    assert code == STOPPED
+    assert "the same command" in capsys.readouterr().err
+    assert machine.started
+    assert all(p.terminated and p.waited for p in machine.started)
+
+
+def test_a_run_asked_for_twice_is_started_once(tmp_path, machine, monkeypatch):
+    monkeypatch.setattr("experiments.__main__._plots", lambda *args: None)
+    more = ["--seeds", "0,0-1", "--variants", "sp,base,sp", "--jobs", "4"]
+    assert main(command(tmp_path, *more)) == 0
+    assert sorted(names(machine.started)) == ["base 0", "base 1", "sp 0", "sp 1"]
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1"])
+def test_no_jobs_are_refused_instead_of_waiting_forever(tmp_path, machine, capsys, jobs):
+    try:
+        code = main(command(tmp_path, f"--jobs={jobs}"))
+    except SystemExit as ended:  # by the parser
+        code = ended.code
+    assert code == 2
+    assert "jobs" in capsys.readouterr().err
+    assert machine.started == []
+
+
+def test_a_record_of_another_configuration_is_refused_before_any_run(tmp_path, machine, capsys):
+    other = tiny.request(tmp_path / "out", "sr", {"smooth.steps": 6}, seed=1)
+    other.folder.mkdir(parents=True)
+    made = record("sr", 1, config_hash=other.config.hash())
+    (other.folder / "record.json").write_text(json.dumps(made))
+    assert main(command(tmp_path, "--seeds", "0-1")) == 2
+    assert "another configuration" in capsys.readouterr().err
+    assert machine.started == []
+
+
+# ---------------------------------------------------------------------- real processes
+
+
+def experiments(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "experiments", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=tiny.ROOT,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_a_comparison_ends_in_records_a_table_and_plots_and_is_not_done_twice(tmp_path, capsys):
+    arguments = command(tmp_path, "--seeds", "0-1")
+    done = experiments(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    out = tmp_path / "out"
+    records = sorted(out.rglob("record.json"))
+    assert [p.parent.name for p in records] == [
+        f"{v}-seed{s}" for v in ("base", "sp", "sr") for s in (0, 1)
+    ]
+    assert len(list((out / "dense").iterdir())) == 2
+
+    lines = done.stdout.splitlines()
+    rows = [line for line in lines if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["base", "+SP", "+SR"]
+    assert all(row.split("|")[-2].strip() == "2" for row in rows[2:])
+    pictures = [Path(line) for line in lines if line.endswith(".png")]
+    assert [p.name for p in pictures] == [
+        f"tiny-digits-{what}.png" for what in ("accuracy", "channels", "norms")
+    ]
+    assert all(p.exists() and p.parent == out / "plots" for p in pictures)
+    assert lines[-1] == str(out / "table.json")
+    (section,) = json.loads((out / "table.json").read_text(encoding="utf-8"))
+    assert [row["variant"] for row in section["rows"]] == ["base", "sp", "sr"]
+    finals = {
+        v: [json.loads(p.read_text())["accuracy"]["final"] for p in records if v in p.parent.name]
+        for v in ("base", "sp", "sr")
+    }
+    for row in section["rows"]:
+        assert row["seeds"] == [0, 1]
+        assert row["final"]["mean"] == pytest.approx(sum(finals[row["variant"]]) / 2)
+
+    times = [p.stat().st_mtime_ns for p in records]
+    assert main(arguments) == 0
+    assert [p.stat().st_mtime_ns for p in records] == times
+    again = capsys.readouterr().out.splitlines()
+    assert again == [line for line in lines if not line.startswith("finished")]
+
+
+@pytest.mark.slow
+def test_a_failing_comparison_quotes_the_runs_own_error(tmp_path, capsys):
+    missing = tmp_path / "no images here"
+    more = ["--seeds", "3", "--variants", "sp", "--data", f"folder:{missing}"]
+    assert main(command(tmp_path, *more)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: sp, seed 3 ended with code 2:\n")
+    assert f"error: {missing} needs the folders train and test" in printed.err
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.slow
+def test_a_configuration_that_is_wrong_ends_the_process_with_2(tmp_path):
+    path = tiny.write(tmp_path / "c.toml", {"smooth.steps": 0})
+    done = experiments("run", str(path), "--variant", "sp", "--seed", "0", "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        f"error: {path}: smooth.steps: Input should be greater than or equal to 1"
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["c.toml"]

@@ -1,0 +1,190 @@
+"""The overhead benchmark measures what it says; how fast the core is, no test decides."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpm_core import Phase
+from experiments import overhead
+
+TINY = ["--models", "vgg-digits", "--image-size", "8", "--channels", "1", "--batch", "4"]
+TINY += ["--repeats", "2", "--device", "cpu", "--threads", "1"]
+FIGURES = {
+    "step_plain_ms",
+    "step_idle_ms",
+    "step_decaying_ms",
+    "optimizer_plain_ms",
+    "optimizer_idle_ms",
+    "optimizer_decaying_ms",
+    "idle_over_plain",
+    "idle_over_plain_of_medians",
+    "idle_over_plain_by_hooks",
+    "decaying_over_plain",
+    "decaying_over_plain_of_medians",
+    "decaying_over_plain_by_hooks",
+    "hooks_idle_ms",
+    "hooks_decaying_ms",
+    "hooks_decaying_over_floor",
+    "floor_ms",
+    "decay_core_ms",
+    "decay_kirigami_ms",
+    "decay_speed_up",
+    "decay_norm_difference",
+}
+# Differences of two noisy times, or of two norms: finite, but of either sign, or zero.
+SIGNED = {"hooks_idle_ms", "hooks_decaying_ms", "hooks_decaying_over_floor"}
+SIGNED |= {"idle_over_plain_by_hooks", "decaying_over_plain_by_hooks", "decay_norm_difference"}
+
+
+@pytest.fixture
+def tiny() -> overhead.Settings:
+    return overhead.Settings("vgg-digits", 4, 1, 8, 2, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_writes_every_figure_and_prints_the_path_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torch_kirigami")
+    out = tmp_path / "deep" / "overhead.json"
+    assert overhead.main([*TINY, "--out", str(out)]) == 0
+
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == str(out)
+    content = json.loads(out.read_text())
+    assert content["settings"] == {"batch": 4, "channels": 1, "image_size": 8, "repeats": 2}
+    assert content["machine"]["threads"] == 1
+    (found,) = content["models"].values()
+    assert set(found["figures"]) == FIGURES
+    for name, figure in found["figures"].items():
+        assert name in printed
+        assert figure["lower"] <= figure["median"] <= figure["upper"], name
+        assert all(math.isfinite(figure[k]) for k in ("lower", "median", "upper")), name
+        assert name in SIGNED or figure["lower"] > 0, name
+    assert {n: f["target"] for n, f in found["figures"].items() if "target" in f} == {
+        **{f"idle_over_plain{kind}": 1.01 for kind in ("", "_of_medians", "_by_hooks")},
+        **{f"decaying_over_plain{kind}": 1.03 for kind in ("", "_of_medians", "_by_hooks")},
+        "decay_speed_up": 300,
+    }
+    # 32 + 32 + 64 + 64 + 128 + 128 channels.
+    assert (found["structures"], found["decaying"]) == (448, {"idle": 0, "decaying": 224})
+    # 128 rows of 128 x 3 x 3 (or 64 x 3 x 3) weights, a bias, and two of the BatchNorm.
+    group = found["decayed_group"]
+    assert group["structures"] == 128
+    assert group["elements"] in (128 * (128 * 9 + 3), 128 * (64 * 9 + 3))
+    assert found["figures"]["decay_norm_difference"]["median"] <= 1e-5
+
+
+def test_arms_are_what_they_say(tiny: overhead.Settings) -> None:
+    arms = overhead.make_arms(tiny)
+    decaying, idle = arms["decaying"].dpm, arms["idle"].dpm
+    assert arms["plain"].dpm is None
+    assert decaying is not None
+    assert idle is not None
+    assert decaying.rectify is not None
+    initial = {name: group.norms() for name, group in decaying.groups.items()}
+    for _ in range(3):
+        for arm in arms.values():
+            arm.step()
+
+    # A step of plain training, whether DPM is attached or not.
+    pairs = zip(arms["plain"].model.parameters(), arms["idle"].model.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+    assert idle.count(Phase.ACTIVE) == sum(g.size for g in idle.groups.values())
+    assert idle.clock == decaying.clock == 3
+    for name, group in decaying.groups.items():
+        half = decaying.phases(name) == Phase.DECAYING
+        assert int(half.sum()) == group.size // 2
+        # Three steps of a million are 3e-6 of the norm: the tolerance tells them from none.
+        target = initial[name][half].double() * (1 - 3 / overhead.DECAY_STEPS)
+        torch.testing.assert_close(group.norms()[half].double(), target, rtol=5e-7, atol=0)
+
+
+def test_floor_covers_what_decays(tiny: overhead.Settings) -> None:
+    arm = overhead.make_arms(tiny)["decaying"]
+    arm.step()
+    slices, gradients = overhead.decaying_slices(arm)
+    assert arm.dpm is not None
+    squares = 0.0
+    for name, group in arm.dpm.groups.items():
+        squares += float(group.norms()[arm.dpm.phases(name) == Phase.DECAYING].square().sum())
+    assert sum(float(s.square().sum()) for s in slices) == pytest.approx(squares, rel=1e-5)
+    assert [s.shape for s in slices] == [g.shape for g in gradients]
+    assert all(t.is_contiguous() for t in [*slices, *gradients])
+
+
+def test_kirigami_sets_the_norms_that_were_asked_for(tiny: overhead.Settings) -> None:
+    pytest.importorskip("torch_kirigami")
+    (model, (group, *_)), example = tiny.build(), tiny.images()[:2]
+    targets = torch.linspace(0.1, 2, group.size) * group.norms()
+    decay = overhead.kirigami_decay(model, group, example, targets.tolist())
+    assert decay is not None
+    decay()
+    torch.testing.assert_close(group.norms(), targets, rtol=1e-5, atol=0)
+
+
+def test_other_norms_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(overhead, "kirigami_decay", lambda *_: lambda: None)
+    out = tmp_path / "overhead.json"
+    assert overhead.main([*TINY, "--out", str(out)]) == 2
+    assert "do not compare" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_without_kirigami_its_figures_are_null(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_kirigami", None)
+    out = tmp_path / "overhead.json"
+    assert overhead.main([*TINY, "--out", str(out)]) == 0
+    assert ".[dev]" in capsys.readouterr().out
+    figures = json.loads(out.read_text())["models"]["vgg-digits"]["figures"]
+    assert [name for name, f in figures.items() if f is None] == [*overhead.KIRIGAMI_FIGURES]
+
+
+@pytest.mark.parametrize(
+    ("values", "target", "sign", "met"),
+    [
+        ([1.0, 1.02, 9.0], 1.02, 1, True),
+        ([1.0, 1.03, 1.04], 1.02, 1, False),
+        ([299.0], 300, -1, False),
+        ([300.0], 300, -1, True),
+    ],
+)
+def test_a_target_is_met_by_the_median(
+    values: list[float], target: float, sign: int, met: bool
+) -> None:
+    assert overhead.figure(values, target, sign)["met"] is met
+
+
+def test_works_take_turns() -> None:
+    calls: list[str] = []
+    work = {name: (lambda name=name: calls.append(name)) for name in "aAbc"}
+    turns = [{"a": work["a"], "A": work["A"]}, {"b": work["b"]}, {"c": work["c"]}]
+    found = overhead.interleave(turns, 3, torch.device("cpu"), "test")
+    assert {name: len(times) for name, times in found.items()} == dict.fromkeys("aAbc", 3)
+    rounds = ["".join(calls[i : i + 4]) for i in range(0, len(calls), 4)]
+    assert len(rounds) == overhead.WARM_UP + 3
+    assert sorted(rounds[-3:]) == ["aAbc", "bcaA", "caAb"]
+
+
+@pytest.mark.parametrize("wrong", [["--models", "alexnet"], ["--repeats", "1"], ["--batch", "x"]])
+def test_wrong_options_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        overhead.main(wrong)
+    assert wrong[1] in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""The README tells the truth: its commands and snippets run, its table comes from the records."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import table
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TINY = ROOT / "tests" / "support" / "tiny.toml"
+OVERHEAD = "--models vgg-digits --image-size 8 --channels 1 --batch 4 --repeats 2"
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found
+    return found
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("sh") for line in block.strip().splitlines()]
+
+
+def test_the_snippets_run_one_after_the_other():
+    code = "\n".join(blocks("python"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "StructureGroup(" in done.stdout
+    assert "'decay', (3, 7)" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path):
+    """Each to the letter, in the README's order, on the smallest configuration there is.
+
+    `make test` would start this test again, so make only says what it would do.
+    """
+    settings = {"PY": sys.executable, "SETUP": "", "OUT": tmp_path / "runs", "SEEDS": "0"}
+    for command in commands():
+        words = shlex.split(command)
+        flags = {**settings, "CONFIG": TINY}
+        if "bench-overhead" in words:
+            flags["FLAGS"] = OVERHEAD
+        if "test" in words:
+            words.append("-n")
+        if words[0] == "make":
+            # Given on make's command line they win over the Makefile's; CONFIG is not the README's.
+            words += [f"{k}={v}" for k, v in flags.items() if f"{k}=" not in command]
+        else:
+            assert words[0] == "python"
+            words[0] = sys.executable
+            words[words.index("compare") + 1] = str(TINY)
+            words += ["--out", str(tmp_path / "runs")]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        if "-n" not in words and "plots" not in words:
+            last = done.stdout.strip().splitlines()[-1]
+            assert last.endswith(".json"), command
+            assert Path(last).exists(), command
+
+
+def test_the_targets_and_files_it_names_exist():
+    targets = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for target in re.findall(r"\bmake ([a-z-]+)", README):
+        assert re.search(rf"^ +{target} ", targets, re.MULTILINE), target
+    for path in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_its_table_is_generated_from_the_records():
+    shown = re.search(r"<!-- table: .*? -->\n(.*?)<!-- end of table -->", README, re.DOTALL)
+    records = table.read([ROOT / "experiments" / "records"])
+    assert shown[1].strip() == table.markdown(records).strip()
+
+
+def test_the_continuous_integration_runs_the_readmes_test_command():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "make test" in script.read_text(encoding="utf-8")
+    assert "make test" in commands()

@@ -1,0 +1,266 @@
+"""Promise 7: stopped at any step and resumed, a run ends in the bits of one that was not stopped.
+
+A miniature run has 4 steps of dense training, 8 of sparse learning and 16 of pruning; decisions
+fall at its beginning, decays take 5 steps, and releases fall in the fourth.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments import run as run_module
+from experiments.__main__ import STOPPED
+from experiments.run import run
+from experiments.training import Stopped
+from tests.support import tiny
+from tests.support.tiny import MINIATURE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HEARING = {
+    **MINIATURE,
+    "rectify": {"criterion": "hearing", "threshold": -1.0, "batches": 2, "max_share": 0.3},
+}
+WAYS = {
+    "base": ("base", MINIATURE),
+    "sp": ("sp", MINIATURE),
+    "sr": ("sr", MINIATURE),
+    "sr by hearing": ("sr", HEARING),
+    "sr at random": ("sr", {**MINIATURE, "rectify.control": "random"}),
+    "sr in two waves": ("sr", {**MINIATURE, "rectify.waves": 2, "stages.prune.epochs": 5}),
+}
+DENSE, SPARSE = 4, 8
+PRUNE = DENSE + SPARSE
+
+
+def changes(way: str):
+    variant, made = WAYS[way]
+    made = dict(made)
+    stages = {name: dict(stage) for name, stage in MINIATURE["stages"].items()}
+    if (epochs := made.pop("stages.prune.epochs", None)) is not None:
+        stages["prune"]["epochs"] = epochs
+    return variant, {**made, "stages": stages}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs that were not stopped, by way; each is carried out when first asked for."""
+    out = tmp_path_factory.mktemp("whole")
+    done: dict[str, Path] = {}
+
+    def of(way: str) -> Path:
+        if way not in done:
+            variant, made = changes(way)
+            done[way] = run(tiny.request(out / way, variant, made))
+        return done[way]
+
+    return of
+
+
+# Which run is stopped, and after which of its steps, counted from the start of dense training.
+POINTS = {
+    "in dense training": ("sr", DENSE - 2),
+    "at the end of dense training": ("sr", DENSE),
+    "at the end of an epoch": ("sr", DENSE + 4),
+    "at the end of sparse learning": ("sr", PRUNE),
+    "after the first step of a decay": ("sp", PRUNE + 1),
+    "right before the removal": ("sp", PRUNE + 4),
+    "when all is zero and the removal due": ("sp", PRUNE + 5),
+    "after the removal": ("sp", PRUNE + 6),
+    "right before a release": ("sr", PRUNE + 3),
+    "right after a release": ("sr", PRUNE + 4),
+    "right before replacements are zero": ("sr", PRUNE + 8),
+    "when replacements are zero and the removal due": ("sr", PRUNE + 9),
+    "in fine-tuning": ("sr", PRUNE + 13),
+    "at the very end": ("sr", PRUNE + 16),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.usefixtures("miniature")
+def test_a_run_stopped_and_resumed_ends_in_the_same_bits(tmp_path, whole, point):
+    way, stop = POINTS[point]
+    variant, made = changes(way)
+    record = tiny.run_with_stops(tiny.request(tmp_path, variant, made), [stop])
+    tiny.assert_same_bits(record, whole(way))
+
+
+# A hearing at the fourth step reads two batches, so there are two optimizer steps less.
+@pytest.mark.parametrize("step", [PRUNE + 3, PRUNE + 4, PRUNE + 12])
+@pytest.mark.usefixtures("miniature")
+def test_a_run_with_a_hearing_resumes_before_and_after_it(tmp_path, whole, step):
+    variant, made = changes("sr by hearing")
+    record = tiny.run_with_stops(tiny.request(tmp_path, variant, made), [step])
+    tiny.assert_same_bits(record, whole("sr by hearing"))
+
+
+@given(
+    way=st.sampled_from(["base", "sp", "sr", "sr at random", "sr in two waves"]),
+    stops=st.sets(st.integers(1, PRUNE + 16), min_size=1, max_size=4),
+)
+@settings(max_examples=4)
+def test_a_run_stopped_at_any_steps_ends_in_the_same_bits(tmp_path_factory, whole, way, stops):
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.miniature(patch)
+        variant, made = changes(way)
+        out = tmp_path_factory.mktemp("stopped")
+        record = tiny.run_with_stops(tiny.request(out, variant, made), stops)
+        tiny.assert_same_bits(record, whole(way))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["sp", "sr in two waves", "sr by hearing"])
+@pytest.mark.usefixtures("miniature")
+def test_a_run_stopped_after_every_single_step_ends_in_the_same_bits(tmp_path, whole, way):
+    variant, made = changes(way)
+    steps = PRUNE + 16 + (4 if "two waves" in way else 0) - (2 if "hearing" in way else 0)
+    request = tiny.request(tmp_path, variant, made)
+    record = tiny.run_with_stops(request, range(1, steps + 1))
+    tiny.assert_same_bits(record, whole(way))
+
+
+class Crash(Exception):  # noqa: N818  (none that anything expects)
+    pass
+
+
+@pytest.mark.parametrize("step", [DENSE - 1, DENSE + 3, PRUNE + 7])
+@pytest.mark.usefixtures("miniature")
+def test_a_crash_loses_no_more_than_the_steps_since_the_checkpoint(tmp_path, whole, step):
+    def crash(now):
+        if now == step:
+            raise Crash
+        return False
+
+    variant, made = changes("sr")
+    with tiny.asked_when(crash), pytest.raises(Crash):
+        run(tiny.request(tmp_path, variant, made, save_every=0))
+    (checkpoint,) = tmp_path.rglob("checkpoint.pt")
+    progress = torch.load(checkpoint, weights_only=True)["progress"]
+    assert progress["total"] == (step if step < DENSE else step - DENSE) - 1
+    record = run(tiny.request(tmp_path, variant, made, resume=True))
+    tiny.assert_same_bits(record, whole("sr"))
+
+
+@pytest.mark.usefixtures("miniature")
+def test_a_crash_between_dense_training_and_the_framework_loses_no_dense_model(
+    tmp_path, whole, monkeypatch
+):
+    variant, made = changes("sp")
+
+    def crash(*args):
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_framework_loop", crash)
+        with pytest.raises(Crash):
+            run(tiny.request(tmp_path, variant, made, save_every=0))
+    (dense,) = (tmp_path / "dense").iterdir()
+    written = dense.stat().st_mtime_ns
+    record = run(tiny.request(tmp_path, variant, made, resume=True))
+    assert dense.stat().st_mtime_ns == written
+    tiny.assert_same_bits(record, whole("sp"))
+
+
+@pytest.mark.usefixtures("miniature")
+def test_checkpoints_are_as_far_apart_as_asked(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(run_module, "_save", lambda request, part, loop: saved.append(part))
+    run(tiny.request(tmp_path / "often", "sp", MINIATURE, save_every=0))
+    assert saved == ["dense"] * DENSE + ["framework"] * (SPARSE + 16)
+    saved.clear()
+    run(tiny.request(tmp_path / "rarely", "sp", MINIATURE, save_every=1e6))
+    assert saved == []
+
+
+@pytest.mark.usefixtures("miniature")
+def test_the_seconds_of_all_parts_are_counted_together(tmp_path):
+    request = tiny.request(tmp_path, "sp", MINIATURE, resume=True)
+    with tiny.asked_when(lambda step: step == DENSE + 4), pytest.raises(Stopped):
+        run(request)
+    saved = torch.load(request.folder / "checkpoint.pt", weights_only=True)
+    assert 0 < saved["progress"]["seconds"] < 60
+    saved["progress"]["seconds"] += 1000
+    torch.save(saved, request.folder / "checkpoint.pt")
+    record = json.loads(run(request).read_text())
+    assert 1000 < record["seconds"] < 1060
+
+
+def test_a_signal_is_a_request_to_stop_and_handlers_are_put_back():
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with run_module._asked_to_stop() as stop:
+            assert not stop()
+            signal.raise_signal(number)
+            assert stop()
+            # A second signal is not asked again.
+            assert signal.getsignal(number) == signal.SIG_DFL
+        assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# ---------------------------------------------------------------------- processes
+
+
+def start(out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "experiments", "run", str(tiny.PATH)]
+    command += ["--variant", "sr", "--seed", "0", "--out", str(out), "--device", "cpu"]
+    command += ["--threads", "1", *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tiny.ROOT
+    )
+
+
+def wait_for_checkpoint(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not path.exists():
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[1]
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_and_ends_in_the_same_bits(tmp_path, tiny_runs):
+    folder = tmp_path / "tiny" / "digits" / "sr-seed0"
+    process = start(tmp_path, "--save-every", "0")
+    try:
+        wait_for_checkpoint(folder / "checkpoint.pt", process)
+        time.sleep(random.Random(2).uniform(0, 1))
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it was killed"
+    assert not (folder / "record.json").exists()
+    last = start(tmp_path, "--resume")
+    printed, errors = last.communicate(timeout=300)
+    assert last.returncode == 0, errors
+    assert printed.strip() == str(folder / "record.json")
+    tiny.assert_same_bits(folder / "record.json", tiny_runs.paths["sr"])
+
+
+@pytest.mark.slow
+def test_a_terminated_process_saves_itself_says_so_and_goes_on(tmp_path, tiny_runs):
+    folder = tmp_path / "tiny" / "digits" / "sr-seed0"
+    process = start(tmp_path, "--save-every", "0")
+    wait_for_checkpoint(folder / "checkpoint.pt", process)
+    process.send_signal(signal.SIGTERM)
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == STOPPED
+    assert printed == ""
+    assert errors.strip() == "stopped; the same command with --resume goes on"
+    assert not (folder / "record.json").exists()
+    assert (folder / "checkpoint.pt").exists()
+
+    last = start(tmp_path, "--resume")
+    _, errors = last.communicate(timeout=300)
+    assert last.returncode == 0, errors
+    tiny.assert_same_bits(folder / "record.json", tiny_runs.paths["sr"])

@@ -1,0 +1,549 @@
+"""One run of each variant: the record, the model on disk, what is shared, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from adapters.base import AdapterError, count_macs, count_parameters
+from experiments import data
+from experiments import run as run_module
+from experiments.__main__ import STOPPED, main
+from experiments.run import VARIANTS, Request, RunError, load_model, run
+from experiments.training import Loop, Stopped, accuracy, outputs
+from tests.support import tiny
+from tests.support.tiny import MINIATURE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NUMBER = (int, float)
+FIELDS = {
+    "version": int,
+    "config": dict,
+    "config_hash": str,
+    "framework": str,
+    "model": str,
+    "data": str,
+    "variant": str,
+    "seed": int,
+    "versions": {"decay-pruning": str, "python": str, "torch": str, "torch-pruning": str},
+    "revision": (str, type(None)),
+    "device": str,
+    "threads": int,
+    "accuracy": {
+        "dense": float,
+        "at_removal": float,
+        "at_removal_reestimated": float,
+        "final": float,
+    },
+    "macs": {"dense": int, "pruned": int},
+    "parameters": {"dense": int, "pruned": int},
+    "structures": {"decayed": int, "released": int, "refilled": int, "pruned": int},
+    "output_difference": (float, type(None)),
+    "channels": dict,
+    "curve": list,
+    "steps": {"total": int, "decision": int, "removal": int, "heard": int},
+    "seconds": float,
+}
+
+
+def assert_fields(record, fields, where="record"):
+    assert record.keys() == fields.keys(), where
+    for key, kind in fields.items():
+        if isinstance(kind, dict):
+            assert_fields(record[key], kind, f"{where}.{key}")
+        else:
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            assert type(record[key]) in kinds, f"{where}.{key}"
+
+
+def digits() -> data.Images:
+    return data.load("digits", Path("unused"))
+
+
+# ---------------------------------------------------------------------- the record
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_record_has_all_its_fields(tiny_runs, variant):
+    record = tiny_runs.record(variant)
+    assert_fields(record, FIELDS)
+    assert (record["variant"], record["seed"], record["version"]) == (variant, 0, 1)
+    assert (record["framework"], record["model"]) == ("depgraph", "vgg-digits")
+    assert (record["data"], record["threads"]) == ("digits", 1)
+    assert record["versions"]["torch-pruning"] == "1.6.1"
+    assert record["seconds"] > 0
+    assert all(0 <= value <= 100 for value in record["accuracy"].values())
+    names = ["features.0", "features.3", "features.7", "features.10", "features.14", "features.17"]
+    assert list(record["channels"]) == [*names, "classifier"]
+    assert record["channels"]["classifier"] == [10, 10]
+    assert [v[0] for v in record["channels"].values()] == [32, 32, 64, 64, 128, 128, 10]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_record_names_and_holds_its_whole_configuration(tiny_runs, variant):
+    record, config = tiny_runs.record(variant), tiny.config()
+    assert record["config"] == config.model_dump(mode="json")
+    assert record["config_hash"] == config.hash()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_figures_are_those_of_the_model_on_disk(tiny_runs, variant):
+    record, images = tiny_runs.record(variant), digits()
+    model = load_model(tiny_runs.paths[variant].parent / "model.pt")
+    example = images.normalize(images.test[:2])
+    assert record["macs"]["pruned"] == count_macs(model, example)
+    assert record["parameters"]["pruned"] == count_parameters(model)
+    assert record["accuracy"]["final"] == accuracy(model, images)
+    widths = {n: m.weight.shape[0] for n, m in model.named_modules() if n in record["channels"]}
+    assert {n: kept for n, (_, kept) in record["channels"].items()} == widths
+    removed = [whole - kept for whole, kept in record["channels"].values()]
+    assert record["structures"]["pruned"] == sum(removed) > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_dense_figures_are_those_of_the_shared_dense_model(tiny_runs, variant):
+    record, images = tiny_runs.record(variant), digits()
+    request = tiny.request(tiny_runs.out, variant)
+    dense = run_module._build(request, images)
+    (file,) = (tiny_runs.out / "dense").iterdir()
+    dense.load_state_dict(torch.load(file, weights_only=True))
+    assert record["accuracy"]["dense"] == accuracy(dense, images)
+    example = images.normalize(images.test[:2])
+    assert record["macs"]["dense"] == count_macs(dense, example)
+    assert record["parameters"]["dense"] == count_parameters(dense)
+    assert record["accuracy"]["dense"] > 30, "the dense model learnt nothing: weak tests"
+
+
+def test_variants_end_at_equal_macs_parameters_and_steps(tiny_runs):
+    records = [tiny_runs.record(v) for v in VARIANTS]
+    for keys in (("macs", "pruned"), ("macs", "dense"), ("steps", "total"), ("steps", "decision")):
+        assert len({r[keys[0]][keys[1]] for r in records}) == 1, keys
+    assert records[0]["accuracy"]["dense"] == records[1]["accuracy"]["dense"]
+    assert records[0]["accuracy"]["dense"] == records[2]["accuracy"]["dense"]
+    for record in records:
+        assert record["macs"]["pruned"] <= record["macs"]["dense"] / 2
+        assert record["steps"]["total"] == 2 * (1297 // 128)
+        assert record["channels"] == records[0]["channels"]
+
+
+def test_structures_decayed_released_and_refilled_add_up(tiny_runs):
+    base, sp, sr = (tiny_runs.record(v)["structures"] for v in VARIANTS)
+    assert (base["decayed"], base["released"], base["refilled"]) == (0, 0, 0)
+    assert sp["decayed"] == sp["pruned"] == base["pruned"] > 0
+    assert (sp["released"], sp["refilled"]) == (0, 0)
+    assert sr["decayed"] == sr["pruned"] == base["pruned"]
+    assert sr["released"] == sr["refilled"] > 0
+
+
+def test_the_removal_comes_with_the_decision_or_after_the_decay(tiny_runs):
+    steps = {v: tiny_runs.record(v)["steps"] for v in VARIANTS}
+    assert [steps[v]["decision"] for v in VARIANTS] == [0, 0, 0]
+    # 5 steps of decay; after a release in step 4, 5 steps of decay of the replacements.
+    assert [steps[v]["removal"] for v in VARIANTS] == [0, 5, 9]
+    assert [steps[v]["heard"] for v in VARIANTS] == [0, 0, 0]
+
+
+def test_the_smaller_model_gives_the_zeroed_ones_outputs(tiny_runs):
+    assert tiny_runs.record("base")["output_difference"] is None
+    for variant in ("sp", "sr"):
+        assert 0 <= tiny_runs.record(variant)["output_difference"] <= 1e-5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_curve_runs_from_the_decision_to_its_end(tiny_runs, variant):
+    record = tiny_runs.record(variant)
+    curve = [(step, value) for step, value in record["curve"]]
+    removal = record["steps"]["removal"]
+    steps = [step for step, _ in curve]
+    assert steps == sorted([0, 5, 10, 15, 20] + ([removal] if removal != 5 else []))
+    assert all(0 <= value <= 100 for _, value in curve)
+    # Of two values at one step the latter is the removal's.
+    assert dict(curve)[removal] == record["accuracy"]["at_removal"]
+    assert curve[0] == (0, record["accuracy"]["dense"])
+    assert curve[-1] == (20, record["accuracy"]["final"])
+
+
+def test_the_trace_follows_the_norms_to_zero(tiny_runs):
+    for variant in ("sp", "sr"):
+        saved = torch.load(tiny_runs.paths[variant].parent / "trace.pt", weights_only=True)
+        removal = tiny_runs.record(variant)["steps"]["removal"]
+        assert [step for step, _ in saved["trace"]] == list(range(1, removal + 1))
+        first = [e for e in saved["events"] if e["kind"] == "decay" and e["wave"] == 0]
+        released = {
+            (e["group"], k)
+            for e in saved["events"]
+            if e["kind"] == "release"
+            for k in e["structures"]
+        }
+        norms = dict(saved["trace"])
+        checked = 0
+        for event in first:
+            for k, initial in zip(event["structures"], event["norms"], strict=True):
+                if (event["group"], k) in released:
+                    assert norms[removal][event["group"]][k] > 0
+                    continue
+                for step in range(1, 6):
+                    found = norms[step][event["group"]][k]
+                    assert found == pytest.approx(initial * (1 - step / 5), rel=1e-4, abs=1e-12)
+                checked += 1
+        assert checked > 10
+        assert bool(released) == (variant == "sr")
+    base = torch.load(tiny_runs.paths["base"].parent / "trace.pt", weights_only=True)
+    assert base == {"trace": [], "events": []}
+
+
+def test_a_run_leaves_no_checkpoint_and_nothing_temporary(tiny_runs):
+    for variant in VARIANTS:
+        files = {p.name for p in tiny_runs.paths[variant].parent.iterdir()}
+        assert files == {"record.json", "model.pt", "trace.pt"}
+    everything = [p.name for p in tiny_runs.out.rglob("*")]
+    assert not [name for name in everything if name.endswith(".tmp")]
+
+
+def test_the_dense_model_is_trained_once_and_read_by_the_other_variants(tiny_runs):
+    assert len(tiny_runs.dense_times) == 3
+    assert len(set(tiny_runs.dense_times)) == 1
+
+
+# ---------------------------------------------------------------------- miniature runs
+
+
+@pytest.fixture
+def loops(monkeypatch) -> list[Loop]:
+    """The training loops that runs make, as they make them."""
+    made: list[Loop] = []
+
+    def note(**settings):
+        made.append(Loop(**settings))
+        return made[-1]
+
+    monkeypatch.setattr(run_module, "Loop", note)
+    return made
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.usefixtures("miniature")
+def test_the_model_on_disk_gives_the_outputs_of_the_one_trained(tmp_path, loops, variant):
+    record = run(tiny.request(tmp_path, variant, MINIATURE))
+    dense, trained = loops
+    assert dense.adapter is None
+    images = tiny.few_digits()
+    probe = images.normalize(images.test)
+    model = load_model(record.parent / "model.pt")
+    assert not model.training
+    assert torch.equal(outputs(model, probe), outputs(trained.model, probe))
+    state = trained.model.state_dict()
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("miniature")
+def test_what_is_there_is_refused_kept_or_thrown_away_as_asked(tmp_path, loops):
+    request = tiny.request(tmp_path, "sp", MINIATURE)
+    record = run(request)
+    written = record.stat().st_mtime_ns
+    assert len(loops) == 2
+
+    with pytest.raises(RunError, match="--force"):
+        run(request)
+    resuming = tiny.request(tmp_path, "sp", MINIATURE, resume=True)
+    assert run(resuming) == record
+    assert record.stat().st_mtime_ns == written
+    assert len(loops) == 2, "a refused or finished run trained"
+
+    first = tiny.results(record)
+    assert run(tiny.request(tmp_path, "sp", MINIATURE, force=True)) == record
+    assert record.stat().st_mtime_ns > written
+    assert len(loops) == 3, "the dense model is shared, also with the next run"
+    assert tiny.difference(first, tiny.results(record)) is None
+
+
+@pytest.mark.usefixtures("miniature")
+def test_a_record_of_another_configuration_is_refused_and_kept(tmp_path):
+    record = run(tiny.request(tmp_path, "base", MINIATURE))
+    content = record.read_bytes()
+    changed = {**MINIATURE, "smooth.steps": 6}
+    for resume in (False, True):
+        with pytest.raises(RunError, match=r"another configuration.*--force.*--out"):
+            run(tiny.request(tmp_path, "base", changed, resume=resume))
+    assert record.read_bytes() == content
+    run(tiny.request(tmp_path, "base", changed, force=True))
+    assert record.read_bytes() != content
+
+
+@pytest.mark.usefixtures("miniature")
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe"], ids=repr)
+def test_a_damaged_record_is_refused_with_the_remedy(tmp_path, content):
+    request = tiny.request(tmp_path, "base", MINIATURE, resume=True)
+    request.folder.mkdir(parents=True)
+    (request.folder / "record.json").write_bytes(content)
+    with pytest.raises(RunError, match=r"cannot be read.*--force"):
+        run(request)
+
+
+@pytest.mark.parametrize("variant", ["base", "sr"])
+@pytest.mark.usefixtures("miniature")
+def test_the_same_run_twice_ends_in_the_same_bits(tmp_path, variant):
+    first = run(tiny.request(tmp_path / "a", variant, MINIATURE))
+    torch.randn(5)  # whatever the random state was
+    second = run(tiny.request(tmp_path / "b", variant, MINIATURE))
+    tiny.assert_same_bits(first, second)
+
+
+@pytest.mark.usefixtures("miniature")
+def test_seeds_end_in_different_models(tmp_path):
+    states = []
+    for seed in (0, 1):
+        record = run(tiny.request(tmp_path, "sp", MINIATURE, seed=seed))
+        states.append(torch.load(record.parent / "model.pt", weights_only=True)["state"])
+    assert not torch.equal(states[0]["classifier.bias"], states[1]["classifier.bias"])
+    assert len(list((tmp_path / "dense").iterdir())) == 2
+
+
+@pytest.mark.usefixtures("miniature")
+def test_variants_read_the_same_batches_in_the_same_steps(tmp_path, monkeypatch):
+    read: dict[str, list[tuple[int, int, int]]] = {}
+    batch = data.Images.batch
+    for variant in VARIANTS:
+        seen = read.setdefault(variant, [])
+
+        def note(images, size, position, seed, seen=seen):
+            seen.append((size, position, seed))
+            return batch(images, size, position, seed)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(data.Images, "batch", note)
+            run(tiny.request(tmp_path / variant, variant, MINIATURE))
+    assert read["base"] == read["sp"] == read["sr"]
+    assert len(read["base"]) == len(set(read["base"])) == 4 + 8 + 16
+    # Another seed shares no batch with it.
+    monkeypatch.setattr(data.Images, "batch", lambda *args: (other.add(args[1:]), batch(*args))[1])
+    other: set[tuple[int, int, int]] = set()
+    run(tiny.request(tmp_path, "base", MINIATURE, seed=1))
+    assert len(other) == 4 + 8 + 16
+    assert not other & set(read["base"])
+
+
+@pytest.mark.usefixtures("miniature")
+def test_the_curve_ends_where_it_is_told_to(tmp_path):
+    changes = {**MINIATURE, "curve": {"every": 3, "until": 8}}
+    record = json.loads(run(tiny.request(tmp_path, "sp", changes)).read_text())
+    # The decision falls at the beginning of the stage, the removal 5 steps later.
+    assert [step for step, _ in record["curve"]] == [0, 3, 5, 6]
+
+
+HEARING = {
+    **MINIATURE,
+    "rectify": {"criterion": "hearing", "threshold": -1.0, "batches": 2, "max_share": 0.3},
+}
+
+
+@pytest.mark.usefixtures("miniature")
+def test_what_a_hearing_reads_counts_as_training_steps(tmp_path):
+    records = [
+        json.loads(run(tiny.request(tmp_path, v, HEARING)).read_text()) for v in ("sp", "sr")
+    ]
+    assert [r["steps"]["heard"] for r in records] == [0, 2]
+    assert records[0]["steps"]["total"] == records[1]["steps"]["total"] == 24
+    assert records[1]["structures"]["released"] > 0
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def stopped(tmp_path, miniature) -> Request:
+    """A run of sp that was stopped in its decay, and is now to go on."""
+    request = tiny.request(tmp_path, "sp", MINIATURE)
+    with tiny.asked_when(lambda step: step == 4 + 8 + 2), pytest.raises(Stopped):
+        run(request)
+    assert (request.folder / "checkpoint.pt").exists()
+    return tiny.request(tmp_path, "sp", MINIATURE, resume=True)
+
+
+def test_a_stopped_run_is_not_overwritten_without_being_told(stopped):
+    with pytest.raises(RunError, match=r"stopped run.*--resume goes on.*--force starts anew"):
+        run(tiny.request(stopped.out, "sp", MINIATURE))
+    assert (stopped.folder / "checkpoint.pt").exists()
+
+
+def test_force_starts_a_stopped_run_anew(stopped, loops):
+    run(tiny.request(stopped.out, "sp", MINIATURE, force=True))
+    (loop,) = loops
+    assert loop.progress.total == 24
+    assert not (stopped.folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"smooth.steps": 6}, {"stages.prune.learning_rate": 0.04}, {"rectify.max_share": 0.2}],
+    ids=str,
+)
+def test_a_checkpoint_of_another_configuration_is_refused_with_the_remedy(stopped, change):
+    other = tiny.request(stopped.out, "sp", {**MINIATURE, **flat(change)}, resume=True)
+    assert other.folder == stopped.folder
+    before = (stopped.folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(RunError, match=r"checkpoint\.pt is of another run.*--force starts anew"):
+        run(other)
+    assert (stopped.folder / "checkpoint.pt").read_bytes() == before
+    run(stopped)
+
+
+def flat(change):
+    """MINIATURE replaces the stages whole, so a change inside is made there."""
+    (key, value), *_ = change.items()
+    if not key.startswith("stages."):
+        return change
+    _, stage, setting = key.split(".")
+    stages = {name: dict(table) for name, table in MINIATURE["stages"].items()}
+    stages[stage][setting] = value
+    return {"stages": stages}
+
+
+@pytest.mark.parametrize("other", [("sr", 0), ("sp", 1)], ids=["variant", "seed"])
+def test_a_checkpoint_moved_from_another_run_is_refused(stopped, other):
+    variant, seed = other
+    request = tiny.request(stopped.out, variant, MINIATURE, resume=True, seed=seed)
+    request.folder.mkdir(parents=True)
+    (stopped.folder / "checkpoint.pt").rename(request.folder / "checkpoint.pt")
+    with pytest.raises(RunError, match=r"of another run.*--force starts anew"):
+        run(request)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "other tensors"])
+def test_a_damaged_checkpoint_is_refused_with_the_remedy(stopped, damage):
+    path = stopped.folder / "checkpoint.pt"
+    content = path.read_bytes()
+    if damage == "foreign":
+        path.write_bytes(b"not a checkpoint at all")
+    elif damage == "other tensors":
+        torch.save({"weight": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
+    with pytest.raises(
+        RunError, match=r"(?s)checkpoint\.pt cannot be read.*--force starts anew"
+    ) as caught:
+        run(stopped)
+    # PyTorch's own advice, over many lines, is to load it without weights_only.
+    assert "\n" not in str(caught.value)
+    assert not (stopped.folder / "record.json").exists()
+    path.write_bytes(content)
+    run(stopped)
+
+
+def test_a_checkpoint_of_another_version_is_refused(stopped):
+    path = stopped.folder / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "version": 99}, path)
+    with pytest.raises(RunError, match="--force starts anew"):
+        run(stopped)
+
+
+def test_resuming_what_was_never_started_starts_it(tmp_path, miniature):
+    assert run(tiny.request(tmp_path, "base", MINIATURE, resume=True)).exists()
+
+
+# ---------------------------------------------------------------------- models on disk
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "foreign", "version", "no plan"])
+def test_a_damaged_model_file_is_refused_by_name(tiny_runs, tmp_path, damage):
+    path = tmp_path / "model.pt"
+    content = (tiny_runs.paths["sp"].parent / "model.pt").read_bytes()
+    if damage in ("version", "no plan"):
+        path.write_bytes(content)
+        saved = torch.load(path, weights_only=True)
+        if damage == "version":
+            saved["version"] = 99
+        else:
+            del saved["removed"]
+        torch.save(saved, path)
+    elif damage != "missing":
+        made = {"empty": b"", "cut": content[:-1000], "foreign": b"hello"}
+        path.write_bytes(made[damage])
+    with pytest.raises(RunError, match=r"model\.pt") as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_dense_model_is_refused_by_name(tmp_path, miniature):
+    record = run(tiny.request(tmp_path, "base", MINIATURE))
+    (dense,) = (tmp_path / "dense").iterdir()
+    dense.write_bytes(dense.read_bytes()[:100])
+    with pytest.raises(RunError) as caught:
+        run(tiny.request(tmp_path, "sp", MINIATURE))
+    assert str(dense) in str(caught.value)
+    assert record.exists()
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.usefixtures("miniature")
+def test_training_that_ends_before_the_removal_is_due_is_refused_before_any_work(tmp_path):
+    request = tiny.request(tmp_path / "out", "sr", {**MINIATURE, "smooth.steps": 12})
+    with pytest.raises(AdapterError, match=r"takes up to 21 steps.*'prune' has 16"):
+        run(request)
+    assert not request.out.exists()
+    # The decay alone fits.
+    assert run(tiny.request(tmp_path / "out", "sp", {**MINIATURE, "smooth.steps": 12})).exists()
+
+
+@pytest.mark.usefixtures("miniature")
+def test_folders_of_data_keep_runs_apart(tmp_path):
+    request = tiny.request(tmp_path, "sp", {"data.name": "folder:/data/pets v2"})
+    assert request.folder == tmp_path / "tiny" / "folder--data-pets-v2" / "sp-seed0"
+
+
+def test_image_folders_of_one_name_do_not_share_a_dense_model(tmp_path):
+    """Else a run would prune, in silence, a model that was trained on other images."""
+    small = {
+        "model": "vgg-digits",
+        "data.size": 8,
+        "dense.batch": 4,
+        "stages.prune.batch": 4,
+        "stages.prune.epochs": 4,
+        "options.speed_up": 1.2,
+    }
+    out = tmp_path / "out"
+    for parent, colour in (("a", 10), ("b", 200)):
+        for split in ("train", "test"):
+            for c in range(2):
+                folder = tmp_path / parent / "pets" / split / f"class{c}"
+                folder.mkdir(parents=True)
+                for i in range(4):
+                    Image.new("L", (8, 8), colour + 20 * c + i).save(folder / f"{i}.png")
+        name = f"folder:{tmp_path / parent / 'pets'}"
+        run(tiny.request(out, "base", {**small, "data.name": name}))
+    assert len(list((out / "dense").iterdir())) == 2
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+@pytest.mark.usefixtures("miniature")
+def test_the_command_line_prints_the_record_and_says_how_to_go_on(tmp_path, capsys):
+    path, out = tiny.write(tmp_path / "c.toml", MINIATURE), tmp_path / "out"
+    command = ["run", str(path), "--variant", "sr", "--seed", "0", "--out", str(out)]
+    command += ["--device", "cpu"]
+    with tiny.asked_when(lambda step: step == 14):
+        assert main(command) == STOPPED == 130
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "--resume goes on" in printed.err
+
+    assert main(command) == 2
+    assert "--resume goes on, --force starts anew" in capsys.readouterr().err
+
+    assert main([*command, "--resume"]) == 0
+    record = out / "miniature" / "digits" / "sr-seed0" / "record.json"
+    assert capsys.readouterr().out == f"{record}\n"
+    assert record.exists()
+
+    assert main(command) == 2
+    assert "--force" in capsys.readouterr().err

@@ -1,0 +1,223 @@
+"""The parts of the training loop: learning rates, accuracy, re-estimated statistics, modes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from experiments import models
+from experiments.config import Stage
+from experiments.data import Images
+from experiments.training import (
+    EVALUATION_BATCH,
+    accuracy,
+    evaluating,
+    learning_rate,
+    optimizer_of,
+    outputs,
+    reestimated,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def images(train: int = 60, test: int = 60) -> Images:
+    draw = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (train + test, 1, 8, 8), generator=draw, dtype=torch.uint8)
+    labels = torch.randint(10, (train + test,), generator=draw)
+    return Images(
+        "noise", pixels[:train], labels[:train], pixels[train:], labels[train:], 10, 1, False
+    )
+
+
+def network(seed: int = 0) -> nn.Module:
+    """Small, in training mode, with BatchNorm statistics that are not the initial ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = models.VGG((8, 0, 12), 1, 10)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean)
+                nn.init.uniform_(module.running_var, 0.5, 2)
+                nn.init.uniform_(module.weight, 0.5, 2)
+    return model.train()
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(v, right[k]) for k, v in left.items())
+
+
+# ---------------------------------------------------------------------- learning rate
+
+
+@pytest.mark.parametrize(
+    ("milestones", "expected"),
+    [
+        ((), [1.0] * 6),
+        ((2, 4), [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]),
+        ((4, 2), [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]),
+        ((0,), [0.5] * 6),
+        ((2, 2), [1.0, 1.0, 0.25, 0.25, 0.25, 0.25]),
+        ((9,), [1.0] * 6),
+    ],
+)
+def test_the_learning_rate_falls_at_its_milestones(milestones, expected):
+    stage = Stage(epochs=6, learning_rate=1.0, milestones=milestones, gamma=0.5)
+    assert [learning_rate(stage, epoch) for epoch in range(6)] == expected
+
+
+def test_the_learning_rate_is_a_function_of_the_epoch_alone():
+    stage = Stage(epochs=4, learning_rate=0.1, milestones=(1, 3))
+    forwards = [learning_rate(stage, epoch) for epoch in range(4)]
+    assert [learning_rate(stage, epoch) for epoch in (3, 2, 1, 0)] == forwards[::-1]
+    assert forwards == pytest.approx([0.1, 0.01, 0.01, 0.001])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "momentum"),
+    [
+        ("sgd", torch.optim.SGD, 0.8),
+        ("adam", torch.optim.Adam, None),
+        ("adamw", torch.optim.AdamW, None),
+    ],
+)
+def test_an_optimizer_is_the_stages_own(name, kind, momentum):
+    stage = Stage(epochs=1, optimizer=name, learning_rate=0.3, momentum=0.8, weight_decay=0.01)
+    model = network()
+    made = optimizer_of(stage, model)
+    (group,) = made.param_groups
+    assert type(made) is kind
+    assert (group["lr"], group["weight_decay"], group.get("momentum")) == (0.3, 0.01, momentum)
+    assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters()}
+
+
+# ---------------------------------------------------------------------- accuracy
+
+
+@pytest.mark.parametrize("n", [1, 60, EVALUATION_BATCH, EVALUATION_BATCH + 1, 1234])
+def test_accuracy_is_the_share_of_images_classified_right(n):
+    data, model = images(test=n), network()
+    right = 0
+    with torch.no_grad():
+        logits = model.eval()(data.normalize(data.test)).tolist()
+    for row, label in zip(logits, data.test_labels.tolist(), strict=True):
+        right += row.index(max(row)) == label
+    assert accuracy(model.train(), data) == 100 * right / n
+    assert right > 0 or n == 1
+
+
+def test_accuracy_runs_from_0_to_100():
+    data = images()
+
+    class Constant(nn.Module):
+        def __init__(self, label):
+            super().__init__()
+            self.label = label
+
+        def forward(self, x):
+            return nn.functional.one_hot(torch.full((len(x),), self.label), 10).float()
+
+    data.test_labels[:] = 3
+    assert accuracy(Constant(3), data) == 100.0
+    assert accuracy(Constant(4), data) == 0.0
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    data, model = images(), network()
+    before = state(model)
+    accuracy(model, data)
+    outputs(model, data.normalize(data.test[:4]))
+    assert same(before, state(model))
+    assert all(m.training for m in model.modules())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_outputs_are_those_of_eval_mode():
+    data, model = images(), network()
+    probe = data.normalize(data.test[:4])
+    found = outputs(model, probe)
+    assert not found.requires_grad
+    assert torch.equal(found, model.eval()(probe))
+
+
+# ---------------------------------------------------------------------- statistics and modes
+
+
+@pytest.mark.parametrize("train", [60, EVALUATION_BATCH * 2 + 30])
+def test_reestimated_statistics_are_the_means_over_training_batches(train):
+    data, model = images(train=train), network()
+    # What each BatchNorm reads in training mode, batch by batch.
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    twin = network()
+    for name, module in twin.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+
+            def note(_module, inputs, name=name):
+                x = inputs[0].detach().double()
+                seen.setdefault(name, []).append((x.mean((0, 2, 3)), x.var((0, 2, 3))))
+
+            module.register_forward_pre_hook(note)
+    with torch.no_grad():
+        for chunk in data.train.split(EVALUATION_BATCH):
+            twin(data.normalize(chunk))
+
+    fresh = reestimated(model, data)
+    assert len(seen) == 2
+    for name, moments in seen.items():
+        module = fresh.get_submodule(name)
+        assert len(moments) == -(-train // EVALUATION_BATCH)
+        for found, expected in (
+            (module.running_mean, torch.stack([m for m, _ in moments]).mean(0)),
+            (module.running_var, torch.stack([v for _, v in moments]).mean(0)),
+        ):
+            torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_reestimation_reads_no_more_batches_than_it_is_told():
+    data, model = images(train=EVALUATION_BATCH + 40), network()
+    data.train[EVALUATION_BATCH:] = 255
+    head = images(train=EVALUATION_BATCH)
+    head.train[:] = data.train[:EVALUATION_BATCH]
+    object.__setattr__(head, "_cached_moments", data._moments())
+    found, expected = reestimated(model, data, batches=1), reestimated(model, head)
+    assert same(state(found), state(expected))
+
+
+def test_reestimation_leaves_the_model_alone():
+    data, model = images(), network()
+    model.features[1].eval()
+    before, random = state(model), torch.get_rng_state()
+    fresh = reestimated(model, data)
+    assert same(before, state(model))
+    assert torch.equal(random, torch.get_rng_state())
+    assert not model.features[1].training
+    assert model.training
+    mine = {id(p) for p in itertools.chain(model.parameters(), model.buffers())}
+    assert not mine & {id(p) for p in itertools.chain(fresh.parameters(), fresh.buffers())}
+    for (name, p), (_, q) in zip(model.named_parameters(), fresh.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["quietly", "after an error"])
+def test_evaluating_gives_every_module_its_own_mode_back(fails):
+    model = network()
+    model.features[1].eval()
+    model.features[4].eval()
+    before = [m.training for m in model.modules()]
+    assert True in before
+    assert False in before
+    try:
+        with evaluating(model):
+            assert not any(m.training for m in model.modules())
+            if fails:
+                raise RuntimeError
+    except RuntimeError:
+        assert fails
+    assert [m.training for m in model.modules()] == before
