@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -21,6 +21,32 @@ class _Config(BaseModel):
     name: str
 
 
+class _Accuracy(BaseModel):
+    dense: float
+    at_removal: float
+    at_removal_reestimated: float
+    final: float
+
+
+class _Size(BaseModel):
+    dense: int
+    pruned: int
+
+
+class _Structures(BaseModel):
+    decayed: int
+    released: int
+    refilled: int
+    pruned: int
+
+
+class _Steps(BaseModel):
+    total: int
+    decision: int
+    removal: int
+    heard: int
+
+
 class _Shape(BaseModel):
     """What tables and plots read of a record."""
 
@@ -31,13 +57,13 @@ class _Shape(BaseModel):
     data: str
     variant: Variant
     seed: int
-    accuracy: dict[Literal["dense", "at_removal", "at_removal_reestimated", "final"], float]
-    macs: dict[Literal["dense", "pruned"], int]
-    parameters: dict[Literal["dense", "pruned"], int]
-    structures: dict[Literal["decayed", "released", "refilled", "pruned"], int]
+    accuracy: _Accuracy
+    macs: _Size
+    parameters: _Size
+    structures: _Structures
     channels: dict[str, tuple[int, int]]
     curve: list[tuple[int, float]]
-    steps: dict[Literal["total", "decision", "removal", "heard"], int]
+    steps: _Steps
 
 
 def files(paths: Iterable[Path]) -> list[Path]:
