@@ -348,11 +348,13 @@ class DecayPruning:
         assert self.rectify is not None
         criterion, numbers = self.rectify.criterion, plan.decaying[due]
         groups, cohort = self._group_of[numbers].unique(return_inverse=True)
-        size = torch.bincount(cohort, minlength=groups.numel())
         # A released structure must be replaceable, or the target could not be met.
         free = (self._ledger.phase == Phase.ACTIVE) & ~self._ledger.immune
-        spare = torch.bincount(self._group_of[free], minlength=len(self._names))[groups]
-        limits = torch.minimum((self.rectify.max_share * size + 1e-9).long(), spare)
+        spare = self._per_group(free)[groups]
+        judged = self._per_group(self._judged().index_fill(0, numbers, True))[groups]
+        allowed = (self.rectify.max_share * judged + 1e-9).long()
+        limits = torch.minimum(allowed - self._per_group(self._ledger.immune)[groups], spare)
+        limits.clamp_(min=0)
         derivative = fisher = None
         if criterion.batches and bool((limits > 0).any()):
             assert self._room is not None
@@ -367,8 +369,47 @@ class DecayPruning:
             derivative, fisher = torch.stack(found).cpu()[:, due]
         elif criterion.batches:
             return torch.zeros(numbers.numel(), dtype=torch.bool)
-        evidence = Evidence(cohort, plan.resistance[due], plan.gradient[due], derivative, fisher)
+        evidence = Evidence(
+            cohort,
+            plan.resistance[due],
+            plan.gradient[due],
+            derivative,
+            fisher,
+            self._typical(plan)[groups][cohort],
+        )
         return criterion.choose(evidence, limits, self.clock)
+
+    def _judged(self) -> Tensor:
+        """Which structures have had their decision in a wave that is heard; (total,) bool."""
+        assert self.rectify is not None
+        assert self._decision is not None
+        ledger = self._ledger
+        past = (ledger.phase == Phase.DECAYING) & (ledger.step >= self._decision)
+        gone = (ledger.phase == Phase.PRUNED) & (ledger.initial > 0)
+        return ledger.immune | ((past | gone) & (ledger.wave < self.rectify.waves))
+
+    def _typical(self, plan: _Plan) -> Tensor:
+        """Mean |resistance| of each group's structures that have decayed, over a decision's steps.
+
+        Those that were released or pruned before are among them, so that a framework that decays
+        few structures at a time has something to compare them with.
+        """
+        ledger, decision = self._ledger, self._decision
+        assert decision is not None
+        resistance, steps = ledger.resistance.clone(), torch.zeros_like(ledger.step)
+        steps[ledger.immune] = decision
+        steps[(ledger.phase == Phase.PRUNED) & (ledger.initial > 0)] = self.smooth.steps
+        steps[plan.decaying] = ledger.step[plan.decaying] + 1
+        resistance[plan.decaying] = plan.resistance
+        decayed = steps > 0
+        total = torch.zeros(len(self._names), dtype=torch.float64)
+        mean = (resistance[decayed] / steps[decayed]).abs()
+        total.index_add_(0, self._group_of[decayed], mean)
+        return decision * total / self._per_group(decayed).clamp_min(1)
+
+    def _per_group(self, which: Tensor) -> Tensor:
+        """How many structures of each group are among ``which``; (groups,) int64."""
+        return torch.bincount(self._group_of[which], minlength=len(self._names))
 
     @torch.no_grad()
     def _after_step(

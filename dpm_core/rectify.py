@@ -35,6 +35,8 @@ class Evidence:
         derivative: (C,) mean over samples of the loss's derivative by the structure's gate, or
             ``None`` where no hearing was held.
         fisher: (C,) mean over samples of that derivative's square, or ``None``.
+        typical: (C,) mean |resistance|, over as many steps, of all structures of the group that
+            have decayed so far; ``None`` takes the mean over those of the group that are here.
     """
 
     group: Tensor
@@ -42,6 +44,7 @@ class Evidence:
     gradient: Tensor
     derivative: Tensor | None = None
     fisher: Tensor | None = None
+    typical: Tensor | None = None
 
 
 def strongest(score: Tensor, candidates: Tensor, group: Tensor, limits: Tensor) -> Tensor:
@@ -96,9 +99,9 @@ class Trajectory(Criterion):
 
     C_rate, the direction: sum R_k / sum(||g_k|| L_init), a gradient-weighted mean cosine in
     [-1, 1]. C_len, the strength: the structure's mean R over the mean |mean R| of the structures
-    whose decision falls with it in its group (itself among them), so that the loss's scale
-    cancels. Both must exceed their thresholds; the strongest C_len goes first. Costs nothing
-    beyond the step.
+    of its group that have decayed so far (itself among them), so that the loss's scale cancels.
+    Both must exceed their thresholds; the strongest C_len goes first. Costs nothing beyond the
+    step.
 
     Attributes:
         rate: T_rate. The default of 0.05 is ours.
@@ -120,13 +123,14 @@ class Trajectory(Criterion):
         """See :meth:`Criterion.choose`."""
         tiny = torch.finfo(torch.float64).tiny
         rate = evidence.resistance / evidence.gradient.clamp_min(tiny)
-        length = evidence.resistance / self._typical(evidence).clamp_min(tiny)
+        typical = self._typical(evidence) if evidence.typical is None else evidence.typical
+        length = evidence.resistance / typical.clamp_min(tiny)
         resists = (rate > self.rate) & (length > self.length)
         return strongest(length, resists, evidence.group, limits)
 
     @staticmethod
     def _typical(evidence: Evidence) -> Tensor:
-        """Mean |resistance| of each structure's group."""
+        """Mean |resistance| of the structures that are here, by group."""
         groups = int(evidence.group.max()) + 1
         total = torch.zeros(groups, dtype=torch.float64)
         total.index_add_(0, evidence.group, evidence.resistance.abs())
@@ -244,8 +248,8 @@ class SelfRectifying:
         criterion: chooses the structures to release.
         at: when the decision falls, as a share of N in [0.75, 1); ``None`` takes the criterion's.
             It never falls at n = N, where a zero structure has an exactly zero gradient.
-        max_share: at most this share of the structures of a group whose decision falls together
-            is released, rounded down. The default of 0.15 is ours.
+        max_share: at most this share of the structures of a group whose decision has fallen so
+            far is released, rounded down. The default of 0.15 is ours.
         restore: what becomes of a released structure's norm. ``"keep"``: it stays where the decay
             left it. ``"effect"``: its BatchNorm part (all of it, where there is none) returns to
             its norm at the start of the decay; restoring the whole vector's norm would overshoot.

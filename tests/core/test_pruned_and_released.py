@@ -221,3 +221,53 @@ def test_only_so_many_waves_are_heard(waves: int) -> None:
     kinds = [e.kind for e in dpm.events if e.kind != "decay"]
     assert kinds == ["release"] * waves + ["prune"] * (3 - waves)
     assert [e.wave for e in dpm.events] == [0, 0, 1, 1, 2, 2]
+
+
+def test_shares_count_what_was_decayed_one_by_one() -> None:
+    """A framework that takes a structure at a time is rectified like one that takes many."""
+    toy = make("conv")
+    optimizer = OPTIMIZERS["sgd"](toy.model.parameters())
+    rectify = SelfRectifying(EVERYONE, max_share=0.5)
+    dpm = DecayPruning(toy.groups, SmoothPruning(4), rectify).attach(optimizer)
+    for step in range(9):
+        if step < 5:
+            dpm.decay({"conv1": [step]})
+        toy.train_step(optimizer, step)
+    released = [k for e in dpm.events if e.kind == "release" for k in e.structures]
+    # A half of 1, 2, 3, 4 and 5 judged, rounded down.
+    assert released == [1, 3]
+
+
+def test_a_structure_is_compared_with_those_that_decayed_before_it() -> None:
+    class Witness(Trajectory):
+        def choose(self, evidence, limits, step):  # type: ignore[no-untyped-def]
+            seen.append(float(evidence.typical))
+            return super().choose(evidence, limits, step)
+
+    seen: list[float] = []
+    toy = make("conv", torch.float64)
+    group = toy.groups[0]
+    optimizer = OPTIMIZERS["sgd"](toy.model.parameters())
+    dpm = DecayPruning([group], SmoothPruning(4), SelfRectifying(Witness(length=1e9)))
+    dpm.attach(optimizer)
+    sums = {0: [0.0], 1: [0.0]}
+    counted = {0: 0, 1: 0}
+    expected = []
+    for step in range(7):
+        if step in (0, 2):
+            dpm.decay({group.name: [step // 2]})
+        toy.backward(optimizer, step)
+        for k, start in ((0, 0), (1, 2)):
+            if start <= step < start + 4:
+                shares = oracle.shares_of(group)
+                initial = next(e.norms[0] for e in dpm.events if e.structures == (k,))
+                gradient = oracle.values(shares, k, [s.parameter.grad for s in group.slices])
+                sums[k].append(oracle.resistance(initial, oracle.values(shares, k), gradient))
+                counted[k] += 1
+        for start in (0, 2):
+            if step == start + 2:  # the third of four steps is the decision
+                means = [abs(sum(sums[j])) / counted[j] for j in (0, 1) if counted[j]]
+                expected.append(3 * sum(means) / len(means))
+        optimizer.step()
+    assert seen == pytest.approx(expected, rel=1e-9)
+    assert len(seen) == 2

@@ -78,9 +78,9 @@ def smooth(star: Sequence[float], initial: float, n: int, steps: int) -> list[fl
     return [v * target / size if size else 0.0 for v in star]
 
 
-def cap(max_share: float, cohort: int, spare: int) -> int:
-    """How many of a cohort may be released: rounded down, and each needs a replacement."""
-    return min(int(Fraction(str(max_share)) * cohort), spare)
+def cap(max_share: float, judged: int, released: int, spare: int) -> int:
+    """How many may be released now: a share of all that were judged, and each needs a spare one."""
+    return max(min(int(Fraction(str(max_share)) * judged) - released, spare), 0)
 
 
 def rate(resistances: Sequence[float], gradients: Sequence[float], initial: float) -> float:
@@ -90,7 +90,7 @@ def rate(resistances: Sequence[float], gradients: Sequence[float], initial: floa
 
 
 def strength(mine: Sequence[float], cohort: Sequence[Sequence[float]]) -> float:
-    """C_len: the mean R over the mean |mean R| of those decaying beside it, itself among them."""
+    """C_len: the mean R over the mean |mean R| of those that have decayed, itself among them."""
     typical = math.fsum(abs(math.fsum(r) / len(r)) for r in cohort) / len(cohort)
     return math.fsum(mine) / len(mine) / typical if typical else 0.0
 
@@ -105,9 +105,13 @@ def trajectory(
     t_rate: float,
     t_len: float,
     most: int,
+    before: Sequence[list[float]] = (),
 ) -> set[int]:
-    """Who of one group's cohort is released; number -> (R_k of each step, ||g_k||, L_init)."""
-    everyone = [r for r, _, _ in cohort.values()]
+    """Who of one group's cohort is released; number -> (R_k of each step, ||g_k||, L_init).
+
+    ``before``: R_k of each step of the group's other structures that have decayed.
+    """
+    everyone = [r for r, _, _ in cohort.values()] + [*before]
     lengths = {k: strength(r, everyone) for k, (r, _, _) in cohort.items()}
     resisting = {
         k: lengths[k]
@@ -135,6 +139,7 @@ class Case:
     effect: float = 0.0
     wave: int = 0
     immune: bool = False
+    judged: bool = False
     resistances: list[float] = field(default_factory=list)
     gradients: list[float] = field(default_factory=list)
 
@@ -185,9 +190,14 @@ class Replica:
             for k, c in decaying.items()
             if c.n == self.decision and c.wave < self.waves
         }
+        for k in cohort:
+            self.cases[k].judged = True
         spare = sum(c.phase == "ACTIVE" and not c.immune for c in self.cases)
-        most = cap(self.max_share, len(cohort), spare)
-        self.released = trajectory(cohort, self.t_rate, self.t_len, most)
+        judged, released = sum(c.judged for c in self.cases), sum(c.immune for c in self.cases)
+        most = cap(self.max_share, judged, released, spare)
+        before = [c.resistances for k, c in enumerate(self.cases) if c.resistances]
+        before = [r for r in before if not any(r is mine for mine, _, _ in cohort.values())]
+        self.released = trajectory(cohort, self.t_rate, self.t_len, most, before)
 
     def after_step(self, stars: Sequence[Tensor]) -> dict[int, list[float]]:
         """From x*, one tensor per share: what every structure that is not ACTIVE must be now.
