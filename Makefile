@@ -7,16 +7,25 @@ OUT ?= runs
 SEEDS ?= 0-2
 VARIANT ?= sp
 SEED ?= 0
-CONFIG ?= experiments/configs/depgraph-digits.toml
+CONFIG ?=
 DATA ?=
 FLAGS ?=
 
+CONFIGS := experiments/configs
+# Every framework has a configuration for digits, and one for CIFAR-10: its benchmark's recipe.
+FRAMEWORKS := $(patsubst %-digits.toml,%,$(notdir $(wildcard $(CONFIGS)/*-digits.toml)))
+BENCHES := $(addprefix bench-,$(FRAMEWORKS))
+digits = $(CONFIGS)/$(1)-digits.toml
+recipe = $(if $(filter-out digits,$(DATA)),$(CONFIGS)/$(1)-cifar10.toml,$(call digits,$(1)))
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench-depgraph bench-overhead table plots clean
+.PHONY: help setup demo test lint $(BENCHES) bench-overhead table plots clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' \
-	  | while IFS='|' read -r name what; do printf '  %-16s %s\n' "$$name" "$$what"; done
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1|\2/' \
+	  | while IFS='|' read -r name what; do printf '  %-22s %s\n' "$$name" "$$what"; done
+	@for name in $(BENCHES); do \
+	  printf '  %-22s %s\n' $$name 'one run: VARIANT=base|sp|sr SEED= DATA= CONFIG='; done
 
 setup: $(VENV)/.installed ## make the environment in .venv, once
 
@@ -27,16 +36,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (PyTorch is large: minutes, and about 5 GB)"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[depgraph,experiments,dev]'
+	  -c constraints.txt -e '.[depgraph,otov2,gate-decorator,experiments,dev]'
 	@touch $@
 
-demo: $(SETUP) ## DepGraph on digits: base, +SP and +SR over SEEDS=0-2, table and plots
-	@$(PY) -m experiments compare $(CONFIG) --seeds $(SEEDS) --out $(OUT) \
-	  $(if $(DATA),--data $(DATA)) $(FLAGS)
+demo: $(SETUP) ## all frameworks on digits: base, +SP and +SR over SEEDS=0-2, table and plots
+	@$(PY) -m experiments compare $(or $(CONFIG),$(foreach f,$(FRAMEWORKS),$(call digits,$(f)))) \
+	  --seeds $(SEEDS) --out $(OUT) $(if $(DATA),--data $(DATA)) $(FLAGS)
 
-bench-depgraph: $(SETUP) ## one DepGraph run: VARIANT=base|sp|sr SEED= DATA= CONFIG=
-	@$(PY) -m experiments run $(CONFIG) --variant $(VARIANT) --seed $(SEED) --out $(OUT) --resume \
-	  $(if $(DATA),--data $(DATA)) $(FLAGS)
+# DATA= other than digits takes the framework's recipe.
+$(BENCHES): bench-%: $(SETUP)
+	@$(PY) -m experiments run $(or $(CONFIG),$(call recipe,$*)) --variant $(VARIANT) \
+	  --seed $(SEED) --out $(OUT) --resume $(if $(DATA),--data $(DATA)) $(FLAGS)
 
 bench-overhead: $(SETUP) ## what attaching costs a training step, and the decay against torch-kirigami
 	@$(PY) -m experiments.overhead --out $(OUT)/overhead/overhead.json $(FLAGS)
@@ -48,7 +58,7 @@ plots: $(SETUP) ## the plots of all finished runs in OUT=runs
 	@$(PY) -m experiments plots --out $(OUT)
 
 test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones
-	@$(PY) -m pytest $(FLAGS)
+	@$(PY) -m pytest -n auto $(FLAGS)
 
 lint: $(SETUP) ## ruff (lint and format) and mypy
 	@$(PY) -m ruff check .

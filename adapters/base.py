@@ -4,8 +4,10 @@ An adapter's author reads this file and one adapter. An adapter is made for one 
 on one model. The training loop owns batches, loss and progress; it calls the adapter at fixed
 points of every step and knows nothing of the framework behind it:
 
+    optimizer = adapter.optimizer(stage)
     adapter.begin(stage, optimizer, loss)       once a stage, with the stage's optimizer
     for each step:
+        adapter.before_step(step)               the learning rate is set, nothing else has happened
         loss.backward()
         adapter.after_backward()
         optimizer.step()
@@ -17,7 +19,7 @@ points of every step and knows nothing of the framework behind it:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +27,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpm_core import DecayPruning, SelfRectifying, SmoothPruning
+from dpm_core import (
+    DecayPruning,
+    Event,
+    Owner,
+    SelfRectifying,
+    Slice,
+    SmoothPruning,
+    StructureGroup,
+)
+from third_party.groups import UpstreamGroup
 
 Variant = Literal["base", "sp", "sr"]
 Plan = list[tuple[str, list[int]]]
@@ -34,6 +45,39 @@ Plan = list[tuple[str, list[int]]]
 
 class AdapterError(ValueError):
     """A framework cannot do what is asked of it. The message says why, and what to change."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training, as far as an adapter has to know it.
+
+    Attributes:
+        steps: training steps; batches that hearings use up count among them.
+        steps_per_epoch: steps in one pass over the training data.
+        kind: of optimizer.
+        learning_rate: at the start; the loop sets it anew before every step.
+        momentum: of SGD.
+        weight_decay: of the optimizer.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    kind: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def new_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """PyTorch's own optimizer, for all parameters of a model."""
+        if self.kind == "sgd":
+            return torch.optim.SGD(
+                model.parameters(),
+                lr=self.learning_rate,
+                momentum=self.momentum,
+                weight_decay=self.weight_decay,
+            )
+        kind = torch.optim.Adam if self.kind == "adam" else torch.optim.AdamW
+        return kind(model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
 
 
 @dataclass
@@ -46,8 +90,7 @@ class Context:
         variant: ``base`` is the framework alone, ``sp`` decays, ``sr`` decays and rectifies.
         smooth: the decay's settings, for ``sp`` and ``sr``.
         rectify: the rectifier's settings, for ``sr``.
-        stages: optimizer steps of each training stage, in order.
-        steps_per_epoch: optimizer steps in one pass over the training data.
+        stages: the training stages, in order.
         progress: called now and then during long work outside the training steps, with what is
             going on.
     """
@@ -57,8 +100,7 @@ class Context:
     variant: Variant
     smooth: SmoothPruning
     rectify: SelfRectifying
-    stages: Mapping[str, int]
-    steps_per_epoch: int
+    stages: Mapping[str, Stage]
     progress: Callable[[str], object] = str
 
     def decay_steps(self) -> int:
@@ -81,6 +123,9 @@ class Adapter(ABC):
         decided: whether the framework has begun to take structures out.
         removed: what :meth:`remove` took away, or ``None`` before.
         pruned: how many structures that were.
+
+    Abstract are :meth:`check`, :meth:`begin`, :meth:`due` and :meth:`remove`; an adapter with
+    progress of its own extends :meth:`state_dict` and :meth:`load_state_dict`.
     """
 
     Options: ClassVar[type]
@@ -95,6 +140,25 @@ class Adapter(ABC):
         self.decided = False
         self.removed: Plan | None = None
         self.pruned = 0
+        self._seen = 0  # events of the core that new_events() has given
+
+    def attach_core(
+        self,
+        groups: Iterable[StructureGroup],
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[], Tensor],
+    ) -> DecayPruning:
+        """Let the core follow an optimizer's steps, with Self-Rectifying in ``sr``."""
+        rectify = self.context.rectify if self.context.variant == "sr" else None
+        self.dpm = DecayPruning(groups, self.context.smooth, rectify)
+        return self.dpm.attach(optimizer, model=self.context.model, loss=loss)
+
+    def new_events(self) -> list[Event]:
+        """What the core has reported since the last call; nothing without a core."""
+        if self.dpm is None:
+            return []
+        new, self._seen = self.dpm.events[self._seen :], len(self.dpm.events)
+        return new
 
     @abstractmethod
     def check(self) -> None:
@@ -104,6 +168,10 @@ class Adapter(ABC):
             AdapterError: with cause and remedy.
         """
 
+    def optimizer(self, stage: str) -> torch.optim.Optimizer:
+        """A new optimizer of the model's present parameters, for a stage."""
+        return self.context.stages[stage].new_optimizer(self.context.model)
+
     @abstractmethod
     def begin(
         self, stage: str, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
@@ -112,10 +180,18 @@ class Adapter(ABC):
 
         Args:
             stage: one of :attr:`stages`.
-            optimizer: of the model's present parameters.
+            optimizer: what :meth:`optimizer` gave.
             loss: runs the model on the next training batch and returns the mean loss; for
                 hearings. Each call uses up one training step of the stage.
         """
+
+    def before_step(self, step: int) -> None:
+        """A training step begins: for a framework with a learning rate or frozen layers of its own.
+
+        Args:
+            step: steps of the stage done so far, hearings' batches among them.
+        """
+        return
 
     def after_backward(self) -> None:
         """Gradients are there, the optimizer has not stepped."""
@@ -125,24 +201,48 @@ class Adapter(ABC):
         """The optimizer has stepped: replace what was released."""
         return
 
+    def settled(self) -> bool:
+        """Whether nothing is left of what is to go: it is zero, or removed."""
+        return self.removed is not None
+
     @abstractmethod
     def due(self) -> bool:
-        """Whether everything that is to go is zero (``base``: decided), so removal can follow."""
+        """Whether the removal is to follow now."""
 
     @abstractmethod
     def remove(self) -> None:
         """Make the model physically smaller, in place, and say in :attr:`removed` what went."""
 
     @staticmethod
-    @abstractmethod
     def shrink(model: nn.Module, example: Tensor, plan: Plan) -> None:
-        """Repeat a removal on a freshly built dense model, in place, as on reloading."""
+        """Repeat a removal on a freshly built dense model, in place, as on reloading.
 
-    @abstractmethod
+        By torch-pruning's dependency graph, whatever the framework.
+        """
+        from third_party import dependency  # only now: it loads torch-pruning
+
+        dependency.remove(model, example, plan)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides model and optimizer."""
+        at_work = self.dpm is not None and self.removed is None
+        return {
+            "decided": self.decided,
+            "removed": self.removed,
+            "pruned": self.pruned,
+            "seen": self._seen,
+            "dpm": self.dpm.state_dict() if self.dpm is not None and at_work else None,
+        }
 
-    @abstractmethod
+    def restore_model(self, state: Mapping[str, Any]) -> None:
+        """Give the freshly built dense model the layers that it had when the state was made.
+
+        Its values are loaded next, then its optimizer, then :meth:`load_state_dict` is called.
+        """
+        self.removed = state["removed"]
+        if self.removed is not None:
+            self.shrink(self.context.model, self.context.example, self.removed)
+
     def load_state_dict(
         self,
         state: Mapping[str, Any],
@@ -152,8 +252,24 @@ class Adapter(ABC):
     ) -> None:
         """Take up a run in the middle of a stage; replaces :meth:`begin`.
 
-        Where the state says that the removal is done, the model is small already.
+        An adapter makes anew what its :meth:`begin` makes, the core above all, and then calls this.
         """
+        self.decided, self.pruned = state["decided"], state["pruned"]
+        self._seen = state["seen"]
+        if self.dpm is not None and state["dpm"] is not None:
+            self.dpm.load_state_dict(state["dpm"])
+
+
+def structure_group(group: UpstreamGroup) -> StructureGroup:
+    """An upstream's group as the core's structure group, named after its root layer."""
+    return StructureGroup(
+        group.root,
+        [
+            Slice(s.parameter, torch.tensor(s.index), s.dim, s.batch_norm, s.name)
+            for s in group.shares
+        ],
+        [Owner(module, torch.tensor(index), dim) for module, dim, index in group.owners],
+    )
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dpm_core import DecayPruning, Owner, Phase, Slice, StructureGroup
+from dpm_core import DecayPruning, Phase, StructureGroup
 from third_party import dependency
+from third_party.groups import UnsupportedLayerError, UpstreamGroup
 
-from .base import Adapter, AdapterError, Context, Plan, count_macs
+from .base import Adapter, AdapterError, Context, Plan, count_macs, structure_group
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,8 @@ class DepGraph(Adapter):
             {*options.ignored, *dependency.output_layers(context.model, context.example)}
         )
         self._stage = ""
-        self._stage_step = 0
         self._pruner: Any = None
-        self._groups: dict[str, dependency.DependencyGroup] = {}
-        self._seen = 0  # events of the core that were dealt with
+        self._groups: dict[str, UpstreamGroup] = {}
 
     # ------------------------------------------------------------------ the target
 
@@ -111,7 +110,7 @@ class DepGraph(Adapter):
 
     def check(self) -> None:
         """Refuse too short a stage, odd layers, and a speed-up beyond one channel per group."""
-        needed, given = self.context.decay_steps(), self.context.stages["prune"]
+        needed, given = self.context.decay_steps(), self.context.stages["prune"].steps
         if needed > given:
             raise AdapterError(
                 f"the decay takes up to {needed} steps, but the stage 'prune' has {given}; give it "
@@ -120,7 +119,7 @@ class DepGraph(Adapter):
         model = copy.deepcopy(self.context.model)
         try:
             groups = dependency.groups(self._new_pruner(model))
-        except dependency.UnsupportedLayerError as cause:
+        except UnsupportedLayerError as cause:
             raise AdapterError(str(cause)) from cause
         if not groups:
             raise AdapterError("no group of layers is left to prune; shorten `ignored`")
@@ -141,7 +140,7 @@ class DepGraph(Adapter):
         self, stage: str, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
     ) -> None:
         """Sparse learning starts, or the decision falls; after the removal there is no more."""
-        self._stage, self._stage_step = stage, 0
+        self._stage = stage
         if self.removed is not None:
             return
         if stage == "sparse":
@@ -151,45 +150,48 @@ class DepGraph(Adapter):
         if self.context.variant == "base":
             return
         plan = self._prune(copy.deepcopy(self.context.model))
-        self._attach(optimizer, loss)
-        assert self.dpm is not None
-        self.dpm.decay({root: self._groups[root].structures_of(c) for root, c in plan})
+        dpm = self._attach(optimizer, loss)
+        dpm.decay({root: self._groups[root].structures_of(c) for root, c in plan})
 
-    def _attach(self, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+    def _attach(self, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> DecayPruning:
         self._pruner = self._new_pruner(self.context.model)
         self._groups = {g.root: g for g in dependency.groups(self._pruner)}
-        rectify = self.context.rectify if self.context.variant == "sr" else None
-        self.dpm = DecayPruning(
-            [structure_group(g) for g in self._groups.values()], self.context.smooth, rectify
-        )
-        self.dpm.attach(optimizer, model=self.context.model, loss=loss)
+        return self.attach_core(map(structure_group, self._groups.values()), optimizer, loss)
+
+    def before_step(self, step: int) -> None:
+        """Upstream's regularizer is brought up to date once an epoch."""
+        if (
+            self._stage == "sparse"
+            and step
+            and step % self.context.stages[self._stage].steps_per_epoch == 0
+        ):
+            self._pruner.update_regularizer()
 
     def after_backward(self) -> None:
         """Upstream's regularizer, while sparse learning lasts."""
         if self._stage == "sparse":
-            if self._stage_step and self._stage_step % self.context.steps_per_epoch == 0:
-                self._pruner.update_regularizer()
             self._pruner.regularize(self.context.model)
 
     def after_step(self) -> None:
         """Decay upstream's next-ranked structures of the same group for released ones."""
-        self._stage_step += 1
-        if self.dpm is None:
-            return
-        new, self._seen = self.dpm.events[self._seen :], len(self.dpm.events)
-        for event in new:
+        for event in self.new_events():
             if event.kind != "release":
                 continue
+            assert self.dpm is not None
             score = dependency.importance(self._pruner, self._groups[event.group])
             score[~self.dpm.available(event.group)] = torch.inf
             lowest = score.argsort(stable=True)[: len(event.structures)]
             self.dpm.decay({event.group: lowest}, wave=event.wave + 1)
 
+    def settled(self) -> bool:
+        """Whether what goes is removed or, in ``sp`` and ``sr``, zero."""
+        if self.removed is not None or self.dpm is None:
+            return self.removed is not None
+        return self.dpm.count(Phase.DECAYING) == 0
+
     def due(self) -> bool:
         """Whether the decision has fallen and no structure is decaying any more."""
-        if not self.decided or self.removed is not None:
-            return False
-        return self.dpm is None or self.dpm.count(Phase.DECAYING) == 0
+        return self.decided and self.removed is None and (self.dpm is None or self.settled())
 
     def remove(self) -> None:
         """Upstream removes: by its own ranking in ``base``, what is zero in ``sp`` and ``sr``."""
@@ -206,24 +208,11 @@ class DepGraph(Adapter):
         self.pruned = sum(len(self._groups[r].structures_of(c)) for r, c in self.removed)
         self._pruner = None
 
-    @staticmethod
-    def shrink(model: nn.Module, example: Tensor, plan: Plan) -> None:
-        """Remove what a plan says, by upstream's dependency graph."""
-        dependency.remove(model, example, plan)
-
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Progress, and the core's state while it is at work."""
-        return {
-            "stage": self._stage,
-            "stage_step": self._stage_step,
-            "decided": self.decided,
-            "seen": self._seen,
-            "removed": self.removed,
-            "pruned": self.pruned,
-            "dpm": self.dpm.state_dict() if self.dpm is not None and not self.removed else None,
-        }
+        """With the stage, which upstream's regularizer depends on."""
+        return {**super().state_dict(), "stage": self._stage}
 
     def load_state_dict(
         self,
@@ -233,27 +222,12 @@ class DepGraph(Adapter):
         loss: Callable[[], Tensor],
     ) -> None:
         """Take up where :meth:`state_dict` was called."""
-        self._stage, self._stage_step = state["stage"], state["stage_step"]
-        self.decided, self._seen = state["decided"], state["seen"]
-        self.removed, self.pruned = state["removed"], state["pruned"]
+        self._stage = state["stage"]
         if self.removed is None and stage == "sparse":
             self._pruner = self._new_pruner(self.context.model)
-        elif self.removed is None and state["dpm"] is not None:
+        elif state["dpm"] is not None:
             self._attach(optimizer, loss)
-            assert self.dpm is not None
-            self.dpm.load_state_dict(state["dpm"])
-
-
-def structure_group(group: dependency.DependencyGroup) -> StructureGroup:
-    """A dependency group as the core's structure group, named after its root layer."""
-    return StructureGroup(
-        group.root,
-        [
-            Slice(s.parameter, torch.tensor(s.index), s.dim, s.batch_norm, s.name)
-            for s in group.shares
-        ],
-        [Owner(module, torch.tensor(index), dim) for module, dim, index in group.owners],
-    )
+        super().load_state_dict(state, stage, optimizer, loss)
 
 
 def structure_groups(

@@ -8,6 +8,8 @@ from .base import Adapter, AdapterError
 
 ADAPTERS = {
     "depgraph": "adapters.depgraph:DepGraph",
+    "otov2": "adapters.otov2:OTOv2",
+    "gate-decorator": "adapters.gate_decorator:GateDecorator",
 }
 
 

@@ -14,7 +14,7 @@ from adapters.base import AdapterError
 from dpm_core import DecayPruningError
 
 from . import table
-from .compare import compare
+from .compare import Job, compare
 from .config import ConfigError, load
 from .data import DataError
 from .files import save_json
@@ -39,12 +39,15 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--save-every", type=float, default=30.0, help="seconds between checkpoints")
 
     many = commands.add_parser("compare", help="all variants over several seeds, and their table")
-    many.add_argument("config", type=Path, help="a TOML configuration")
+    many.add_argument("configs", type=Path, nargs="+", help="TOML configurations")
     many.add_argument("--variants", default=",".join(VARIANTS), help="base,sp,sr")
     many.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="0-2, or 0,3,5")
     many.add_argument("--data", help="digits, cifar10, cifar100 or folder:PATH")
     many.add_argument("--jobs", type=count, help="runs at a time (default: one per core)")
     _common(many)
+
+    small = commands.add_parser("export", help="a run's pruned model as ONNX")
+    small.add_argument("model", type=Path, help="a run's model.pt")
 
     for name, what in (("table", "table of finished runs"), ("plots", "plots of finished runs")):
         shown = commands.add_parser(name, help=what)
@@ -82,11 +85,16 @@ def _compare(args: argparse.Namespace) -> None:
     variants = args.variants.split(",")
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise RunError(f"unknown variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}")
-    config = load(args.config, data=args.data)
     common = {"out": args.out, "data_root": args.data_root, "device": device(args.device)}
-    ordered = [v for v in VARIANTS if v in variants]
-    requests = [Request(config, v, seed, **common) for seed in args.seeds for v in ordered]
-    records = compare(args.config, requests, data=args.data, jobs=args.jobs)
+    loaded = [(path, load(path, data=args.data)) for path in args.configs]
+    jobs = [
+        Job(path, Request(config, variant, seed, **common), args.data)
+        for path, config in loaded
+        for seed in args.seeds
+        for variant in VARIANTS
+        if variant in variants
+    ]
+    records = compare(jobs, at_once=args.jobs)
     print(table.markdown(table.read(records)), end="\n\n")
     _plots(records, args.out)
     print(_figures(records, args.out))
@@ -148,6 +156,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(run(request))
         elif args.command == "compare":
             _compare(args)
+        elif args.command == "export":
+            from .export import export  # only now: onnxruntime takes a while to load
+
+            print(export(args.model))
         elif args.command == "table":
             paths = args.paths or [args.out]
             print(table.markdown(table.read(paths)), end="\n\n")

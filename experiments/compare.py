@@ -1,4 +1,4 @@
-"""Many runs of one configuration: each a process of its own, as many at once as there are cores."""
+"""Many runs: each a process of its own, as many at once as there are cores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,56 +16,79 @@ from tqdm import tqdm
 from .run import Request, RunError, finished
 
 
-def compare(
-    config_path: Path, requests: Sequence[Request], *, data: str | None, jobs: int | None = None
-) -> list[Path]:
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison.
+
+    Attributes:
+        config_path: the file that the request's configuration was read from.
+        request: the run.
+        data: what overrides the configuration's data, for the run's command line.
+    """
+
+    config_path: Path
+    request: Request
+    data: str | None = None
+
+    @property
+    def dense(self) -> str | None:
+        """Names the dense model that the run starts from, and may have to train."""
+        config = self.request.config
+        if config.dense is None:
+            return None
+        return f"{config.dense_hash(config.data.name)}, seed {self.request.seed}"
+
+
+def compare(jobs: Sequence[Job], *, at_once: int | None = None) -> list[Path]:
     """Carry out all runs that are not there yet; go on with those that were stopped.
 
-    A seed's dense model is trained by the seed's first run, and read by the others.
+    A dense model is trained by the first run that needs it, and read by the others.
 
     Args:
-        config_path: the file the requests' configuration was read from.
-        requests: the runs.
-        data: what overrides the configuration's data, for the runs' command lines.
-        jobs: runs at a time. By default one per core, each with one thread; on a GPU one.
+        jobs: the runs, of one configuration or several.
+        at_once: runs at a time. By default one per core, each with one thread; on a GPU one.
 
     Returns:
-        The records, in the order of the requests.
+        The records, in the order of the jobs.
 
     Raises:
-        RunError: a run failed; its output is quoted, the others are kept.
+        RunError: two configurations have one name; or a run failed, then its output is quoted and
+            the others are kept.
     """
-    if jobs is None:
-        on_gpu = bool(requests) and requests[0].device.type == "cuda"
-        jobs = 1 if on_gpu else os.cpu_count() or 1
-    first = {r.seed: r for r in reversed(requests)}
-    waiting = [r for r in requests if not finished(r)]
+    if at_once is None:
+        on_gpu = bool(jobs) and jobs[0].request.device.type == "cuda"
+        at_once = 1 if on_gpu else os.cpu_count() or 1
+    own: dict[Path, Job] = {}
+    for job in jobs:
+        other = own.setdefault(job.request.folder, job)
+        if other.request.config != job.request.config:
+            raise RunError(
+                f"{other.config_path} and {job.config_path} differ, but both are named "
+                f"{job.request.config.name!r}, which names the runs' folders; rename one"
+            )
+    jobs = list(own.values())  # a run that was asked for twice is one run
+    first = {job.dense: job for job in reversed(jobs) if job.dense is not None}
+    waiting = [job for job in jobs if not finished(job.request)]
     # First the runs that train dense models, then those that find them.
-    leading = [r for r in waiting if r is first[r.seed]]
-    queues = [leading, [r for r in waiting if r is not first[r.seed]]]
+    leading = [job for job in waiting if job.dense is not None and job is first[job.dense]]
+    queues = [leading, [job for job in waiting if job not in leading]]
     bar = tqdm(
-        total=len(requests),
-        initial=len(requests) - len(waiting),
-        unit="run",
-        desc=config_path.stem,
-        disable=None,
+        total=len(jobs), initial=len(jobs) - len(waiting), unit="run", desc="runs", disable=None
     )
     with bar:
         for queue in queues:
-            _work(queue, config_path, data, jobs, bar)
-    return [r.folder / "record.json" for r in requests]
+            _work(queue, at_once, bar)
+    return [job.request.folder / "record.json" for job in jobs]
 
 
-def _work(
-    queue: list[Request], config_path: Path, data: str | None, jobs: int, bar: tqdm[None]
-) -> None:
+def _work(queue: list[Job], at_once: int, bar: tqdm[None]) -> None:
     running: list[tuple[Request, subprocess.Popen[bytes]]] = []
     try:
         while queue or running:
-            while queue and len(running) < jobs:
-                request = queue.pop(0)
-                running.append((request, _start(request, config_path, data, jobs)))
-            bar.set_postfix_str(", ".join(f"{r.variant} {r.seed}" for r, _ in running), False)
+            while queue and len(running) < at_once:
+                job = queue.pop(0)
+                running.append((job.request, _start(job, at_once)))
+            bar.set_postfix_str("; ".join(_name(r) for r, _ in running), False)
             bar.refresh()
             time.sleep(0.5)
             for request, process in list(running):
@@ -75,12 +99,12 @@ def _work(
                 if code:
                     log = (request.folder / "run.log").read_text(errors="replace").strip()
                     raise RunError(
-                        f"{request.variant}, seed {request.seed} ended with code {code}:\n"
+                        f"{_name(request)} ended with code {code}:\n"
                         + "\n".join(log.splitlines()[-15:])
                     )
                 bar.update()
                 if bar.disable:  # no terminal: a line per run instead of a moving bar
-                    print(f"finished {request.variant}, seed {request.seed}", flush=True)
+                    print(f"finished {_name(request)}", flush=True)
     finally:
         # Interrupted: let every run save itself, so that the same command goes on later.
         for _, process in running:
@@ -89,17 +113,20 @@ def _work(
             process.wait()
 
 
-def _start(
-    request: Request, config_path: Path, data: str | None, jobs: int
-) -> subprocess.Popen[bytes]:
+def _name(request: Request) -> str:
+    return f"{request.config.name}, {request.variant}, seed {request.seed}"
+
+
+def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
+    request = job.request
     request.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "experiments", "run", str(config_path)]
+    command = [sys.executable, "-m", "experiments", "run", str(job.config_path)]
     command += ["--variant", request.variant, "--seed", str(request.seed), "--resume"]
     command += ["--out", str(request.out), "--data-root", str(request.data_root)]
     command += ["--device", str(request.device), "--save-every", str(request.save_every)]
-    command += ["--threads", str(max(1, torch.get_num_threads() // jobs))]
-    if data is not None:
-        command += ["--data", data]
+    command += ["--threads", str(max(1, torch.get_num_threads() // at_once))]
+    if job.data is not None:
+        command += ["--data", job.data]
     with (request.folder / "run.log").open("ab") as log:
         # A session of its own: an interrupt on the terminal reaches this process alone, which
         # then asks every run once. A second signal would end a run before it has saved itself.

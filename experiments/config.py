@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+import adapters.base
 from adapters import registry
 from adapters.base import Adapter, AdapterError
 from dpm_core import (
@@ -60,6 +61,19 @@ class Stage(_Table):
     gamma: Rate = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Decay = 5e-4
+    mixup: Decay = 0.0
+    """Alpha of mixup; 0 for none."""
+
+    def plan(self, steps_per_epoch: int) -> adapters.base.Stage:
+        """What an adapter has to know of it."""
+        return adapters.base.Stage(
+            steps=self.epochs * steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
+            kind=self.optimizer,
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
 
 
 class Smooth(_Table):
@@ -115,8 +129,8 @@ class Config(_Table):
     framework: str
     model: str
     data: Data = Data()
-    dense: Stage
-    """Training of the dense model, before the framework starts."""
+    dense: Stage | None = None
+    """Training of the dense model, before the framework starts; without it, it starts untrained."""
     stages: dict[str, Stage]
     """The framework's stages, by name."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -171,7 +185,12 @@ class Config(_Table):
         Args:
             images: names the images' content.
         """
-        parts = [self.model, images, self.data.size, self.dense.model_dump(mode="json")]
+        parts = [
+            self.model,
+            images,
+            self.data.size,
+            self.dense and self.dense.model_dump(mode="json"),
+        ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,6 +126,27 @@ def _mix(seed: int, purpose: int, number: int) -> int:
     """A seed for one purpose: neighbouring numbers give unrelated streams."""
     text = f"{seed}/{purpose}/{number}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def mixing(alpha: float, size: int, position: int, seed: int) -> tuple[float, Tensor | None]:
+    """How mixup blends a batch with itself: a share, and each image's partner.
+
+    Source: mixup, arXiv 1710.09412: the share is drawn from Beta(alpha, alpha), one for a batch.
+
+    Args:
+        alpha: 0 for no mixing.
+        size: images in the batch.
+        position: counts training steps from 0.
+        seed: of the draw.
+
+    Returns:
+        The share of the image itself, and partners, int64 (size,), or ``None`` for no mixing.
+    """
+    if alpha == 0:
+        return 1.0, None
+    draw = random.Random(_mix(seed, 3, position))  # noqa: S311
+    order = torch.Generator().manual_seed(_mix(seed, 4, position))
+    return draw.betavariate(alpha, alpha), torch.randperm(size, generator=order)
 
 
 def load(name: str, root: Path, *, size: int = 32) -> Images:

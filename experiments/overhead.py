@@ -1,9 +1,10 @@
 """What decay pruning adds to a training step: ``python -m experiments.overhead``.
 
-Three arms take the same training step (forward, backward, SGD with momentum and weight decay), in
-turns: `plain`; `idle`, DecayPruning attached and nothing decaying; `decaying`, half of every
-structure group decaying with Self-Rectifying on. Beside them: `optimizer.step()` alone, which
-shows the hooks without the noise of forward and backward; the floor, one read of the decaying
+Three arms take the same training step (forward, backward, the optimizer), in turns: `plain`;
+`idle`, DecayPruning attached and nothing decaying; `decaying`, half of every structure group
+decaying with Self-Rectifying on. So for each framework's own step: DepGraph's is SGD, OTOv2's is
+DHSPG while it penalises, Gate-Decorator's is SGD with gates. Beside them: `optimizer.step()` alone,
+which shows the hooks without the noise of forward and backward; the floor, one read of the decaying
 slices and gradients and one read and write of the slices; and the decay of one group, done by the
 core and by torch-kirigami.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from adapters.base import structure_group
 from adapters.depgraph import structure_groups
+from adapters.gate_decorator import structure_group as gate_group
 from dpm_core import (
     DecayPruning,
     Phase,
@@ -37,13 +41,14 @@ from dpm_core import (
     StructureGroup,
     Trajectory,
 )
+from third_party import gate_decorator, otov2
 
 from . import models
 from .__main__ import device as device_of
 from .files import save_json
 from .run import device_name, revision
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 ARMS = ("plain", "idle", "decaying")
 KIRIGAMI_FIGURES = ("decay_kirigami_ms", "decay_speed_up", "decay_norm_difference")
 TARGETS = {"idle": 1.01, "decaying": 1.03, "kirigami": 300.0}
@@ -63,7 +68,7 @@ class OverheadError(RuntimeError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, for one model."""
+    """What is measured, for one model in one framework."""
 
     model: str
     batch: int
@@ -71,6 +76,7 @@ class Settings:
     image_size: int
     repeats: int
     device: torch.device
+    framework: str = "depgraph"
 
     def build(self) -> tuple[nn.Module, list[StructureGroup]]:
         """The model in training mode and its groups; every call gives a copy of the same."""
@@ -108,15 +114,58 @@ class Arm:
         self.optimizer.step()
 
 
+# A low learning rate: the same gradients are applied many times over.
+RATE, MOMENTUM, WEIGHT_DECAY = 1e-4, 0.9, 5e-4
+Parts = tuple[nn.Module, list[StructureGroup], torch.optim.Optimizer]
+
+
+def _sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+def _depgraph(settings: Settings, _plain: bool) -> Parts:
+    model, groups = settings.build()
+    return model, groups, _sgd(model)
+
+
+def _otov2(settings: Settings, plain: bool) -> Parts:
+    model, _ = settings.build()
+    made = otov2.graph(model, settings.images()[:2])
+    kind = otov2.DHSPG if plain else otov2.DeferringDHSPG
+    # An epsilon of 0: at this learning rate the half-space is never left, and the penalty goes on.
+    optimizer = kind(
+        made,
+        variant="sgd",
+        lr=RATE,
+        first_momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        target_group_sparsity=0.5,
+        epsilon=0.0,
+    )
+    return model, [structure_group(g) for g in otov2.groups(made, model)], optimizer
+
+
+def _gate_decorator(settings: Settings, _plain: bool) -> Parts:
+    model, _ = settings.build()
+    made = gate_decorator.GateDecorator(model, settings.images()[:2], fraction=0.01)
+    groups = [gate_group(g, made.gates) for g in made.groups]
+    return model, groups, _sgd(model)
+
+
+FRAMEWORKS: dict[str, Callable[[Settings, bool], Parts]] = {
+    "depgraph": _depgraph,
+    "otov2": _otov2,
+    "gate-decorator": _gate_decorator,
+}
+
+
 def make_arms(settings: Settings) -> dict[str, Arm]:
     """The arms, by name; in the last one half of every group's structures decay."""
     images = settings.images()
     labels = torch.arange(settings.batch, device=settings.device) % CLASSES
     arms = {}
     for name in ARMS:
-        model, groups = settings.build()
-        # A low learning rate: the same gradients are applied many times over.
-        optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, weight_decay=5e-4)
+        model, groups, optimizer = FRAMEWORKS[settings.framework](settings, name == "plain")
         arms[name] = Arm(model, optimizer, images, labels)
         if name == "plain":
             continue
@@ -209,7 +258,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         for name, arm in arms.items()
     ]
     turns.append({"floor_ms": floor})
-    title = f"{settings.model}: steps"
+    title = f"{settings.model}, {settings.framework}: steps"
     times = interleave(turns, settings.repeats, settings.device, title)
     figures = {name: figure(values) for name, values in times.items()}
     plain = times["step_plain_ms"]
@@ -231,17 +280,20 @@ def measure(settings: Settings) -> dict[str, Any]:
         if name == "decaying":
             over_floor = [ms / f for ms, f in zip(hooks, times["floor_ms"], strict=True)]
             figures["hooks_decaying_over_floor"] = figure(over_floor)
-    group, decay = _decay_of_one_group(settings)
-    return {
-        "figures": figures | decay,
-        "decayed_group": {
-            "name": group.name,
-            "structures": group.size,
-            "elements": _elements(group),
-        },
+    found = {
+        "figures": figures,
         "structures": sum(g.size for g in dpms["idle"].groups.values()),
         "decaying": {name: dpm.count(Phase.DECAYING) for name, dpm in dpms.items()},
     }
+    if settings.framework == "depgraph":  # the decay of one group is the same in all frameworks
+        group, decay = _decay_of_one_group(settings)
+        found["figures"] = figures | decay
+        found["decayed_group"] = {
+            "name": group.name,
+            "structures": group.size,
+            "elements": _elements(group),
+        }
+    return found
 
 
 def decaying_slices(arm: Arm) -> tuple[list[Tensor], list[Tensor]]:
@@ -379,6 +431,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--models", type=_models, default="vgg16-bn,resnet56", help="names, with commas between"
     )
+    top.add_argument(
+        "--frameworks", type=_frameworks, default=",".join(FRAMEWORKS), help="with commas between"
+    )
     top.add_argument("--batch", type=_from_two, default=32)
     top.add_argument("--channels", type=int, default=3, help="of the images")
     top.add_argument("--image-size", type=int, default=32)
@@ -390,11 +445,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _models(text: str) -> list[str]:
+    return _known(text, models.MODELS, "model")
+
+
+def _frameworks(text: str) -> list[str]:
+    return _known(text, FRAMEWORKS, "framework")
+
+
+def _known(text: str, known: Collection[str], what: str) -> list[str]:
     names = text.split(",")
     for name in names:
-        if name not in models.MODELS:
-            known = ", ".join(models.MODELS)
-            raise argparse.ArgumentTypeError(f"there is no model {name!r}; there are {known}")
+        if name not in known:
+            listed = ", ".join(known)
+            raise argparse.ArgumentTypeError(f"there is no {what} {name!r}; there are {listed}")
     return names
 
 
@@ -420,16 +483,20 @@ def main(arguments: list[str] | None = None) -> int:
     }
     print(", ".join(f"{key}: {value}" for key, value in content["machine"].items()))
     try:
-        for name in args.models:
-            found = measure(Settings(model=name, device=device, **content["settings"]))
-            content["models"][name] = found
-            group, count = found["decayed_group"], found["decaying"]["decaying"]
+        for name, framework in itertools.product(args.models, args.frameworks):
+            asked = Settings(name, device=device, framework=framework, **content["settings"])
+            found = measure(asked)
+            content["models"].setdefault(name, {})[framework] = found
+            decaying = found["decaying"]["decaying"]
             print(
-                f"\n{name}, batch {args.batch}: {count} of {found['structures']} structures "
-                f"decaying; decay of one group: {group['structures']} structures of "
-                f"{group['name']}\n{table(found['figures'])}"
+                f"\n{name} in {framework}, batch {args.batch}: {decaying} of "
+                f"{found['structures']} structures decaying"
             )
-            if found["figures"]["decay_kirigami_ms"] is None:
+            if "decayed_group" in found:
+                group = found["decayed_group"]
+                print(f"decay of one group: {group['structures']} structures of {group['name']}")
+            print(table(found["figures"]))
+            if found["figures"].get("decay_kirigami_ms", 0) is None:
                 print("torch-kirigami is not installed; pip install -e '.[dev]' brings it")
     except OverheadError as error:
         print(f"error: {error}", file=sys.stderr)

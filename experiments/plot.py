@@ -147,9 +147,9 @@ def _accuracy(title: str, members: Sequence[Record]) -> Figure:
             )
         if runs:
             _mean_line(axis, variant, runs)
-            removal = runs[0]["steps"]["removal"] - runs[0]["steps"]["decision"]
-            axis.axvline(removal, color=COLOURS[variant], linewidth=0.8, linestyle=":")
-    axis.set_xlabel("training steps since the decision (dotted: removal)")
+            zero = statistics.fmean(r["steps"]["zero"] - r["steps"]["decision"] for r in runs)
+            axis.axvline(zero, color=COLOURS[variant], linewidth=0.8, linestyle=":")
+    axis.set_xlabel("training steps since the decision (dotted: all that goes is gone)")
     axis.set_ylabel("test accuracy, %")
     axis.legend(frameon=False, loc="lower right")
     axis.set_title(f"Accuracy around removal\n{title}", fontsize=10)

@@ -26,10 +26,10 @@ from third_party.upstreams import PINS, require
 from . import data, models
 from .config import Config, ConfigError
 from .files import save_json, save_tensors
-from .training import Loop, Progress, accuracy, optimizer_of, outputs
+from .training import Loop, Progress, accuracy, outputs
 
 VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 
 
 class RunError(RuntimeError):
@@ -145,7 +145,7 @@ def run(request: Request) -> Path:
             "device": device_name(request.device),
             "threads": torch.get_num_threads(),
             "accuracy": {
-                "dense": accuracy(dense, images),
+                "dense": None if config.dense is None else accuracy(dense, images),
                 "at_removal": p.found["at_removal"],
                 "at_removal_reestimated": p.found["at_removal_reestimated"],
                 "final": accuracy(model, images),
@@ -164,6 +164,7 @@ def run(request: Request) -> Path:
             "steps": {
                 "total": p.total,
                 "decision": p.decided_at,
+                "zero": p.zero_at,
                 "removal": p.removed_at,
                 "heard": p.heard,
             },
@@ -250,15 +251,13 @@ def _adapter(
     config = request.config
     adapter = config.adapter()
     ordered = {name: config.stages[name] for name in adapter.stages if name in config.stages}
-    per_epoch = {name: images.steps_per_epoch(s.batch) for name, s in ordered.items()}
     context = Context(
         model=model,
         example=example,
         variant=request.variant,
         smooth=config.build_smooth(),
         rectify=config.rectify.build(request.seed),
-        stages={name: s.epochs * per_epoch[name] for name, s in ordered.items()},
-        steps_per_epoch=next(iter(per_epoch.values())),
+        stages={n: s.plan(images.steps_per_epoch(s.batch)) for n, s in ordered.items()},
         progress=_Spinner(),
     )
     return adapter(context, config.build_options())
@@ -270,8 +269,10 @@ def _dense_model(
     saved: Mapping[str, Any] | None,
     stop: Callable[[], bool],
 ) -> nn.Module:
-    """The trained dense model, which all variants and frameworks of a seed share."""
+    """The dense model, trained once for all variants and frameworks of a seed."""
     config, model = request.config, _build(request, images)
+    if config.dense is None:
+        return model
     name = f"{config.model}-{config.dense_hash(images.digest())}-seed{request.seed}.pt"
     path = request.out / "dense" / name
     if path.exists():
@@ -346,15 +347,15 @@ def _save(request: Request, part: str, loop: Loop) -> None:
 def _restore(loop: Loop, saved: Mapping[str, Any]) -> None:
     """Put a loop where :func:`_save` left it."""
     loop.progress = Progress(**saved["progress"])
-    name, stage = loop.stages[loop.progress.stage]
+    name, _ = loop.stages[loop.progress.stage]
     adapter, state = loop.adapter, saved["adapter"]
-    if adapter is not None and state["removed"] is not None:
-        adapter.shrink(loop.model, adapter.context.example, state["removed"])
+    if adapter is not None:
+        adapter.restore_model(state)
     loop.model.load_state_dict(saved["model"])
-    loop.optimizer = optimizer_of(stage, loop.model)
+    loop.optimizer = loop.new_optimizer()
     loop.optimizer.load_state_dict(saved["optimizer"])
     if adapter is not None:
-        adapter.load_state_dict(state, name, loop.optimizer, loop.hearing_loss)
+        adapter.load_state_dict(state, name, loop.optimizer, loop.next_loss)
     torch.set_rng_state(saved["random"].cpu())
     if saved["random_cuda"]:
         torch.cuda.set_rng_state_all([s.cpu() for s in saved["random_cuda"]])
@@ -441,7 +442,7 @@ def _widths(model: nn.Module) -> dict[str, int]:
 
 
 def _versions(config: Config) -> dict[str, str]:
-    upstream = {name: require(name) for name in PINS if PINS[name]["adapter"] == config.framework}
+    upstream = {name: require(name) for name in PINS if config.framework in PINS[name]["adapters"]}
     return {
         "decay-pruning": dpm_core.__version__,
         "python": platform.python_version(),

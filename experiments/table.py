@@ -22,7 +22,7 @@ class _Config(BaseModel):
 
 
 class _Accuracy(BaseModel):
-    dense: float
+    dense: float | None
     at_removal: float
     at_removal_reestimated: float
     final: float
@@ -43,6 +43,7 @@ class _Structures(BaseModel):
 class _Steps(BaseModel):
     total: int
     decision: int
+    zero: int
     removal: int
     heard: int
 
@@ -136,7 +137,6 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             "at_removal": [r["accuracy"]["at_removal"] for r in runs],
             "at_removal_reestimated": [r["accuracy"]["at_removal_reestimated"] for r in runs],
             "final": [r["accuracy"]["final"] for r in runs],
-            "dense": [r["accuracy"]["dense"] for r in runs],
             "macs": [100 * r["macs"]["pruned"] / r["macs"]["dense"] for r in runs],
             "parameters": [
                 100 * r["parameters"]["pruned"] / r["parameters"]["dense"] for r in runs
@@ -186,9 +186,9 @@ def markdown(records: Sequence[Record]) -> str:
         widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
         text = [_row(lines[0], widths), _row(["-" * w for w in widths], widths)]
         text += [_row(line, widths) for line in lines[1:]]
-        dense = {m["seed"]: m["accuracy"]["dense"] for m in members}
-        mean = statistics.fmean(dense.values())
-        parts.append(f"{title}; dense {mean:.2f}%\n\n" + "\n".join(text))
+        dense = {m["seed"]: d for m in members if (d := m["accuracy"]["dense"]) is not None}
+        start = f"dense {statistics.fmean(dense.values()):.2f}%" if dense else "from scratch"
+        parts.append(f"{title}; {start}\n\n" + "\n".join(text))
     return "\n\n".join(parts)
 
 

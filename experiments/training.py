@@ -16,28 +16,17 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from adapters.base import Adapter, AdapterError
+from dpm_core import Phase
 
 from .config import Curve, Stage
-from .data import Images
+from .data import Images, mixing
 
 EVALUATION_BATCH = 500
+POINTS = 40
 
 
 class Stopped(Exception):  # noqa: N818  (a request, not an error)
     """The run was asked to stop, and has saved itself."""
-
-
-def optimizer_of(stage: Stage, model: nn.Module) -> torch.optim.Optimizer:
-    """A new optimizer for all parameters of a model."""
-    if stage.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(),
-            lr=stage.learning_rate,
-            momentum=stage.momentum,
-            weight_decay=stage.weight_decay,
-        )
-    kind = torch.optim.Adam if stage.optimizer == "adam" else torch.optim.AdamW
-    return kind(model.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay)
 
 
 def learning_rate(stage: Stage, epoch: int) -> float:
@@ -85,20 +74,22 @@ class Progress:
         step: training steps done in the stage, hearings' batches among them.
         total: training steps done in all stages.
         decided_at: ``total`` when the framework began to take structures out; ``None`` before.
+        zero_at: ``total`` when nothing was left of what goes; ``None`` before.
         removed_at: ``total`` at the removal; ``None`` before.
         seconds: spent so far.
-        found: figures measured at the removal.
-        curve: (steps since the decision, test accuracy in %), the removal's own at its step.
+        found: figures measured when nothing was left, and at the removal.
+        curve: (steps since the decision, test accuracy in %), one more when nothing is left.
         events: what the core reported until the removal.
         heard: batches that hearings used up until then.
         trace: norms of the structures that ever decayed, by the core's clock, group and
-            structure.
+            structure; :data:`POINTS` or more in the time that a decay takes.
     """
 
     stage: int = 0
     step: int = 0
     total: int = 0
     decided_at: int | None = None
+    zero_at: int | None = None
     removed_at: int | None = None
     seconds: float = 0.0
     found: dict[str, float | None] = field(default_factory=dict)
@@ -158,39 +149,42 @@ class Loop:
                 "shorten smooth.steps"
             )
 
-    def hearing_loss(self) -> Tensor:
-        """Mean loss of the next training batch, for hearings; uses up a step."""
-        images, labels = self._next_batch()
-        return functional.cross_entropy(self.model(images), labels)
-
-    def _next_batch(self) -> tuple[Tensor, Tensor]:
+    def next_loss(self) -> Tensor:
+        """Mean loss of the model on the next training batch; uses up a step."""
         p, stage = self.progress, self.stages[self.progress.stage][1]
         # Every stage reads a stream of its own, the same for all variants of a seed.
         stream = 1000 * self.seed + p.stage + (0 if self.adapter is None else 1)
-        batch = self.images.batch(stage.batch, p.step, stream)
+        images, labels = self.images.batch(stage.batch, p.step, stream)
+        share, partners = mixing(stage.mixup, stage.batch, p.step, stream)
         p.step += 1
         p.total += 1
-        return batch
+        if partners is None:
+            return functional.cross_entropy(self.model(images), labels)
+        partners = partners.to(labels.device)
+        logits = self.model(share * images + (1 - share) * images[partners])
+        mine, theirs = (functional.cross_entropy(logits, t) for t in (labels, labels[partners]))
+        return share * mine + (1 - share) * theirs
 
     def _run_stage(self, name: str, stage: Stage) -> None:
         p = self.progress
         per_epoch = self.images.steps_per_epoch(stage.batch)
         total = stage.epochs * per_epoch
         if self.optimizer is None:
-            self._begin(name, stage)
+            self._begin(name)
         bar = tqdm(total=total, initial=p.step, desc=name, unit="step", disable=None, leave=False)
         with bar:
             while True:
-                self._look(name, stage)
+                self._look(name)
                 if p.step >= total:
                     return
                 assert self.optimizer is not None
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(stage, p.step // per_epoch)
                 self.model.train()
-                images, labels = self._next_batch()
+                if self.adapter is not None:
+                    self.adapter.before_step(p.step)
                 self.optimizer.zero_grad()
-                functional.cross_entropy(self.model(images), labels).backward()
+                self.next_loss().backward()
                 if self.adapter is not None:
                     self.adapter.after_backward()
                 self.optimizer.step()
@@ -200,12 +194,19 @@ class Loop:
                 bar.update(p.step - bar.n)
                 self._save_or_stop()
 
-    def _begin(self, name: str, stage: Stage) -> None:
-        self.optimizer = optimizer_of(stage, self.model)
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        """Of the present stage, for the model as it is."""
+        name, stage = self.stages[self.progress.stage]
         if self.adapter is not None:
-            self.adapter.begin(name, self.optimizer, self.hearing_loss)
+            return self.adapter.optimizer(name)
+        return stage.plan(self.images.steps_per_epoch(stage.batch)).new_optimizer(self.model)
 
-    def _look(self, name: str, stage: Stage) -> None:
+    def _begin(self, name: str) -> None:
+        self.optimizer = self.new_optimizer()
+        if self.adapter is not None:
+            self.adapter.begin(name, self.optimizer, self.next_loss)
+
+    def _look(self, name: str) -> None:
         """Between steps: measure, and remove what is due."""
         if self.adapter is None:
             return
@@ -215,40 +216,49 @@ class Loop:
             self._measure_curve()
         if self.adapter.due():
             self._remove(self.adapter)
-            self._begin(name, stage)
+            self._begin(name)
+        if p.decided_at is None:
             return
-        if p.decided_at is not None:
-            since, last = p.total - p.decided_at, p.curve[-1][0]
-            every = self.curve.every
-            if since <= self.curve.until and since // every > last // every:
-                self._measure_curve()
+        if p.zero_at is None and self.adapter.settled():
+            self._measure_zero()
+        since, last = p.total - p.decided_at, p.curve[-1][0]
+        every = self.curve.every
+        if since <= self.curve.until and since // every > last // every:
+            self._measure_curve()
 
     def _measure_curve(self) -> None:
         p = self.progress
         assert p.decided_at is not None
         p.curve.append((p.total - p.decided_at, accuracy(self.model, self.images)))
 
-    def _remove(self, adapter: Adapter) -> None:
-        p, probe = self.progress, self.images.normalize(self.images.test[:64])
-        before = outputs(self.model, probe)
-        adapter.remove()
-        p.removed_at = p.total
+    def _measure_zero(self) -> None:
+        p = self.progress
+        p.zero_at = p.total
         self._measure_curve()
         p.found["at_removal"] = p.curve[-1][1]
         fresh = reestimated(self.model, self.images)
         p.found["at_removal_reestimated"] = accuracy(fresh, self.images)
+
+    def _remove(self, adapter: Adapter) -> None:
+        p, probe = self.progress, self.images.normalize(self.images.test[:64])
+        # What is not zero yet, as in DepGraph's base, is cut off: there is nothing to compare.
+        zero = adapter.settled()
+        before = outputs(self.model, probe)
+        adapter.remove()
+        p.removed_at = p.total
         if adapter.dpm is not None:
             p.events, p.heard = [asdict(e) for e in adapter.dpm.events], adapter.dpm.heard
-        # Before its removal the model of `base` is whole: there is nothing to compare.
         p.found["output_difference"] = (
-            None
-            if adapter.dpm is None
-            else float((outputs(self.model, probe) - before).abs().max())
+            float((outputs(self.model, probe) - before).abs().max()) if zero else None
         )
 
     def _follow_norms(self, adapter: Adapter) -> None:
         p, dpm = self.progress, adapter.dpm
         if dpm is None or adapter.removed is not None or p.decided_at is None:
+            return
+        happened = bool(dpm.events) and dpm.events[-1].step == dpm.clock
+        on_grid = dpm.clock % max(1, dpm.smooth.steps // POINTS) == 0
+        if not happened and not (on_grid and dpm.count(Phase.DECAYING)):
             return
         followed: dict[str, list[int]] = {}
         for event in dpm.events:

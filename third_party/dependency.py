@@ -12,12 +12,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from .groups import Share, UnsupportedLayerError, UpstreamGroup
 from .upstreams import require
 
 require("torch-pruning")
@@ -26,59 +27,6 @@ import torch_pruning as tp  # noqa: E402  (only after its version is known)
 ROOTS = [tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR]
 Plan = list[tuple[str, list[int]]]
 """What was removed, in order: root layer's name, output positions in the dense layer's count."""
-
-
-class UnsupportedLayerError(ValueError):
-    """A layer's channels cannot be set to zero in a way that equals removing them."""
-
-
-@dataclass
-class Share:
-    """One parameter's part in a dependency group: positions along ``dim`` for each root index."""
-
-    name: str
-    parameter: Tensor
-    dim: int
-    batch_norm: bool
-    index: list[list[int]]
-
-
-@dataclass
-class DependencyGroup:
-    """One dependency group, in plain terms.
-
-    Attributes:
-        root: the name of the layer that upstream roots the group in.
-        channels: the root's number of output channels.
-        repeats: upstream removes channel i of every convolution group together: structure k is
-            made of the root's channels k, k + channels / repeats, and so on, ``repeats`` of them.
-        shares: parameters whose output positions belong to the structures.
-        owners: (module, dim, index): modules whose output carries the structures.
-    """
-
-    root: str
-    channels: int
-    repeats: int
-    shares: list[Share] = field(default_factory=list)
-    owners: list[tuple[nn.Module, int, list[list[int]]]] = field(default_factory=list)
-
-    @property
-    def structures(self) -> int:
-        """How many structures the group holds."""
-        return self.channels // self.repeats
-
-    def channels_of(self, structures: Sequence[int]) -> list[int]:
-        """The root's channels that make up some structures, sorted."""
-        return sorted(k + r * self.structures for k in structures for r in range(self.repeats))
-
-    def structures_of(self, channels: Sequence[int]) -> list[int]:
-        """The structures that some of the root's channels make up, sorted."""
-        found = sorted({c % self.structures for c in channels})
-        if self.channels_of(found) != sorted(channels):
-            raise UnsupportedLayerError(
-                f"upstream removes channels of {self.root!r} that are not whole structures"
-            )
-        return found
 
 
 @contextmanager
@@ -173,7 +121,17 @@ def remove(model: nn.Module, example: Tensor, plan: Plan) -> None:
         built.get_pruning_group(layer, prune, list(channels)).prune()
 
 
-def importance(made: tp.pruner.GroupNormPruner, group: DependencyGroup) -> Tensor:
+def removing(model: nn.Module, example: Tensor, plan: Plan) -> Iterator[str]:
+    """:func:`remove`, item by item: tells each root's name when its channels are gone."""
+    built = graph(model, example)
+    for name, channels in plan:
+        layer = model.get_submodule(name)
+        prune = built.get_pruner_of_module(layer).prune_out_channels
+        built.get_pruning_group(layer, prune, list(channels)).prune()
+        yield name
+
+
+def importance(made: tp.pruner.GroupNormPruner, group: UpstreamGroup) -> Tensor:
     """Upstream's importance of each structure of a group of the pruner's model, on the host."""
     layer = made.model.get_submodule(group.root)
     prune = made.DG.get_pruner_of_module(layer).prune_out_channels
@@ -183,7 +141,7 @@ def importance(made: tp.pruner.GroupNormPruner, group: DependencyGroup) -> Tenso
     return scores.detach().view(group.repeats, -1).mean(0).cpu()
 
 
-def groups(made: tp.pruner.GroupNormPruner) -> list[DependencyGroup]:
+def groups(made: tp.pruner.GroupNormPruner) -> list[UpstreamGroup]:
     """All groups that the pruner may prune, as index tables.
 
     Only output positions are listed: they are disjoint between groups and, at zero, leave nothing
@@ -209,7 +167,7 @@ def groups(made: tp.pruner.GroupNormPruner) -> list[DependencyGroup]:
                 for item in group.items
             ]
         )
-        made_group = DependencyGroup(names[root], len(group[0].idxs), repeats)
+        made_group = UpstreamGroup(names[root], len(group[0].idxs), repeats)
         producers: list[tuple[nn.Module, int, list[list[int]]]] = []
         norms: list[tuple[nn.Module, int, list[list[int]]]] = []
         for item in group.items:
@@ -237,6 +195,51 @@ def groups(made: tp.pruner.GroupNormPruner) -> list[DependencyGroup]:
         made_group.owners = norms or producers
         found.append(made_group)
     return found
+
+
+def heard_without_norm(made: tp.pruner.GroupNormPruner) -> set[str]:
+    """Roots of the groups that BatchNorms alone cannot silence.
+
+    In these some layer's output comes to a layer that reads it, or leaves the network, without a
+    BatchNorm on the way. Operations between layers are taken to answer zeros with zeros.
+    """
+    names = {m: n for n, m in made.model.named_modules()}
+    heard = set()
+    for group in made.DG.get_all_groups(
+        ignored_layers=made.ignored_layers, root_module_types=made.root_module_types
+    ):
+        nodes = {
+            item.dep.target
+            for item in group.items
+            if made.DG.is_out_channel_pruning_fn(item.dep.handler)
+        }
+        ahead = [n for n in nodes if not _passes_zeros(n.module) and not _is_norm(n.module)]
+        seen = set(ahead)
+        while ahead:
+            for node in ahead.pop().outputs or [None]:
+                if node is None or not (_is_norm(node.module) or _passes_channels(node.module)):
+                    heard.add(names[group[0].dep.target.module])
+                elif node not in seen and not _is_norm(node.module):
+                    seen.add(node)
+                    ahead.append(node)
+    return heard
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+
+
+def _passes_channels(module: nn.Module) -> bool:
+    """Whether each channel of the output comes of the same channel of the input alone."""
+    if isinstance(module, _ConvNd):
+        return 1 < module.groups == module.in_channels == module.out_channels
+    bare = not isinstance(module, nn.Parameter) and not any(True for _ in module.parameters())
+    return bare or isinstance(module, nn.PReLU)
+
+
+def _passes_zeros(module: nn.Module) -> bool:
+    """Whether, besides, zeros come out where zeros go in."""
+    return _passes_channels(module) and getattr(module, "bias", None) is None
 
 
 def _can_speak(module: nn.Module) -> bool:
@@ -275,7 +278,7 @@ def _kind(
 
 
 def _rows(
-    positions: Sequence[int], roots: Sequence[int], group: DependencyGroup
+    positions: Sequence[int], roots: Sequence[int], group: UpstreamGroup
 ) -> list[list[int]]:
     """Positions of one layer by structure, each with equally many."""
     rows: list[list[int]] = [[] for _ in range(group.structures)]

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from adapters.base import AdapterError, count_macs, count_parameters
 from adapters.registry import ADAPTERS
 from dpm_core import Hearing, LeastResistant, Phase, RandomRelease, SelfRectifying, SmoothPruning
-from tests.support.frameworks import CASES, EXAMPLE, IDS, Case, Drive, new_optimizer
+from tests.support.frameworks import CASES, EXAMPLE, Case, Drive
 
 VARIANTS = ("base", "sp", "sr")
-cases = pytest.mark.parametrize("case", CASES, ids=IDS)
+cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
 def finished(case: Case, variant: str, **settings) -> Drive:
@@ -44,15 +44,30 @@ def test_every_registered_adapter_has_a_case():
     assert {c.framework for c in CASES} == set(ADAPTERS)
 
 
+def largest_step(case: Case, plan: list) -> int:
+    """What the removal of a single structure takes off the dense model's MACs, at most."""
+    found = []
+    for root, channels in plan:
+        model = case.build()
+        dense = count_macs(model, EXAMPLE)
+        case.adapter(model, "base").shrink(model, EXAMPLE, [(root, channels[:1])])
+        found.append(dense - count_macs(model, EXAMPLE))
+    return max(found)
+
+
 @cases
 def test_all_variants_meet_the_same_target(case):
     dense = case.build()
     drives = {v: finished(case, v) for v in VARIANTS}
     macs = {v: count_macs(d.model, EXAMPLE) for v, d in drives.items()}
-    assert len(set(macs.values())) == 1
-    assert macs["sp"] <= count_macs(dense, EXAMPLE) / case.speed_up
-    assert len({count_parameters(d.model) for d in drives.values()}) == 1
-    assert len({d.adapter.pruned for d in drives.values()}) == 1
+    target = count_macs(dense, EXAMPLE) * case.most_macs
+    assert max(macs.values()) <= target
+    if case.refills_in_group:
+        assert len(set(macs.values())) == 1
+        assert len({count_parameters(d.model) for d in drives.values()}) == 1
+        assert len({d.adapter.pruned for d in drives.values()}) == 1
+    else:
+        assert min(macs.values()) > target - largest_step(case, drives["sp"].adapter.removed)
     assert drives["sp"].adapter.pruned > 0
     assert len({d.batches for d in drives.values()}) == 1
 
@@ -66,6 +81,7 @@ def test_the_smaller_model_gives_the_zeroed_models_outputs(case, variant):
     shrink = type(adapter).remove
 
     def remove() -> None:
+        assert adapter.settled()
         before = outputs(copy.deepcopy(adapter.context.model))
         shrink(adapter)
         seen.append((before, outputs(copy.deepcopy(adapter.context.model))))
@@ -85,7 +101,9 @@ def test_sp_decays_before_it_removes(case):
     decayed = [e for e in adapter.dpm.events if e.kind == "decay"]
     pruned = [e for e in adapter.dpm.events if e.kind == "prune"]
     assert sum(len(e.structures) for e in decayed) == adapter.pruned
-    assert {e.step for e in pruned} == {decayed[0].step + 6}
+    started = {(e.group, k): e.step for e in decayed for k in e.structures}
+    ended = {(e.group, k): e.step for e in pruned for k in e.structures}
+    assert ended == {which: step + 6 for which, step in started.items()}
     assert drive.before_removal is not None
 
 
@@ -100,15 +118,18 @@ def test_sp_decays_before_it_removes(case):
     ],
     ids=lambda c: type(c).__name__,
 )
-def test_released_structures_stay_and_are_replaced_in_their_group(case, criterion):
+def test_released_structures_stay_and_others_go_in_their_place(case, criterion):
     rectify = SelfRectifying(criterion, max_share=0.4)
     adapter = case.adapter(case.build(), "sr", rectify=rectify)
     Drive(case, adapter).run()
     events = adapter.dpm.events
     released = [(e.group, k) for e in events if e.kind == "release" for k in e.structures]
     refilled = [(e.group, k) for e in events if e.kind == "decay" and e.wave for k in e.structures]
+    decayed = [(e.group, k) for e in events if e.kind == "decay" for k in e.structures]
     assert released
-    assert sorted(g for g, _ in released) == sorted(g for g, _ in refilled)
+    assert len(decayed) == len(released) + adapter.pruned
+    if case.refills_in_group:
+        assert sorted(g for g, _ in released) == sorted(g for g, _ in refilled)
     assert not set(released) & set(refilled)
     for group, k in released:
         assert adapter.dpm.phases(group)[k] == Phase.ACTIVE
@@ -119,9 +140,10 @@ def test_released_structures_stay_and_are_replaced_in_their_group(case, criterio
 @cases
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(stop=st.integers(1, 15))
-def test_a_run_taken_up_from_its_state_ends_in_the_same_bits(case, variant, stop):
+@given(share=st.floats(0, 1))
+def test_a_run_taken_up_from_its_state_ends_in_the_same_bits(case, variant, share):
     whole = finished(case, variant)
+    stop = 1 + round(share * (whole.batches - 2))
     first = Drive(case, case.adapter(case.build(), variant)).run(stop_after=stop)
     file = io.BytesIO()
     state = {
@@ -135,13 +157,12 @@ def test_a_run_taken_up_from_its_state_ends_in_the_same_bits(case, variant, stop
 
     model = case.build()
     adapter = case.adapter(model, variant)
-    if saved["adapter"]["removed"] is not None:
-        adapter.shrink(model, EXAMPLE, saved["adapter"]["removed"])
+    adapter.restore_model(saved["adapter"])
     model.load_state_dict(saved["model"])
     second = Drive(case, adapter, stage=first.stage, step=first.step, batches=first.batches)
-    second.optimizer = new_optimizer(model)
-    second.optimizer.load_state_dict(saved["optimizer"])
     stage = list(adapter.context.stages)[first.stage]
+    second.optimizer = adapter.optimizer(stage)
+    second.optimizer.load_state_dict(saved["optimizer"])
     adapter.load_state_dict(saved["adapter"], stage, second.optimizer, second.loss)
     second.run()
     assert_equal_weights(second.model, whole.model)
@@ -168,9 +189,8 @@ def test_the_model_stays_in_its_mode(case, variant):
     adapter = case.adapter(model, variant)
     adapter.check()
     for stage in adapter.context.stages:
-        adapter.begin(stage, new_optimizer(model), lambda: torch.zeros(()))
-    if variant == "base":
-        assert adapter.due()
+        adapter.begin(stage, adapter.optimizer(stage), lambda: torch.zeros(()))
+    if adapter.due():
         adapter.remove()
     assert [m.training for m in model.modules()] == modes
 
@@ -180,8 +200,8 @@ def test_the_model_stays_in_its_mode(case, variant):
 def test_an_impossible_target_is_refused_and_nothing_is_changed(case, variant):
     model = case.build()
     before = weights(model)
-    adapter = case.adapter(model, variant, options=case.impossible)
-    with pytest.raises(AdapterError, match=r"impossible.*Lower"):
+    adapter = case.adapter(model, variant, options={**case.options, **case.impossible})
+    with pytest.raises(AdapterError, match=r"impossible.*(Lower|Raise)"):
         adapter.check()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -189,7 +209,7 @@ def test_an_impossible_target_is_refused_and_nothing_is_changed(case, variant):
 @cases
 @pytest.mark.parametrize("variant", ["sp", "sr"])
 def test_a_stage_too_short_for_the_decay_is_refused(case, variant):
-    short = {name: (5 if name == "prune" else steps) for name, steps in case.stages.items()}
+    short = {**case.stages, "prune": case.short}
     with pytest.raises(AdapterError, match="more epochs or shorten"):
         case.adapter(case.build(), variant, stages=short).check()
     case.adapter(case.build(), "base", stages=short).check()
@@ -205,12 +225,33 @@ def test_a_sound_request_passes_the_check_and_changes_nothing(case):
 
 
 @cases
-def test_a_copy_is_selected_on_and_the_real_model_is_only_decayed(case):
-    """At the decision nothing is lost yet: the dense model's outputs are still there."""
+def test_nothing_is_lost_at_the_decision(case):
+    """Selection works on a copy: the real model is only decayed."""
     model = case.build()
-    adapter = case.adapter(model, "sp", stages={"prune": 16})
-    before = weights(model)
-    adapter.begin("prune", new_optimizer(model), lambda: torch.zeros(()))
-    assert adapter.decided
+    adapter = case.adapter(model, "sp")
+    before = outputs(copy.deepcopy(model))
+    for stage in adapter.context.stages:
+        adapter.begin(stage, adapter.optimizer(stage), lambda: torch.zeros(()))
     assert not adapter.due()
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not adapter.settled()
+    torch.testing.assert_close(outputs(copy.deepcopy(model)), before, atol=1e-6, rtol=1e-6)
+
+
+@cases
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_gone_stays_gone_until_the_removal(case, variant):
+    """Accuracy is measured when an adapter is settled: the removal must find the same model."""
+    drive = Drive(case, case.adapter(case.build(), variant))
+    adapter, seen = drive.adapter, []
+
+    def look() -> bool:
+        if adapter.settled():
+            seen.append(adapter.decided)
+        return False
+
+    due = adapter.due
+    adapter.due = lambda: look() or due()
+    drive.run()
+    assert seen
+    assert all(seen)
+    assert adapter.settled()

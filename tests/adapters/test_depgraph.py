@@ -11,23 +11,24 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn import functional
 
-from adapters.base import AdapterError, Context, count_macs
+from adapters.base import AdapterError, Context, Stage, count_macs
 from adapters.depgraph import DepGraph, DepGraphOptions, structure_groups
 from dpm_core import Phase, SelfRectifying, SmoothPruning
 from experiments import models
-from tests.support.frameworks import CASES, EXAMPLE, Case, Drive, batch, new_optimizer, small_resnet
+from tests.support.frameworks import CASES, EXAMPLE, Case, Drive, batch, small_resnet
 from third_party import dependency, upstreams
 
+STAGE = Stage(steps=8, steps_per_epoch=3, learning_rate=0.05)
 
-def context(model, variant="sp", example=EXAMPLE, stages=None, smooth=None) -> Context:
+
+def context(model, variant="sp", example=EXAMPLE, smooth=None) -> Context:
     return Context(
         model=model,
         example=example,
         variant=variant,
         smooth=smooth or SmoothPruning(4),
         rectify=SelfRectifying(),
-        stages=stages or {"prune": 8},
-        steps_per_epoch=3,
+        stages={"prune": STAGE},
     )
 
 
@@ -53,7 +54,7 @@ def upstream(model: nn.Module, speed_up: float, sparse_steps: int) -> nn.Module:
         )
 
     made = pruner()
-    optimizer = new_optimizer(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     for step in range(sparse_steps):
         model.train()
         if step and step % 3 == 0:
@@ -97,10 +98,10 @@ NETS = {
 def test_sp_selects_exactly_what_base_removes(name, options):
     build, example = NETS[name]
     base = DepGraph(context(build(), "base", example), DepGraphOptions(**options))
-    base.begin("prune", new_optimizer(base.context.model), lambda: torch.zeros(()))
+    base.begin("prune", base.optimizer("prune"), lambda: torch.zeros(()))
     base.remove()
     sp = DepGraph(context(build(), "sp", example), DepGraphOptions(**options))
-    sp.begin("prune", new_optimizer(sp.context.model), lambda: torch.zeros(()))
+    sp.begin("prune", sp.optimizer("prune"), lambda: torch.zeros(()))
     selected = {
         (root, k)
         for root in sp.dpm.groups
@@ -119,7 +120,7 @@ def test_sp_selects_exactly_what_base_removes(name, options):
 def test_a_ratio_removes_that_share_of_channels():
     model = small_resnet()
     adapter = DepGraph(context(model, "base"), DepGraphOptions(ratio=0.5, global_pruning=False))
-    adapter.begin("prune", new_optimizer(model), lambda: torch.zeros(()))
+    adapter.begin("prune", adapter.optimizer("prune"), lambda: torch.zeros(()))
     adapter.remove()
     assert model.inner.out_channels == 8
     assert model.stem.out_channels == 6
@@ -151,7 +152,7 @@ def test_grouped_depthwise_transposed_and_concatenated_layers_leave_equal_output
     model = Grouped()
     adapter = DepGraph(context(model, "sp"), DepGraphOptions(ratio=0.5, global_pruning=False))
     adapter.check()
-    optimizer = new_optimizer(model)
+    optimizer = adapter.optimizer("prune")
     adapter.begin("prune", optimizer, lambda: torch.zeros(()))
     # In the first group upstream removes channels of each of the four convolution groups together.
     shapes = {g.name: tuple(g.slices[0].index.shape) for g in adapter.dpm.groups.values()}
@@ -336,7 +337,7 @@ def test_selecting_draws_no_random_numbers():
     state = torch.get_rng_state()
     adapter = DepGraph(context(model), DepGraphOptions(speed_up=2.0, steps=25))
     adapter.check()
-    adapter.begin("prune", new_optimizer(model), lambda: torch.zeros(()))
+    adapter.begin("prune", adapter.optimizer("prune"), lambda: torch.zeros(()))
     assert torch.equal(torch.get_rng_state(), state)
 
 

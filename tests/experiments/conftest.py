@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from experiments.run import VARIANTS, run
 from tests.support import tiny
@@ -34,14 +36,20 @@ class TinyRuns:
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
-    out = tmp_path_factory.mktemp("tiny")
-    paths, times = {}, []
-    with tiny.one_thread():
-        for variant in VARIANTS:
-            paths[variant] = run(tiny.request(out, variant))
-            (dense,) = (out / "dense").iterdir()
-            times.append(dense.stat().st_mtime_ns)
-    return TinyRuns(out, paths, times)
+    # The processes of a parallel test run share them: the first one that asks carries them out.
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out, done = shared / "tiny-runs", shared / "tiny-runs.json"
+    with FileLock(shared / "tiny-runs.lock"), tiny.one_thread():
+        if not done.exists():
+            times = []
+            for variant in VARIANTS:
+                run(tiny.request(out, variant))
+                (dense,) = (out / "dense").iterdir()
+                times.append(dense.stat().st_mtime_ns)
+            done.write_text(json.dumps(times), encoding="utf-8")
+    paths = {v: tiny.request(out, v).folder / "record.json" for v in VARIANTS}
+    return TinyRuns(out, paths, json.loads(done.read_text(encoding="utf-8")))
 
 
 @pytest.fixture

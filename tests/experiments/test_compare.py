@@ -16,7 +16,8 @@ import torch
 
 from experiments import compare as compare_module
 from experiments.__main__ import STOPPED, main
-from experiments.compare import compare
+from experiments.compare import Job, compare
+from experiments.config import Config
 from experiments.run import Request, RunError
 from tests.support import tiny
 from tests.support.records import record
@@ -36,6 +37,11 @@ class Started:
         return self.command[self.command.index(f"--{name}") + 1]
 
     @property
+    def path(self) -> str:
+        """Of the configuration's file."""
+        return self.command[self.command.index("run") + 1]
+
+    @property
     def name(self) -> str:
         return f"{self.option('variant')} {self.option('seed')}"
 
@@ -45,12 +51,13 @@ class Machine:
     """Stands in for processes and time.
 
     Attributes:
+        configs: of the runs, by the path of their file.
         durations: ticks that a run takes, by name; 1 for others.
         codes: exit codes, by name; 0 for others.
         log: what a run prints.
     """
 
-    config: object = field(default_factory=tiny.config)
+    configs: dict[str, Config] = field(default_factory=lambda: {str(tiny.PATH): tiny.config()})
     durations: dict[str, int] = field(default_factory=dict)
     codes: dict[str, int] = field(default_factory=dict)
     log: str = ""
@@ -81,8 +88,9 @@ class Machine:
 
     def finish(self, process):
         variant, seed = process.option("variant"), int(process.option("seed"))
-        folder = Request(self.config, variant, seed, out=Path(process.option("out"))).folder
-        made = record(variant, seed, config_hash=self.config.hash())
+        config = self.configs[process.path]
+        folder = Request(config, variant, seed, out=Path(process.option("out"))).folder
+        made = record(variant, seed, config={"name": config.name}, config_hash=config.hash())
         (folder / "record.json").write_text(json.dumps(made))
 
     def sleep(self, seconds):
@@ -110,8 +118,12 @@ def _handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def requests(out: Path, variants=("base", "sp", "sr"), seeds=(0, 1)) -> list[Request]:
-    return [tiny.request(out, v, seed=s) for s in seeds for v in variants]
+def jobs(out: Path, variants=("base", "sp", "sr"), seeds=(0, 1)) -> list[Job]:
+    return [Job(tiny.PATH, tiny.request(out, v, seed=s)) for s in seeds for v in variants]
+
+
+def records_of(wanted: list[Job]) -> list[Path]:
+    return [job.request.folder / "record.json" for job in wanted]
 
 
 def names(started) -> list[str]:
@@ -119,63 +131,154 @@ def names(started) -> list[str]:
 
 
 def test_every_run_is_carried_out_and_its_record_returned_in_order(tmp_path, machine):
-    wanted = requests(tmp_path)
-    found = compare(tiny.PATH, wanted, data=None, jobs=2)
-    assert found == [r.folder / "record.json" for r in wanted]
-    assert sorted(names(machine.started)) == sorted(f"{r.variant} {r.seed}" for r in wanted)
+    wanted = jobs(tmp_path)
+    found = compare(wanted, at_once=2)
+    assert found == records_of(wanted)
+    runs = sorted(f"{j.request.variant} {j.request.seed}" for j in wanted)
+    assert sorted(names(machine.started)) == runs
 
 
 def test_a_seeds_dense_model_is_there_before_the_others_start(tmp_path, machine, monkeypatch):
     machine.durations = {"base 0": 5, "base 1": 3}
-    ends: dict[str, int] = {}
-    finish = machine.finish
-    machine.finish = lambda process: (ends.update({process.name: machine.ticks}), finish(process))
+    begins, ends = begins_and_ends(machine, monkeypatch)
+    compare(jobs(tmp_path), at_once=4)
+    assert names(machine.started)[:2] == ["base 0", "base 1"]
+    for name in ("sp 0", "sr 0", "sp 1", "sr 1"):
+        assert begins[f"tiny {name}"] >= ends[f"tiny base {name[-1]}"]
+
+
+# ---------------------------------------------------------------------- several configurations
+
+LONGER = {"name": "longer", "smooth.steps": 6}
+SCRATCH = {"name": "scratch", "dense": tiny.GONE}
+OTHER_DENSE = {"name": "other-dense", "dense.epochs": 2}
+
+
+def files(tmp_path, machine, *changes) -> list[str]:
+    """Changed tiny configurations as files; the first is the tiny one itself."""
+    found = [str(tiny.PATH)]
+    for change in changes:
+        path = str(tiny.write(tmp_path / f"{change['name']}.toml", change))
+        machine.configs[path] = tiny.config(change)
+        found.append(path)
+    return found
+
+
+def told(process) -> str:
+    return f"{Path(process.path).stem} {process.name}"
+
+
+def begins_and_ends(machine, monkeypatch) -> tuple[dict[str, int], dict[str, int]]:
+    """Ticks at which runs begin and end, by file, variant and seed; filled as they run."""
     begins: dict[str, int] = {}
-    popen = machine.popen
+    ends: dict[str, int] = {}
+    finish, popen = machine.finish, machine.popen
+    machine.finish = lambda process: (ends.update({told(process): machine.ticks}), finish(process))
 
     def start(command, **settings):
         process = popen(command, **settings)
-        begins[process.name] = machine.ticks
+        begins[told(process)] = machine.ticks
         return process
 
     monkeypatch.setattr(compare_module.subprocess, "Popen", start)
-    compare(tiny.PATH, requests(tmp_path), data=None, jobs=4)
-    assert names(machine.started)[:2] == ["base 0", "base 1"]
-    for name in ("sp 0", "sr 0", "sp 1", "sr 1"):
-        assert begins[name] >= ends[f"base {name[-1]}"]
+    return begins, ends
 
 
-@pytest.mark.parametrize("jobs", [1, 2, 3])
-def test_no_more_runs_at_once_than_asked(tmp_path, machine, jobs):
+def compared(tmp_path, monkeypatch, paths, *more) -> int:
+    """The exit code of a comparison of several files, without its plots."""
+    monkeypatch.setattr("experiments.__main__._plots", lambda *args: None)
+    name, _, *rest = command(tmp_path, *more)
+    return main([name, *paths, *rest])
+
+
+def test_configurations_share_a_dense_model_that_one_run_trains(
+    tmp_path, machine, monkeypatch, capsys
+):
+    paths = files(tmp_path, machine, LONGER)
+    machine.durations = {"base 0": 4, "base 1": 2}
+    begins, ends = begins_and_ends(machine, monkeypatch)
+    more = ["--seeds", "0-1", "--variants", "base,sp", "--jobs", "8"]
+    assert compared(tmp_path, monkeypatch, paths, *more) == 0
+    # One run of each seed trains; all others, of both configurations, wait for it.
+    assert [told(p) for p in machine.started[:2]] == ["tiny base 0", "tiny base 1"]
+    assert len(begins) == 8
+    for name, tick in begins.items():
+        leader = f"tiny base {name[-1]}"
+        assert name == leader or tick >= ends[leader], name
+    titles = [ln for ln in capsys.readouterr().out.splitlines() if ln.startswith("depgraph, ")]
+    assert [title.split("(")[1].split(")")[0] for title in titles] == ["tiny", "longer"]
+
+
+def test_configurations_of_different_dense_models_train_each_their_own(
+    tmp_path, machine, monkeypatch
+):
+    paths = files(tmp_path, machine, OTHER_DENSE, SCRATCH)
+    begins, ends = begins_and_ends(machine, monkeypatch)
+    machine.durations = {"base 0": 3}
+    assert compared(tmp_path, monkeypatch, paths, "--seeds", "0", "--jobs", "8") == 0
+    assert [told(p) for p in machine.started[:2]] == ["tiny base 0", "other-dense base 0"]
+    for name in ("tiny sp 0", "tiny sr 0", "other-dense sp 0", "other-dense sr 0"):
+        assert begins[name] >= ends[f"{name.split()[0]} base 0"]
+    assert {n for n in begins if n.startswith("scratch")} == {
+        f"scratch {v} 0" for v in ("base", "sp", "sr")
+    }
+
+
+def test_without_dense_models_no_run_waits_for_another(tmp_path, machine, monkeypatch):
+    paths = files(tmp_path, machine, SCRATCH)
+    begins, _ = begins_and_ends(machine, monkeypatch)
+    machine.durations = {"base 0": 9}
+    assert compared(tmp_path, monkeypatch, paths[1:], "--seeds", "0", "--jobs", "8") == 0
+    assert begins == {f"scratch {v} 0": 0 for v in ("base", "sp", "sr")}
+
+
+def test_a_configuration_given_twice_is_run_once(tmp_path, machine, monkeypatch):
+    assert compared(tmp_path, monkeypatch, [str(tiny.PATH)] * 2, "--seeds", "0", "--jobs", "8") == 0
+    assert sorted(names(machine.started)) == ["base 0", "sp 0", "sr 0"]
+
+
+def test_two_configurations_of_one_name_are_refused_before_any_run(
+    tmp_path, machine, monkeypatch, capsys
+):
+    paths = files(tmp_path, machine, {**LONGER, "name": "tiny"})
+    assert len(set(paths)) == 2
+    assert compared(tmp_path, monkeypatch, paths, "--seeds", "0") == 2
+    message = capsys.readouterr().err
+    assert all(path in message for path in paths)
+    assert "'tiny'" in message
+    assert machine.started == []
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_no_more_runs_at_once_than_asked(tmp_path, machine, at_once):
     machine.durations = {"sp 0": 4, "sr 0": 2, "sr 1": 3}
-    compare(tiny.PATH, requests(tmp_path, seeds=(0, 1, 2)), data=None, jobs=jobs)
-    assert max(machine.at_once) == jobs
+    compare(jobs(tmp_path, seeds=(0, 1, 2)), at_once=at_once)
+    assert max(machine.at_once) == at_once
     assert len(machine.started) == 9
 
 
 def test_by_default_there_is_a_run_per_core_and_on_a_gpu_one(tmp_path, machine, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    compare(tiny.PATH, requests(tmp_path / "a", seeds=(0, 1, 2)), data=None)
+    compare(jobs(tmp_path / "a", seeds=(0, 1, 2)))
     assert max(machine.at_once) == 3
     machine.at_once.clear()
-    cuda = [
-        tiny.request(tmp_path / "b", "sp", seed=s, device=torch.device("cuda", 0)) for s in range(3)
-    ]
-    compare(tiny.PATH, cuda, data=None)
+    device = torch.device("cuda", 0)
+    requests = [tiny.request(tmp_path / "b", "sp", seed=s, device=device) for s in range(3)]
+    compare([Job(tiny.PATH, request) for request in requests])
     assert max(machine.at_once) == 1
     assert {p.option("device") for p in machine.started[-3:]} == {"cuda:0"}
 
 
 def test_cores_are_shared_out_among_the_runs(tmp_path, machine, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    compare(tiny.PATH, requests(tmp_path / "a", seeds=(0,)), data=None, jobs=3)
-    compare(tiny.PATH, requests(tmp_path / "b", seeds=(0,)), data=None, jobs=20)
+    compare(jobs(tmp_path / "a", seeds=(0,)), at_once=3)
+    compare(jobs(tmp_path / "b", seeds=(0,)), at_once=20)
     assert [p.option("threads") for p in machine.started] == ["2"] * 3 + ["1"] * 3
 
 
 def test_a_run_is_started_with_all_that_it_needs(tmp_path, machine):
     wanted = tiny.request(tmp_path / "out", "sr", seed=7, save_every=4.5)
-    compare(tiny.PATH, [wanted], data="digits", jobs=1)
+    compare([Job(tiny.PATH, wanted, "digits")], at_once=1)
     (process,) = machine.started
     command = [sys.executable, "-m", "experiments", "run", str(tiny.PATH)]
     assert process.command[: len(command)] == command
@@ -193,21 +296,19 @@ def test_a_run_is_started_with_all_that_it_needs(tmp_path, machine):
 
 
 def test_without_an_override_the_runs_get_none(tmp_path, machine):
-    compare(tiny.PATH, requests(tmp_path, seeds=(0,)), data=None, jobs=1)
+    compare(jobs(tmp_path, seeds=(0,)), at_once=1)
     assert all("--data" not in p.command for p in machine.started)
 
 
 def test_what_is_finished_is_not_run_again(tmp_path, machine):
-    wanted = requests(tmp_path)
-    compare(tiny.PATH, wanted[:4], data=None, jobs=2)
+    wanted = jobs(tmp_path)
+    compare(wanted[:4], at_once=2)
     machine.started.clear()
-    assert compare(tiny.PATH, wanted, data=None, jobs=2) == [
-        r.folder / "record.json" for r in wanted
-    ]
+    assert compare(wanted, at_once=2) == records_of(wanted)
     # Seed 1's first variant is there, with its dense model.
     assert sorted(names(machine.started)) == ["sp 1", "sr 1"]
     machine.started.clear()
-    compare(tiny.PATH, wanted, data=None, jobs=2)
+    compare(wanted, at_once=2)
     assert machine.started == []
 
 
@@ -215,8 +316,8 @@ def test_a_failing_run_is_named_and_its_output_quoted_and_the_others_are_stopped
     machine.codes = {"sp 0": 3}
     machine.durations = {"sp 0": 2, "sr 0": 50, "sp 1": 50}
     machine.log = "\n".join(f"line {i}" for i in range(40)) + "\nerror: no disk is left\n"
-    with pytest.raises(RunError, match="sp, seed 0 ended with code 3") as caught:
-        compare(tiny.PATH, requests(tmp_path), data=None, jobs=3)
+    with pytest.raises(RunError, match=r"^tiny, sp, seed 0 ended with code 3") as caught:
+        compare(jobs(tmp_path), at_once=3)
     message = str(caught.value)
     assert "error: no disk is left" in message
     assert "line 39" in message
@@ -235,7 +336,7 @@ def test_an_interrupt_lets_every_run_save_itself(tmp_path, machine, monkeypatch)
 
     monkeypatch.setattr(compare_module.time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        compare(tiny.PATH, requests(tmp_path), data=None, jobs=2)
+        compare(jobs(tmp_path), at_once=2)
     assert len(machine.started) == 2
     assert all(p.terminated and p.waited for p in machine.started)
 
@@ -276,10 +377,10 @@ def test_a_run_asked_for_twice_is_started_once(tmp_path, machine, monkeypatch):
     assert sorted(names(machine.started)) == ["base 0", "base 1", "sp 0", "sp 1"]
 
 
-@pytest.mark.parametrize("jobs", ["0", "-1"])
-def test_no_jobs_are_refused_instead_of_waiting_forever(tmp_path, machine, capsys, jobs):
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_no_jobs_are_refused_instead_of_waiting_forever(tmp_path, machine, capsys, count):
     try:
-        code = main(command(tmp_path, f"--jobs={jobs}"))
+        code = main(command(tmp_path, f"--jobs={count}"))
     except SystemExit as ended:  # by the parser
         code = ended.code
     assert code == 2
@@ -313,20 +414,20 @@ def experiments(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_a_comparison_ends_in_records_a_table_and_plots_and_is_not_done_twice(tmp_path, capsys):
-    arguments = command(tmp_path, "--seeds", "0-1")
+    arguments = command(tmp_path, "--seeds", "0-1", "--variants", "base,sr")
     done = experiments(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     out = tmp_path / "out"
     records = sorted(out.rglob("record.json"))
     assert [p.parent.name for p in records] == [
-        f"{v}-seed{s}" for v in ("base", "sp", "sr") for s in (0, 1)
+        f"{v}-seed{s}" for v in ("base", "sr") for s in (0, 1)
     ]
     assert len(list((out / "dense").iterdir())) == 2
 
     lines = done.stdout.splitlines()
     rows = [line for line in lines if line.startswith("| ")]
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["base", "+SP", "+SR"]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["base", "+SR"]
     assert all(row.split("|")[-2].strip() == "2" for row in rows[2:])
     pictures = [Path(line) for line in lines if line.endswith(".png")]
     assert [p.name for p in pictures] == [
@@ -335,10 +436,10 @@ def test_a_comparison_ends_in_records_a_table_and_plots_and_is_not_done_twice(tm
     assert all(p.exists() and p.parent == out / "plots" for p in pictures)
     assert lines[-1] == str(out / "table.json")
     (section,) = json.loads((out / "table.json").read_text(encoding="utf-8"))
-    assert [row["variant"] for row in section["rows"]] == ["base", "sp", "sr"]
+    assert [row["variant"] for row in section["rows"]] == ["base", "sr"]
     finals = {
         v: [json.loads(p.read_text())["accuracy"]["final"] for p in records if v in p.parent.name]
-        for v in ("base", "sp", "sr")
+        for v in ("base", "sr")
     }
     for row in section["rows"]:
         assert row["seeds"] == [0, 1]
@@ -358,7 +459,7 @@ def test_a_failing_comparison_quotes_the_runs_own_error(tmp_path, capsys):
     assert main(command(tmp_path, *more)) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("error: sp, seed 3 ended with code 2:\n")
+    assert printed.err.startswith("error: tiny, sp, seed 3 ended with code 2:\n")
     assert f"error: {missing} needs the folders train and test" in printed.err
     assert "Traceback" not in printed.err
 

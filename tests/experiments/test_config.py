@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import experiments
+from adapters.registry import ADAPTERS
 from experiments.__main__ import main, seeds
 from experiments.config import Config, ConfigError, load
 from tests.support import tiny
@@ -27,8 +28,10 @@ def test_every_shipped_configuration_loads(path):
     assert config.hash() == load(path).hash()
 
 
-def test_configurations_are_shipped():
-    assert "depgraph-digits" in {p.stem for p in SHIPPED}
+def test_every_framework_has_a_configuration_for_the_bundled_digits():
+    small = {load(p).framework: load(p) for p in SHIPPED if p.stem.endswith("-digits")}
+    assert set(small) == set(ADAPTERS)
+    assert {config.data.name for config in small.values()} == {"digits"}
 
 
 UNKNOWN_KEYS = {
@@ -80,6 +83,8 @@ WRONG = {
     "a gamma of 0": ({"dense.gamma": 0.0}, "dense.gamma", "greater than 0"),
     "a momentum of 1": ({"dense.momentum": 1.0}, "dense.momentum", "less than 1"),
     "a negative momentum": ({"dense.momentum": -0.1}, "dense.momentum", "greater than or equal"),
+    "a negative mixup": ({"dense.mixup": -0.2}, "dense.mixup", "greater than or equal to 0"),
+    "an infinite mixup": ({"stages.prune.mixup": math.inf}, "stages.prune.mixup", "finite"),
     "a negative decay": ({"dense.weight_decay": -1.0}, "dense.weight_decay", "greater than or eq"),
     "a negative milestone": ({"dense.milestones": [1, -1]}, "dense.milestones.1", "greater than"),
     "an unknown optimizer": ({"dense.optimizer": "rmsprop"}, "dense.optimizer", "'sgd', 'adam'"),
@@ -115,7 +120,6 @@ WRONG = {
     "no stages": ({"stages": {}}, "'prune'", "[stages.prune]"),
     # missing and unknown
     "no name": ({"name": GONE}, "name", "required"),
-    "no dense training": ({"dense": GONE}, "dense", "required"),
     "no learning rate given": ({"dense.learning_rate": GONE}, "dense.learning_rate", "required"),
     "an unknown model": ({"model": "vgg"}, "model 'vgg'", "vgg16-bn", "vgg-digits", "resnet56"),
     "an unknown framework": ({"framework": "dep"}, "framework", "'dep'", "depgraph"),
@@ -302,6 +306,7 @@ OTHERS = {
             "gamma": 0.5,
             "momentum": 0.5,
             "weight_decay": 0.0,
+            "mixup": 0.3,
         }.items()
     },
     "stages.sparse": STAGE,
@@ -335,8 +340,26 @@ def leaves(table, prefix=""):
 
 
 def test_other_values_are_listed_for_every_setting():
-    # "framework" has one possible value yet.
+    # Another "framework" has other options; see below.
     assert set(leaves(tiny.config().model_dump(mode="json"))) - set(OTHERS) == {"framework"}
+
+
+OTOV2 = {"framework": "otov2", "options": {"target_group_sparsity": 0.5}}
+
+
+def test_frameworks_share_the_dense_model_and_nothing_else():
+    one, other = tiny.config(), tiny.config(OTOV2)
+    assert one.hash() != other.hash()
+    assert one.dense_hash("digits") == other.dense_hash("digits")
+
+
+def test_the_dense_training_may_be_left_out():
+    scratch = tiny.config({"dense": GONE})
+    assert scratch.dense is None
+    assert scratch.hash() != tiny.config().hash()
+    assert scratch.hash() != tiny.config({"dense": GONE, "model": "resnet20"}).hash()
+    text = json.dumps(scratch.model_dump(mode="json"))
+    assert Config.model_validate_json(text, strict=True).hash() == scratch.hash()
 
 
 @pytest.mark.parametrize("key", [k for k, v in OTHERS.items() if v is not None])

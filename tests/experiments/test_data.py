@@ -14,7 +14,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from experiments.data import DataError, Images, load
+from experiments.data import DataError, Images, load, mixing
 
 
 def numbered(n: int = 12, height: int = 6, width: int = 5, **settings) -> Images:
@@ -170,6 +170,47 @@ def test_test_images_are_normalised_like_training_images():
     expected = (1 - pixels.mean((0, 2, 3))) / pixels.std((0, 2, 3))
     found = images.normalize(images.test)[0, :, 0, 0].double()
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------- mixup
+
+
+def test_no_mixup_is_no_mixing():
+    assert mixing(0.0, 8, 3, seed=1) == (1.0, None)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 4.0])
+def test_shares_of_mixup_are_drawn_from_the_beta_distribution(alpha):
+    shares = np.array([mixing(alpha, 2, position, seed=5)[0] for position in range(4000)])
+    assert shares.min() >= 0
+    assert shares.max() <= 1
+    # Of Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1)). The bounds are four standard errors.
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs(shares.mean() - 0.5) < 4 * (variance / 4000) ** 0.5
+    fourth = ((shares - shares.mean()) ** 4).mean()
+    assert abs(shares.var() - variance) < 4 * ((fourth - variance**2) / 4000) ** 0.5
+
+
+def test_partners_are_the_batch_in_another_order():
+    orders = [mixing(0.2, 16, position, seed=0)[1] for position in range(20)]
+    assert all(order.dtype == torch.int64 for order in orders)
+    assert all(order.sort().values.tolist() == list(range(16)) for order in orders)
+    assert len({tuple(order.tolist()) for order in orders}) == 20
+
+
+def test_mixing_depends_on_seed_and_position_alone():
+    state, python = torch.get_rng_state(), random.getstate()
+    share, order = mixing(0.2, 16, 7, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python
+    torch.manual_seed(9)
+    random.seed(9)
+    again, other = mixing(0.2, 16, 7, seed=3)
+    assert again == share
+    assert torch.equal(order, other)
+    others = {mixing(0.2, 16, p, seed=s)[0] for p, s in ((7, 4), (8, 3), (3, 7))}
+    assert share not in others
+    assert len(others) == 3
 
 
 # ---------------------------------------------------------------------- augmentation

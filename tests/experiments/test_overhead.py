@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ FIGURES = {
     "decay_speed_up",
     "decay_norm_difference",
 }
+STEPS = {f for f in FIGURES if not f.startswith("decay_")}
 # Differences of two noisy times, or of two norms: finite, but of either sign, or zero.
 SIGNED = {"hooks_idle_ms", "hooks_decaying_ms", "hooks_decaying_over_floor"}
 SIGNED |= {"idle_over_plain_by_hooks", "decaying_over_plain_by_hooks", "decay_norm_difference"}
@@ -67,7 +69,15 @@ def test_writes_every_figure_and_prints_the_path_last(
     content = json.loads(out.read_text())
     assert content["settings"] == {"batch": 4, "channels": 1, "image_size": 8, "repeats": 2}
     assert content["machine"]["threads"] == 1
-    (found,) = content["models"].values()
+    ((model, by_framework),) = content["models"].items()
+    assert model == "vgg-digits"
+    assert list(by_framework) == list(overhead.FRAMEWORKS)
+    for framework, found in by_framework.items():
+        assert f"{model} in {framework}" in printed
+        assert STEPS <= set(found["figures"])
+        # 32 + 32 + 64 + 64 + 128 + 128 channels, in every framework.
+        assert (found["structures"], found["decaying"]) == (448, {"idle": 0, "decaying": 224})
+    found = by_framework["depgraph"]
     assert set(found["figures"]) == FIGURES
     for name, figure in found["figures"].items():
         assert name in printed
@@ -79,8 +89,6 @@ def test_writes_every_figure_and_prints_the_path_last(
         **{f"decaying_over_plain{kind}": 1.03 for kind in ("", "_of_medians", "_by_hooks")},
         "decay_speed_up": 300,
     }
-    # 32 + 32 + 64 + 64 + 128 + 128 channels.
-    assert (found["structures"], found["decaying"]) == (448, {"idle": 0, "decaying": 224})
     # 128 rows of 128 x 3 x 3 (or 64 x 3 x 3) weights, a bias, and two of the BatchNorm.
     group = found["decayed_group"]
     assert group["structures"] == 128
@@ -111,6 +119,27 @@ def test_arms_are_what_they_say(tiny: overhead.Settings) -> None:
         # Three steps of a million are 3e-6 of the norm: the tolerance tells them from none.
         target = initial[name][half].double() * (1 - 3 / overhead.DECAY_STEPS)
         torch.testing.assert_close(group.norms()[half].double(), target, rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize("framework", ["otov2", "gate-decorator"])
+def test_the_other_frameworks_arms_take_their_own_step(
+    tiny: overhead.Settings, framework: str
+) -> None:
+    arms = overhead.make_arms(replace(tiny, framework=framework))
+    for _ in range(3):
+        for arm in arms.values():
+            arm.step()
+    plain, idle = arms["plain"].model, arms["idle"].model
+    pairs = zip(plain.parameters(), idle.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
+    names = {type(arm.optimizer).__name__ for arm in arms.values()}
+    assert names == ({"DHSPG", "DeferringDHSPG"} if framework == "otov2" else {"SGD"})
+    if framework == "otov2":  # the penalty is at work, and the half-space is not left
+        assert arms["plain"].optimizer.penalised() > 0
+        assert arms["plain"].optimizer.zeros() == 0
+    decaying = arms["decaying"].dpm
+    assert decaying is not None
+    assert decaying.count(Phase.DECAYING) == 224
 
 
 def test_floor_covers_what_decays(tiny: overhead.Settings) -> None:
@@ -151,9 +180,9 @@ def test_without_kirigami_its_figures_are_null(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch_kirigami", None)
     out = tmp_path / "overhead.json"
-    assert overhead.main([*TINY, "--out", str(out)]) == 0
+    assert overhead.main([*TINY, "--frameworks", "depgraph", "--out", str(out)]) == 0
     assert ".[dev]" in capsys.readouterr().out
-    figures = json.loads(out.read_text())["models"]["vgg-digits"]["figures"]
+    figures = json.loads(out.read_text())["models"]["vgg-digits"]["depgraph"]["figures"]
     assert [name for name, f in figures.items() if f is None] == [*overhead.KIRIGAMI_FIGURES]
 
 
@@ -183,7 +212,10 @@ def test_works_take_turns() -> None:
     assert sorted(rounds[-3:]) == ["aAbc", "bcaA", "caAb"]
 
 
-@pytest.mark.parametrize("wrong", [["--models", "alexnet"], ["--repeats", "1"], ["--batch", "x"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [["--models", "alexnet"], ["--frameworks", "nni"], ["--repeats", "1"], ["--batch", "x"]],
+)
 def test_wrong_options_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         overhead.main(wrong)

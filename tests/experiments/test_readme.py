@@ -39,11 +39,32 @@ def test_the_snippets_run_one_after_the_other():
     assert "'decay', (3, 7)" in done.stdout
 
 
+def small(words: list[str]) -> list[str]:
+    """A command with the interpreter of these tests, on the smallest configuration and one seed."""
+    first = next(i for i, word in enumerate(words) if word.endswith(".toml"))
+    kept = [word for word in words[1:] if not word.endswith(".toml")]
+    assert all((ROOT / word).exists() for word in words if word.endswith(".toml"))
+    kept.insert(first - 1, str(TINY))
+    if "--seeds" in kept:
+        kept[kept.index("--seeds") + 1] = "0"
+    return [sys.executable, *kept]
+
+
+def test_commands_are_made_small_whatever_their_configurations_are():
+    one, two = (f"experiments/configs/{name}-digits.toml" for name in ("depgraph", "otov2"))
+    for given in (f"{one} {two} --seeds 0-2 --jobs 2", f"--seeds 0-2 {one} --jobs 2"):
+        made = small(shlex.split(f"python -m experiments compare {given}"))
+        assert made[:4] == [sys.executable, "-m", "experiments", "compare"]
+        assert sorted(made[4:]) == sorted([str(TINY), "--seeds", "0", "--jobs", "2"])
+        assert made[made.index("--seeds") + 1] == "0"
+
+
 @pytest.mark.slow
 def test_the_commands_run(tmp_path):
-    """Each to the letter, in the README's order, on the smallest configuration there is.
+    """In the README's order, each to the letter but for the configurations and the seeds.
 
-    `make test` would start this test again, so make only says what it would do.
+    Those are the smallest that there are. `make test` would start this test again, so make only
+    says what it would do.
     """
     settings = {"PY": sys.executable, "SETUP": "", "OUT": tmp_path / "runs", "SEEDS": "0"}
     for command in commands():
@@ -58,8 +79,7 @@ def test_the_commands_run(tmp_path):
             words += [f"{k}={v}" for k, v in flags.items() if f"{k}=" not in command]
         else:
             assert words[0] == "python"
-            words[0] = sys.executable
-            words[words.index("compare") + 1] = str(TINY)
+            words = small(words)
             words += ["--out", str(tmp_path / "runs")]
         # Under make these would make an inner make speak of its folders, last of all.
         clean = {
@@ -79,7 +99,7 @@ def test_the_targets_and_files_it_names_exist():
     targets = subprocess.run(
         ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    for target in re.findall(r"\bmake ([a-z-]+)", README):
+    for target in re.findall(r"\bmake ([a-z0-9-]+)", README):
         assert re.search(rf"^ +{target} ", targets, re.MULTILINE), target
     for path in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
         assert (ROOT / path).exists(), path

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from adapters.base import AdapterError, count_macs, count_parameters
-from experiments import data
+from experiments import data, table, training
 from experiments import run as run_module
 from experiments.__main__ import STOPPED, main
-from experiments.run import VARIANTS, Request, RunError, load_model, run
+from experiments.run import RECORD_VERSION, VARIANTS, Request, RunError, load_model, run
 from experiments.training import Loop, Stopped, accuracy, outputs
 from tests.support import tiny
 from tests.support.tiny import MINIATURE
@@ -46,7 +46,7 @@ FIELDS = {
     "output_difference": (float, type(None)),
     "channels": dict,
     "curve": list,
-    "steps": {"total": int, "decision": int, "removal": int, "heard": int},
+    "steps": {"total": int, "decision": int, "zero": int, "removal": int, "heard": int},
     "seconds": float,
 }
 
@@ -72,7 +72,7 @@ def digits() -> data.Images:
 def test_a_record_has_all_its_fields(tiny_runs, variant):
     record = tiny_runs.record(variant)
     assert_fields(record, FIELDS)
-    assert (record["variant"], record["seed"], record["version"]) == (variant, 0, 1)
+    assert (record["variant"], record["seed"], record["version"]) == (variant, 0, RECORD_VERSION)
     assert (record["framework"], record["model"]) == ("depgraph", "vgg-digits")
     assert (record["data"], record["threads"]) == ("digits", 1)
     assert record["versions"]["torch-pruning"] == "1.6.1"
@@ -145,6 +145,7 @@ def test_the_removal_comes_with_the_decision_or_after_the_decay(tiny_runs):
     assert [steps[v]["decision"] for v in VARIANTS] == [0, 0, 0]
     # 5 steps of decay; after a release in step 4, 5 steps of decay of the replacements.
     assert [steps[v]["removal"] for v in VARIANTS] == [0, 5, 9]
+    assert [steps[v]["zero"] for v in VARIANTS] == [0, 5, 9]
     assert [steps[v]["heard"] for v in VARIANTS] == [0, 0, 0]
 
 
@@ -295,6 +296,29 @@ def test_the_same_run_twice_ends_in_the_same_bits(tmp_path, variant):
     tiny.assert_same_bits(first, second)
 
 
+OTHERS = {
+    "another decay": {"smooth.steps": 6},
+    "another framework": {"framework": "otov2", "options": {"target_group_sparsity": 0.2}},
+}
+
+
+@pytest.mark.usefixtures("miniature")
+@pytest.mark.parametrize("other", OTHERS)
+def test_configurations_share_a_dense_model_that_is_trained_once(tmp_path, loops, other):
+    stages = {"prune": MINIATURE["stages"]["prune"]}
+    common = {**MINIATURE, "stages": stages}
+    first = run(tiny.request(tmp_path, "sp", common))
+    (dense,) = (tmp_path / "dense").iterdir()
+    written = dense.stat().st_mtime_ns
+    second = run(tiny.request(tmp_path, "sp", {**common, "name": "other", **OTHERS[other]}))
+    assert [loop.adapter is None for loop in loops] == [True, False, False]
+    assert [p for p in (tmp_path / "dense").iterdir()] == [dense]
+    assert dense.stat().st_mtime_ns == written
+    figures = [json.loads(path.read_text())["accuracy"]["dense"] for path in (first, second)]
+    assert figures[0] == figures[1]
+    assert first != second
+
+
 @pytest.mark.usefixtures("miniature")
 def test_seeds_end_in_different_models(tmp_path):
     states = []
@@ -308,18 +332,26 @@ def test_seeds_end_in_different_models(tmp_path):
 @pytest.mark.usefixtures("miniature")
 def test_variants_read_the_same_batches_in_the_same_steps(tmp_path, monkeypatch):
     read: dict[str, list[tuple[int, int, int]]] = {}
-    batch = data.Images.batch
+    mixed: dict[str, list[tuple[float, int, int, int]]] = {}
+    batch, mixing = data.Images.batch, data.mixing
     for variant in VARIANTS:
-        seen = read.setdefault(variant, [])
+        seen, drawn = read.setdefault(variant, []), mixed.setdefault(variant, [])
 
         def note(images, size, position, seed, seen=seen):
             seen.append((size, position, seed))
             return batch(images, size, position, seed)
 
+        def note_mixing(*args, drawn=drawn):
+            drawn.append(args)
+            return mixing(*args)
+
         with monkeypatch.context() as patch:
             patch.setattr(data.Images, "batch", note)
+            patch.setattr(training, "mixing", note_mixing)
             run(tiny.request(tmp_path / variant, variant, MINIATURE))
     assert read["base"] == read["sp"] == read["sr"]
+    # Each batch is mixed by draws of its own, the same ones in all variants.
+    assert mixed["base"] == mixed["sp"] == mixed["sr"] == [(0.0, *at) for at in read["base"]]
     assert len(read["base"]) == len(set(read["base"])) == 4 + 8 + 16
     # Another seed shares no batch with it.
     monkeypatch.setattr(data.Images, "batch", lambda *args: (other.add(args[1:]), batch(*args))[1])
@@ -335,6 +367,69 @@ def test_the_curve_ends_where_it_is_told_to(tmp_path):
     record = json.loads(run(tiny.request(tmp_path, "sp", changes)).read_text())
     # The decision falls at the beginning of the stage, the removal 5 steps later.
     assert [step for step, _ in record["curve"]] == [0, 3, 5, 6]
+
+
+@pytest.mark.usefixtures("miniature")
+@pytest.mark.parametrize("variant", ["sp", "sr"])
+@pytest.mark.parametrize(("steps", "points", "apart"), [(10, 3, 3), (7, 3, 2), (5, 40, 1)])
+def test_the_trace_of_a_long_decay_is_thinned_and_holds_every_events_step(
+    tmp_path, monkeypatch, variant, steps, points, apart
+):
+    monkeypatch.setattr(training, "POINTS", points)
+    stages = {name: dict(stage) for name, stage in MINIATURE["stages"].items()}
+    stages["prune"]["epochs"] = 6
+    changes = {**MINIATURE, "stages": stages, "smooth.steps": steps}
+    record = run(tiny.request(tmp_path, variant, changes))
+    saved = torch.load(record.parent / "trace.pt", weights_only=True)
+    traced = [step for step, _ in saved["trace"]]
+    events = {e["step"] for e in saved["events"]}
+    assert len(events) == (2 if variant == "sp" else 4)
+    at = json.loads(record.read_text())["steps"]
+    decay = at["removal"] - at["decision"]
+    # Nothing but the events was thinned: the start, at 0, is in the events themselves.
+    assert traced == sorted((events - {0}) | set(range(apart, decay + 1, apart)))
+    assert sum(step <= steps for step in traced) >= min(points, steps)
+
+
+# ---------------------------------------------------------------------- from scratch
+
+SCRATCH = {**MINIATURE, "dense": tiny.GONE}
+"""A framework that trains once, from untrained to pruned."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.usefixtures("miniature")
+def test_without_dense_training_a_run_starts_untrained(tmp_path, loops, variant):
+    made = run(tiny.request(tmp_path, variant, SCRATCH))
+    record = json.loads(made.read_text())
+    assert_fields(record, {**FIELDS, "accuracy": {**FIELDS["accuracy"], "dense": type(None)}})
+    (loop,) = loops
+    assert loop.progress.total == record["steps"]["total"] == 8 + 16
+    assert not (tmp_path / "dense").exists()
+    # The untrained network's size is what the pruned one's is compared with.
+    untrained = run_module._build(tiny.request(tmp_path, variant, SCRATCH), tiny.few_digits())
+    assert record["parameters"]["dense"] == count_parameters(untrained)
+    assert record["parameters"]["pruned"] < record["parameters"]["dense"]
+    title, *_ = table.markdown(table.read([made])).splitlines()
+    assert title == "depgraph, miniature, digits (miniature); from scratch"
+
+
+@pytest.mark.usefixtures("miniature")
+def test_variants_without_dense_training_start_from_the_same_weights(tmp_path, monkeypatch):
+    starts = []
+    begin = training.Loop.run
+
+    def note(loop):
+        starts.append({k: v.clone() for k, v in loop.model.state_dict().items()})
+        begin(loop)
+
+    monkeypatch.setattr(training.Loop, "run", note)
+    for variant in VARIANTS:
+        run(tiny.request(tmp_path, variant, SCRATCH))
+    run(tiny.request(tmp_path, "base", SCRATCH, seed=1))
+    assert tiny.difference(starts[0], starts[1]) is None
+    assert tiny.difference(starts[0], starts[2]) is None
+    assert tiny.difference(starts[0], starts[3]) is not None
 
 
 HEARING = {

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import table
 from experiments.__main__ import main
-from experiments.run import RunError
+from experiments.run import RECORD_VERSION, RunError
 from tests.support.records import record, save
 
 FINAL = {"base": [80.0, 82.0, 84.0], "sp": [81.0, 85.0, 86.0], "sr": [83.0]}
@@ -64,7 +64,6 @@ def test_rows_are_means_and_sample_deviations_over_seeds(records):
             "final": FINAL[variant],
             "at_removal": REMOVAL[variant],
             "at_removal_reestimated": REESTIMATED[variant],
-            "dense": [90.0, 91.0, 92.0][:n],
             "macs": [100 * m / 1000 for m in MACS[variant]],
             "parameters": [20.0, 21.0, 22.0][:n],
             "released": RELEASED[variant],
@@ -132,6 +131,15 @@ def test_the_dense_figure_is_a_mean_over_seeds_not_over_runs(records):
     assert "dense 91.00%" in table.markdown(records)
 
 
+def test_runs_without_a_dense_model_are_said_to_start_from_scratch(tmp_path):
+    made = [record("sp", s, accuracy__dense=None) for s in range(2)]
+    assert table.rows(made) == table.rows([record("sp", s) for s in range(2)])
+    for one in made:
+        save(tmp_path, one)
+    title, *_ = table.markdown(table.read([tmp_path])).splitlines()
+    assert title == "depgraph, vgg16-bn, CIFAR-10 (made-up); from scratch"
+
+
 def test_records_of_different_configurations_under_one_name_are_refused(records):
     records[0]["config_hash"] = "another"
     with pytest.raises(RunError, match=r"different configurations.*delete.*--out") as caught:
@@ -154,14 +162,17 @@ def test_records_are_found_below_folders_and_as_files(tmp_path):
 
 DAMAGED = {
     "nothing": b"",
-    "half": b'{"version": 1, "acc',
+    "half": b'{"version": 2, "acc',
     "no text": b"\xff\xfe\x00",
     "a list": b"[1, 2]",
     "no version": b"{}",
     "another program's": b'{"name": "record"}',
-    "nothing but the version": b'{"version": 1}',
+    "nothing but the version": json.dumps({"version": RECORD_VERSION}).encode(),
     "no seed": json.dumps({k: v for k, v in record().items() if k != "seed"}).encode(),
     "no final accuracy": json.dumps(record(accuracy={"dense": 90.0, "at_removal": 1.0})).encode(),
+    "no step at which nothing was left": json.dumps(
+        record(steps={k: v for k, v in record()["steps"].items() if k != "zero"})
+    ).encode(),
     "accuracy of no number": json.dumps(
         record(accuracy={"dense": "high", "at_removal": None})
     ).encode(),
@@ -181,9 +192,12 @@ def test_a_damaged_or_foreign_record_is_refused_by_name(tmp_path, capsys, damage
     assert not (tmp_path / "out").exists()
 
 
-def test_a_record_of_another_version_is_refused(tmp_path):
-    path = save(tmp_path, record(version=2))
-    with pytest.raises(RunError, match="version 2, this release reads 1") as caught:
+@pytest.mark.parametrize("version", [1, RECORD_VERSION + 1])
+def test_a_record_of_another_version_is_refused(tmp_path, version):
+    path = save(tmp_path, record(version=version))
+    with pytest.raises(
+        RunError, match=f"version {version}, this release reads {RECORD_VERSION}"
+    ) as caught:
         table.read([tmp_path])
     assert str(path) in str(caught.value)
 

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from experiments import models
-from experiments.config import Stage
-from experiments.data import Images
+from experiments.config import Curve, Stage
+from experiments.data import Images, mixing
 from experiments.training import (
     EVALUATION_BATCH,
+    Loop,
     accuracy,
     evaluating,
     learning_rate,
-    optimizer_of,
     outputs,
     reestimated,
 )
@@ -89,13 +89,61 @@ def test_the_learning_rate_is_a_function_of_the_epoch_alone():
     ],
 )
 def test_an_optimizer_is_the_stages_own(name, kind, momentum):
-    stage = Stage(epochs=1, optimizer=name, learning_rate=0.3, momentum=0.8, weight_decay=0.01)
-    model = network()
-    made = optimizer_of(stage, model)
+    stage = Stage(epochs=2, optimizer=name, learning_rate=0.3, momentum=0.8, weight_decay=0.01)
+    model, plan = network(), stage.plan(7)
+    assert (plan.steps, plan.steps_per_epoch, plan.kind) == (14, 7, name)
+    made = plan.new_optimizer(model)
     (group,) = made.param_groups
     assert type(made) is kind
     assert (group["lr"], group["weight_decay"], group.get("momentum")) == (0.3, 0.01, momentum)
     assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters()}
+
+
+# ---------------------------------------------------------------------- mixup
+
+
+def loop(data: Images, stage: Stage) -> Loop:
+    """Of a dense model: no adapter, and nobody asks it to stop."""
+    return Loop(
+        model=network(),
+        images=data,
+        seed=3,
+        stages=[("dense", stage)],
+        adapter=None,
+        curve=Curve(),
+        save=lambda _: None,
+        stop=lambda: False,
+    )
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_the_mixed_loss_is_that_of_mixed_images_and_mixed_labels(step):
+    data, stage = images(), Stage(epochs=3, batch=20, learning_rate=0.1, mixup=0.7)
+    made = loop(data, stage)
+    made.progress.step = step
+    found = made.next_loss()
+    assert (made.progress.step, made.progress.total) == (step + 1, 1)
+
+    # mixup, equation 1: the targets are mixed as the images are, one by one.
+    batch, labels = data.batch(20, step, 3000)
+    share, partners = mixing(0.7, 20, step, 3000)
+    assert 0.02 < share < 0.98, "too close to no mixing to tell"
+    targets = torch.zeros(20, 10)
+    mixed = torch.empty_like(batch)
+    for i, j in enumerate(partners.tolist()):
+        mixed[i] = share * batch[i] + (1 - share) * batch[j]
+        targets[i, labels[i]] += share
+        targets[i, labels[j]] += 1 - share
+    logits = network()(mixed)
+    expected = -(targets * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_mixup_the_loss_is_that_of_the_batch():
+    data, stage = images(), Stage(epochs=3, batch=20, learning_rate=0.1)
+    batch, labels = data.batch(20, 0, 3000)
+    expected = nn.functional.cross_entropy(network()(batch), labels)
+    assert torch.equal(loop(data, stage).next_loss(), expected)
 
 
 # ---------------------------------------------------------------------- accuracy

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters import registry
-from adapters.base import Adapter, Context
+from adapters.base import Adapter, Context, Stage
 from dpm_core import SelfRectifying, SmoothPruning, Trajectory
 
 CLASSES = 5
@@ -60,11 +60,21 @@ EAGER = SelfRectifying(Trajectory(rate=-1.0, length=-1e9), max_share=0.4)
 class Case:
     """What the contract suite needs to know of a framework."""
 
+    name: str
     framework: str
     options: dict[str, Any]
     stages: dict[str, int]
-    speed_up: float
+    """Steps of each stage."""
+    most_macs: float
+    """Share of the dense model's MACs that the target leaves at most."""
     impossible: dict[str, Any]
+    """Changed options that ask for too much."""
+    short: int = 5
+    """Steps of the stage ``prune`` that are enough for ``base``, and too few for a decay."""
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    refills_in_group: bool = True
+    """Whether a released structure is replaced in its own group, so that all sizes are the same."""
     build: Callable[[], nn.Module] = small_resnet
 
     def adapter(
@@ -84,23 +94,58 @@ class Case:
             variant=variant,  # type: ignore[arg-type]
             smooth=smooth or SmoothPruning(6),
             rectify=rectify,
-            stages=stages or self.stages,
-            steps_per_epoch=3,
+            stages={
+                name: Stage(steps, 3, "sgd", self.learning_rate, self.momentum)
+                for name, steps in (stages or self.stages).items()
+            },
         )
         return kind(context, kind.Options(**(self.options if options is None else options)))
 
 
+_DEPGRAPH = {"speed_up": 2.0, "steps": 25}
 CASES = [
-    Case("depgraph", {"speed_up": 2.0, "steps": 25}, {"prune": 16}, 2.0, {"speed_up": 1e6}),
+    Case("depgraph", "depgraph", _DEPGRAPH, {"prune": 16}, 0.5, {"speed_up": 1e6}),
     Case(
+        "depgraph-sparse",
         "depgraph",
-        {"speed_up": 2.0, "steps": 25},
+        _DEPGRAPH,
         {"sparse": 7, "prune": 16},
-        2.0,
+        0.5,
         {"speed_up": 1e6},
     ),
+    Case(
+        "otov2",
+        "otov2",
+        {
+            "target_group_sparsity": 0.5,
+            "tolerance_group_sparsity": 0.0,
+            "start_epoch": 1,
+            "epsilon": 0.95,
+            "lmbda": 4.0,
+        },
+        {"prune": 34},
+        0.6,
+        {"target_group_sparsity": 0.99},
+        momentum=0.0,
+    ),
+    Case(
+        "gate-decorator",
+        "gate-decorator",
+        {
+            "macs": 0.6,
+            "fraction": 0.1,
+            "tock_epochs": 1,
+            "ticks": 2,
+            "low_rate": 0.01,
+            "finetune_epochs": 2,
+        },
+        {"prune": 60},
+        0.6,
+        {"macs": 0.01},
+        short=14,
+        refills_in_group=False,
+    ),
 ]
-IDS = ["depgraph", "depgraph-sparse"]
 
 
 def batch(number: int) -> tuple[Tensor, Tensor]:
@@ -108,10 +153,6 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
     labels = torch.randint(0, CLASSES, (16,), generator=draw)
     images = torch.randn(16, 3, 8, 8, generator=draw) + labels.view(-1, 1, 1, 1) * 0.3
     return images, labels
-
-
-def new_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
 
 
 @dataclass
@@ -139,7 +180,7 @@ class Drive:
     def run(self, stop_after: int | None = None) -> Drive:
         stages = list(self.adapter.context.stages.items())
         while self.stage < len(stages):
-            name, steps = stages[self.stage]
+            name, settings = stages[self.stage]
             if self.optimizer is None:
                 self._begin(name)
             while True:
@@ -147,10 +188,11 @@ class Drive:
                     self.before_removal = copy.deepcopy(self.model)
                     self.adapter.remove()
                     self._begin(name)
-                if self.step >= steps:
+                if self.step >= settings.steps:
                     break
                 self.model.train()
                 assert self.optimizer is not None
+                self.adapter.before_step(self.step)
                 self.optimizer.zero_grad()
                 self.loss().backward()
                 self.adapter.after_backward()
@@ -162,5 +204,5 @@ class Drive:
         return self
 
     def _begin(self, name: str) -> None:
-        self.optimizer = new_optimizer(self.model)
+        self.optimizer = self.adapter.optimizer(name)
         self.adapter.begin(name, self.optimizer, self.loss)

@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.run import RECORD_VERSION
+
 RECORD: dict[str, Any] = {
-    "version": 1,
+    "version": RECORD_VERSION,
     "config": {"name": "made-up"},
     "config_hash": "0123456789abcdef",
     "framework": "depgraph",
@@ -32,7 +34,7 @@ RECORD: dict[str, Any] = {
     "output_difference": None,
     "channels": {"first": [16, 8], "second": [32, 10], "head": [10, 10]},
     "curve": [[0, 90.0], [0, 10.0], [5, 40.0], [10, 60.0]],
-    "steps": {"total": 10, "decision": 0, "removal": 0, "heard": 0},
+    "steps": {"total": 10, "decision": 0, "zero": 0, "removal": 0, "heard": 0},
     "seconds": 1.0,
 }
 

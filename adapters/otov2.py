@@ -1,0 +1,311 @@
+"""OTOv2 (only_train_once): the DHSPG optimizer on zero-invariant groups.
+
+``base`` is upstream's optimizer untouched. For ``sp`` and ``sr``, where upstream's half-space
+projection would zero a structure in one step, its decay starts instead. As upstream has it, the
+network is trained at its full size to the end, and made smaller then.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dpm_core import DecayPruning, Phase
+from third_party import otov2
+from third_party.groups import UnsupportedLayerError
+
+from .base import Adapter, AdapterError, Context, structure_group
+
+
+@dataclass(frozen=True)
+class OTOv2Options:
+    """Settings of the framework, by upstream's names and with upstream's defaults.
+
+    Attributes:
+        target_group_sparsity: share of structures to remove.
+        tolerance_group_sparsity: how much larger G_p, the structures that are penalised, is than
+            the target. With 0 just G_p goes; else upstream itself overshoots by what it zeroes in
+            its last step, and ``base`` ends smaller than ``sp`` and ``sr``, which do not.
+        start_epoch: epochs of plain training before G_p is chosen.
+        warm_up_steps: until then the penalty is ``lmbda`` and nothing is zeroed.
+        epsilon: of the half-space, in [0, 1); higher zeroes earlier.
+        lmbda, lmbda_amplify, hat_lmbda_coeff: of the penalty; ``None`` takes upstream's default.
+        weight_decay_type: ``l1_norm`` or ``l2_norm``; upstream heeds it for AdamW alone.
+    """
+
+    target_group_sparsity: float
+    tolerance_group_sparsity: float = 0.05
+    start_epoch: int = 0
+    warm_up_steps: int = 0
+    epsilon: float = 0.0
+    lmbda: float | None = None
+    lmbda_amplify: float | None = None
+    hat_lmbda_coeff: float | None = None
+    weight_decay_type: Literal["l1_norm", "l2_norm"] = "l2_norm"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target_group_sparsity < 1:
+            raise AdapterError(
+                f"target_group_sparsity is {self.target_group_sparsity}; give above 0, below 1"
+            )
+        if not 0 <= self.tolerance_group_sparsity <= 1 or not 0 <= self.epsilon < 1:
+            raise AdapterError("give tolerance_group_sparsity in [0, 1] and epsilon in [0, 1)")
+        given = (self.lmbda, self.lmbda_amplify, self.hat_lmbda_coeff)
+        if any(v is not None and not v > 0 for v in given):
+            raise AdapterError("give lmbda, lmbda_amplify and hat_lmbda_coeff above 0")
+        if self.start_epoch < 0 or self.warm_up_steps < 0:
+            raise AdapterError("give start_epoch and warm_up_steps of at least 0")
+
+
+class OTOv2(Adapter):
+    """See the module."""
+
+    Options: ClassVar[type] = OTOv2Options
+    stages: ClassVar[Mapping[str, bool]] = {"prune": True}
+
+    def __init__(self, context: Context, options: OTOv2Options) -> None:
+        super().__init__(context, options)
+        self._made: Any = None
+        self._optimizer: Any = None
+        self._done = 0  # training steps, hearings' batches among them
+        self._goal = 0  # structures to remove; known once G_p is chosen
+        self._round: int | None = None  # when decays were last started
+
+    @property
+    def _start(self) -> int:
+        return int(self.options.start_epoch * self.context.stages["prune"].steps_per_epoch)
+
+    @property
+    def _needed(self) -> int:
+        """Steps from the last decision to the end: an earlier round may hold a hearing, too."""
+        heard = self.context.rectify.criterion.batches if self.context.variant == "sr" else 0
+        return self.context.decay_steps() + heard
+
+    def check(self) -> None:
+        """Refuse too short a stage, an impossible target, and groups that removal contradicts."""
+        given = self.context.stages["prune"].steps
+        needed = self._start + 1 + self._needed
+        if needed > given:
+            raise AdapterError(
+                f"pruning starts after {self._start} steps and a decay takes up to {self._needed}, "
+                f"but the stage 'prune' has {given}; give it more epochs or shorten smooth.steps "
+                "or start_epoch"
+            )
+        model, example = copy.deepcopy(self.context.model), self.context.example
+        made = otov2.graph(model, example)
+        try:
+            found = otov2.groups(made, model)
+        except UnsupportedLayerError as cause:
+            raise AdapterError(str(cause)) from cause
+        if not found:
+            raise AdapterError(f"upstream finds nothing to prune: {otov2.unpruned(made)}")
+        total = sum(g.structures for g in found)
+        most = (total - len(found)) / total
+        if self.options.target_group_sparsity > most:
+            raise AdapterError(
+                f"target_group_sparsity {self.options.target_group_sparsity} is impossible: with "
+                f"one structure left in every group it is {most:.3f}. Lower it"
+            )
+        for group in found:
+            self._try_removal(group.root, structure_group(group), model)
+
+    def _try_removal(self, root: str, group: Any, whole: nn.Module) -> None:
+        """Half of a group at zero, and removed, must give the same outputs."""
+        rows = list(range(0, group.size - 1, 2))
+        if not rows:
+            return
+        example, kept = self.context.example, [s.parameter.detach().clone() for s in group.slices]
+        with torch.no_grad():
+            for s in group.slices:
+                s.parameter.index_fill_(s.dim, s.index[rows].reshape(-1), 0)
+        small = copy.deepcopy(whole)
+        try:
+            self.shrink(small, example, [(root, rows)])
+            with torch.no_grad():
+                zeroed, removed = whole.eval()(example), small.eval()(example)
+            same = torch.allclose(zeroed, removed, rtol=0, atol=1e-4 * float(zeroed.abs().max()))
+        except Exception as cause:
+            raise AdapterError(f"removing structures of {root!r} fails: {cause}") from cause
+        if not same:
+            raise AdapterError(
+                f"the group of {root!r} at zero and removed gives different outputs: upstream's "
+                "groups and the dependency graph disagree on this model, so it cannot be pruned"
+            )
+        with torch.no_grad():
+            for s, value in zip(group.slices, kept, strict=True):
+                s.parameter.copy_(value)
+
+    # ------------------------------------------------------------------ the run
+
+    def optimizer(self, stage: str) -> torch.optim.Optimizer:
+        """DHSPG; the stage's own optimizer once the model is small."""
+        if self.removed is not None:
+            return super().optimizer(stage)
+        settings, o = self.context.stages[stage], self.options
+        self._made = otov2.graph(self.context.model, self.context.example)
+        kind = otov2.DHSPG if self.context.variant == "base" else otov2.DeferringDHSPG
+        made: torch.optim.Optimizer = kind(
+            self._made,
+            variant=settings.kind,
+            lr=settings.learning_rate,
+            first_momentum=settings.momentum if settings.kind == "sgd" else None,
+            weight_decay=settings.weight_decay,
+            weight_decay_type=o.weight_decay_type,
+            target_group_sparsity=o.target_group_sparsity,
+            tolerance_group_sparsity=o.tolerance_group_sparsity,
+            start_pruning_steps=self._start,
+            warm_up_steps=o.warm_up_steps,
+            epsilon=o.epsilon,
+            lmbda=o.lmbda,
+            lmbda_amplify=o.lmbda_amplify,
+            hat_lmbda_coeff=o.hat_lmbda_coeff,
+        )
+        return made
+
+    def begin(
+        self, stage: str, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
+    ) -> None:
+        """Decays follow the optimizer's steps; in ``base`` there is nothing to do."""
+        if self.removed is not None:
+            return
+        self._optimizer = optimizer
+        if self.context.variant == "base":
+            return
+
+        def counted() -> Tensor:
+            self._done += 1
+            return loss()
+
+        groups = otov2.groups(self._made, self.context.model)
+        self.attach_core(map(structure_group, groups), optimizer, counted)
+
+    def before_step(self, step: int) -> None:
+        """Upstream penalises while too few structures are zero or on their way."""
+        if self.dpm is not None and self.removed is None:
+            self._optimizer.reached = self.decided and self._gone() >= self._goal
+
+    def after_step(self) -> None:
+        """Replace what was released; decay what upstream would have zeroed."""
+        self._done += 1
+        if self.removed is not None:
+            return
+        if not self.decided and self._optimizer.partitioned:
+            self.decided = True
+            wanted = self.options.target_group_sparsity * self._optimizer.structures()
+            # Upstream spares a structure of every component, so G_p may be smaller.
+            self._goal = min(math.ceil(wanted - 1e-9), self._optimizer.penalised())
+        if self.dpm is not None and self.decided:
+            self._refill(self.dpm)
+            self._decay_wanted(self.dpm)
+
+    def _refill(self, dpm: DecayPruning) -> None:
+        """The next-ranked structures of the component enter G_p, and decay.
+
+        Ours: they do not wait for the half-space. Theirs are the largest norms, and at the end of
+        a run the penalty would bring them down late, at a low learning rate.
+        """
+        for event in self.new_events():
+            if event.kind != "release":
+                continue
+            score = self._optimizer.scores[event.group].cpu().clone()
+            # What is in G_p goes anyway: it is taken only where nothing else is left.
+            score[self._optimizer.penalised_in(event.group)] -= 2 * score.abs().max() + 1
+            score[~dpm.available(event.group)] = -torch.inf
+            best = score.argsort(descending=True, stable=True)[: len(event.structures)]
+            self._optimizer.exchange(event.group, event.structures, best.tolist())
+            dpm.decay({event.group: best}, wave=event.wave + 1)
+
+    def _decay_wanted(self, dpm: DecayPruning) -> None:
+        """Start a round of decays, at most one in the time that a decay takes.
+
+        Ours: rounds give Self-Rectifying structures to compare, and a hearing for many at once.
+        In the last round whatever the target still lacks is decayed, too.
+        """
+        missing = self._goal - self._gone()
+        last = self.context.stages["prune"].steps - self._done <= self._needed
+        waits = self._round is not None and self._done - self._round < self.context.smooth.steps
+        if missing <= 0 or not self._optimizer.wanted or (waits and not last):
+            return
+        names = list(self._optimizer.wanted)
+        ratios = [
+            ratio if last else torch.where(wanted, ratio, torch.inf)
+            for wanted, ratio in self._optimizer.wanted.values()
+        ]
+        ratio = torch.cat(ratios).cpu()
+        ratio[~torch.cat([dpm.available(name) for name in names])] = torch.inf
+        order = ratio.argsort(stable=True)[:missing]
+        chosen = torch.zeros_like(ratio, dtype=torch.bool)
+        chosen[order] = ratio[order] < torch.inf
+        if not bool(chosen.any()):
+            return
+        parts = chosen.split([len(r) for r in ratios])
+        dpm.decay({n: part.nonzero()[:, 0] for n, part in zip(names, parts, strict=True)})
+        self._round = self._done
+
+    def _gone(self) -> int:
+        assert self.dpm is not None
+        return self.dpm.count(Phase.DECAYING) + self.dpm.count(Phase.PRUNED)
+
+    def settled(self) -> bool:
+        """Whether as many structures are zero as are to go."""
+        if self.removed is not None or not self.decided:
+            return self.removed is not None
+        if self.dpm is not None:
+            return self.dpm.count(Phase.PRUNED) >= self._goal
+        zeros, made = self._optimizer.zeros(), self._optimizer
+        return bool(made.reach_target_group_sparsity() or zeros >= made.penalised())
+
+    def due(self) -> bool:
+        """At the end of the stage.
+
+        Raises:
+            AdapterError: too few structures are zero then.
+        """
+        if self.removed is not None or self._done < self.context.stages["prune"].steps:
+            return False
+        if not self.settled():
+            raise AdapterError(
+                f"the stage 'prune' ends with {self._optimizer.zeros()} structures at zero, not "
+                f"{self._goal}: upstream's penalty was too weak. Give the stage more epochs, lower "
+                "start_epoch, or raise lmbda or epsilon"
+            )
+        return True
+
+    def remove(self) -> None:
+        """Whatever is zero is removed, by torch-pruning's dependency graph."""
+        model = self.context.model
+        zero = {
+            g.root: (structure_group(g).norms() == 0).nonzero()[:, 0].tolist()
+            for g in otov2.groups(self._made, model)
+        }
+        if self.dpm is not None:
+            self.dpm.detach()
+        self.removed = [(root, rows) for root, rows in zero.items() if rows]
+        self.pruned = sum(len(rows) for _, rows in self.removed)
+        self.shrink(model, self.context.example, self.removed)
+        self._made = self._optimizer = None
+
+    # ------------------------------------------------------------------ saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """With its own progress; the optimizer saves itself."""
+        own = {"done": self._done, "goal": self._goal, "round": self._round}
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(
+        self,
+        state: Mapping[str, Any],
+        stage: str,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[[], Tensor],
+    ) -> None:
+        """Take up where :meth:`state_dict` was called."""
+        self.begin(stage, optimizer, loss)
+        self._done, self._goal, self._round = state["done"], state["goal"], state["round"]
+        super().load_state_dict(state, stage, optimizer, loss)

@@ -1,0 +1,84 @@
+"""A pruned model as ONNX, checked before it is kept."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from .files import write
+from .run import RunError, load_model
+from .training import outputs
+
+TOLERANCE = 1e-4
+"""How far outputs may be from the model's, as a share of its largest one, or of 1 below that."""
+
+
+def onnx(model: nn.Module, example: Tensor, path: Path) -> float:
+    """Write a model as ONNX, with a batch of any size, and compare the two.
+
+    Args:
+        model: stays in its mode; exported as it evaluates.
+        example: (B, C, H, W), an input batch on the model's device.
+        path: of the file; nothing is written where the outputs differ.
+
+    Returns:
+        The largest difference of the outputs on ``example``.
+
+    Raises:
+        RunError: the model has an operation that cannot be exported, or onnxruntime's outputs are
+            not the model's.
+    """
+    made = io.BytesIO()
+    expected = outputs(model, example).cpu()
+    modes = {m: m.training for m in model.modules()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model.eval(),
+                (example,),
+                made,  # type: ignore[arg-type]  # a file-like object will do
+                dynamo=False,  # the other exporter needs one more package
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+            )
+    except torch.onnx.errors.OnnxExporterError as cause:
+        reason = str(cause).splitlines()[0]
+        raise RunError(f"PyTorch cannot write this model as ONNX: {reason}") from cause
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    session = onnxruntime.InferenceSession(made.getvalue(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": example.cpu().numpy()})
+    difference = float((torch.from_numpy(found) - expected).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise RunError(
+            f"ONNX gives outputs that are off by {difference:.1e}; {path} was not written. The "
+            "model has an operation that this exporter renders differently"
+        )
+    write(path, lambda file: file.write(made.getvalue()))
+    return difference
+
+
+def export(path: Path) -> Path:
+    """Write a run's pruned model as ONNX beside its file.
+
+    Args:
+        path: a run's ``model.pt``.
+
+    Raises:
+        RunError: the file is no model, or ONNX does not give its outputs.
+    """
+    model = load_model(path)
+    saved = torch.load(path, weights_only=True)
+    size = saved["image_size"]
+    draw = torch.Generator().manual_seed(0)
+    example = torch.randn(4, saved["in_channels"], size, size, generator=draw)
+    onnx(model, example, path.with_suffix(".onnx"))
+    return path.with_suffix(".onnx")

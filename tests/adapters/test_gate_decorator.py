@@ -1,0 +1,256 @@
+"""What is Gate-Decorator's own: turns, frozen layers, masks, selections, fine-tuning."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from adapters.base import AdapterError, count_macs
+from adapters.gate_decorator import GateDecoratorOptions
+from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning, Trajectory
+from tests.support.frameworks import CASES, EAGER, EXAMPLE, Drive
+from third_party.gate_decorator import gated
+
+(CASE,) = (c for c in CASES if c.framework == "gate-decorator")
+# Three steps an epoch: a tock is over at step 3, the first ticks at 6 and 9, a tock at 12, ...
+TICKS = {3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 16, 17, 21, 22, 23, 24, 25, 26}
+
+
+@dataclass
+class Seen:
+    """What a run did, step by step."""
+
+    rates: list[float] = field(default_factory=list)
+    convolutions: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    gates: list[torch.Tensor] = field(default_factory=list)
+    masks: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+
+def watched(variant: str, **settings: Any) -> tuple[Drive, Seen]:
+    """A whole run, looked at after every step."""
+    adapter = CASE.adapter(CASE.build(), variant, **settings)
+    seen, after = Seen(), adapter.after_step
+
+    def after_step() -> None:
+        after()
+        model = adapter.context.model
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        seen.convolutions.append({n: m.weight.detach().clone() for n, m in layers.items()})
+        gates = gated(model)
+        if gates:
+            seen.gates.append(torch.cat([g.gate.detach().clone() for g in gates.values()]))
+        seen.masks.append({n: g.mask.clone() for n, g in gates.items()})
+        (rate,) = {group["lr"] for group in adapter._optimizer.param_groups}
+        seen.rates.append(rate)
+
+    adapter.after_step = after_step
+    return Drive(CASE, adapter).run(), seen
+
+
+def structures(drive: Drive, kind: str) -> list[tuple[str, int]]:
+    return [(e.group, k) for e in drive.adapter.dpm.events if e.kind == kind for k in e.structures]
+
+
+@pytest.mark.parametrize("variant", ["base", "sp", "sr"])
+def test_learning_rates_are_the_methods_own(variant):
+    drive, seen = watched(variant)
+    tuned = drive.adapter._tuned_from
+    assert 6 < tuned <= 54
+    low, high = 0.01, 0.05
+    for step, rate in enumerate(seen.rates[:tuned]):
+        if variant == "sr":
+            break  # its releases shift nothing here, but the run is longer than TICKS
+        if step >= 27:
+            break
+        # A tock of three steps: low, high, low.
+        expected = low if step in TICKS or step % 3 != 1 else high
+        assert rate == pytest.approx(expected), step
+    tuning = seen.rates[tuned:]
+    assert len(tuning) == 60 - tuned
+    assert tuning[0] == pytest.approx(low)
+    assert tuning[-1] == pytest.approx(low)
+    half = len(tuning) // 2
+    assert tuning[: half + 1] == sorted(tuning[: half + 1])
+    assert tuning[half:] == sorted(tuning[half:], reverse=True)
+    assert max(tuning) > 0.8 * high
+
+
+def test_convolutions_stand_still_in_ticks_and_gates_do_not():
+    drive, seen = watched("base")
+    tuned = drive.adapter._tuned_from
+    for step in range(1, min(tuned, 27)):
+        before, after = seen.convolutions[step - 1], seen.convolutions[step]
+        moved = [not torch.equal(before[n], after[n]) for n in after]
+        assert any(moved) == (step not in TICKS), step
+        assert all(moved) == (step not in TICKS), step
+        assert not torch.equal(seen.gates[step - 1], seen.gates[step])
+
+
+def test_fine_tuning_has_an_optimizer_of_its_own():
+    adapter = CASE.adapter(
+        CASE.build(), "base", options={**CASE.options, "finetune_momentum": 0.25}
+    )
+    made, wanted = [], adapter.optimizer
+
+    def optimizer(stage: str) -> torch.optim.Optimizer:
+        made.append(wanted(stage))
+        return made[-1]
+
+    adapter.optimizer = optimizer
+    Drive(CASE, adapter).run()
+    first, second = made
+    assert [g["momentum"] for g in first.param_groups] == [0.9]
+    assert [g["momentum"] for g in second.param_groups] == [0.25]
+    assert second.param_groups[0]["weight_decay"] == first.param_groups[0]["weight_decay"] > 0
+
+
+@pytest.mark.parametrize("variant", ["base", "sp", "sr"])
+def test_masks_never_recover(variant):
+    _, seen = watched(variant)
+    at_work = [m for m in seen.masks if m]
+    for before, after in itertools.pairwise(at_work):
+        assert all(bool((after[n] <= before[n]).all()) for n in after)
+    assert any(bool((m == 0).any()) for m in at_work[-1].values())
+
+
+def test_a_gate_is_masked_when_its_decay_is_over_and_not_before():
+    drive, seen = watched("sp", smooth=SmoothPruning(5))
+    pruned = {}
+    for event in drive.adapter.dpm.events:
+        for k in event.structures if event.kind == "prune" else ():
+            pruned[event.group, k] = event.step
+    assert pruned
+    # `norm` belongs to the group of the stem, `inner_norm` stands alone; one channel a structure.
+    names = {"stem": "norm", "outer": "norm", "inner": "inner_norm"}
+    for step, masks in enumerate(seen.masks, start=1):
+        for (group, k), end in pruned.items():
+            if masks:
+                assert bool(masks[names[group]][k] == 0) == (step >= end), (group, k, step)
+
+
+def test_base_masks_at_once_what_sp_starts_to_decay():
+    _, base = watched("base")
+    sp = CASE.adapter(CASE.build(), "sp")
+    Drive(CASE, sp).run()
+    first = [e for e in sp.dpm.events if e.kind == "decay" and e.step == 6]
+    assert first
+    taken = sum(len(e.structures) for e in first)
+    masks = base.masks[5]
+    # The tied group shows in two BatchNorms.
+    assert torch.equal(masks["norm"], masks["outer_norm"])
+    gone = sum(int((masks[n] == 0).sum()) for n in ("norm", "inner_norm"))
+    assert gone == taken
+    assert all(bool((m == 1).all()) for m in base.masks[4].values())
+
+
+def test_released_gates_come_back_and_the_next_selection_takes_as_many_more():
+    adapter = CASE.adapter(CASE.build(), "sr", rectify=EAGER)
+    asked, selected = [], adapter._select
+
+    def select() -> None:
+        asked.append((adapter._steps, adapter._released))
+        selected()
+
+    adapter._select = select
+    drive = Drive(CASE, adapter).run()
+    released = structures(drive, "release")
+    assert released
+    removed = {(root, k) for root, ks in adapter.removed for k in ks}
+    assert not removed & set(released)
+    for group, k in released:
+        assert adapter.dpm.phases(group)[k] == Phase.ACTIVE
+    # A release between two selections is made good by the second.
+    at = [(e.step, len(e.structures)) for e in adapter.dpm.events if e.kind == "release"]
+    for (before, _), (step, count) in zip([(0, 0), *asked], asked, strict=False):
+        assert count == sum(n for when, n in at if before < when <= step)
+    assert any(count for _, count in asked)
+
+
+def test_a_hearing_uses_up_batches_and_no_part_of_a_tick():
+    """Its batches are training steps of the stage; a tick is as long as ever."""
+    rectify = SelfRectifying(Hearing(batches=2, threshold=1.0), max_share=0.4)  # releases nothing
+    heard = CASE.adapter(CASE.build(), "sr", rectify=rectify)
+    drive = Drive(CASE, heard).run()
+    assert heard.dpm.heard > 0
+    assert drive.batches == 60
+    # Own steps of ticks and tocks: selections fall at the ends of ticks only.
+    starts = {e.step for e in heard.dpm.events if e.kind == "decay"}
+    assert starts <= {6, 9, 15, 18, 24, 27, 33, 36, 42, 45}
+    assert len(starts) > 1
+
+
+def test_what_it_counts_is_what_the_small_model_has():
+    adapter = CASE.adapter(CASE.build(), "sp")
+    left, remove = [], adapter.remove
+
+    def look() -> None:
+        left.append(adapter._made.macs(adapter._alive()))
+        remove()
+
+    adapter.remove = look
+    drive = Drive(CASE, adapter).run()
+    assert left == [count_macs(drive.model, EXAMPLE)]
+    assert not gated(drive.model)
+
+
+def test_a_target_that_is_not_met_in_time_is_an_error_with_figures():
+    adapter = CASE.adapter(CASE.build(), "base", options={**CASE.options, "finetune_epochs": 16})
+    with pytest.raises(AdapterError, match=r"0\.\d+ of the MACs are left .* 0\.6 .*more epochs"):
+        Drive(CASE, adapter).run()
+
+
+def test_a_model_without_gates_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5))
+    with pytest.raises(AdapterError, match="BatchNorm"):
+        CASE.adapter(model, "sp").check()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"macs": 0.0}, "above 0, below 1"),
+        ({"macs": 1.0}, "above 0, below 1"),
+        ({"fraction": 0.0}, "fraction above 0"),
+        ({"keep": 1.0}, "keep in"),
+        ({"eta": -1.0}, "eta and strength of at least 0"),
+        ({"strength": -1.0}, "eta and strength of at least 0"),
+        ({"low_rate": 0.0}, "low_rate above 0"),
+        ({"tick_epochs": 0}, "of at least 1"),
+        ({"ticks": 0}, "of at least 1"),
+        ({"finetune_epochs": 0}, "of at least 1"),
+        ({"finetune_momentum": 1.0}, "finetune_momentum in"),
+    ],
+)
+def test_odd_options_are_refused(options, message):
+    with pytest.raises(AdapterError, match=message):
+        GateDecoratorOptions(**{"macs": 0.5, **options})
+
+
+def test_the_term_for_flops_changes_the_choice():
+    """At equal areas a strong one takes from the group that has the most structures left."""
+    order = {}
+    for eta in (0.0, 1e6):
+        adapter = CASE.adapter(CASE.build(), "sp", options={**CASE.options, "eta": eta})
+        Drive(CASE, adapter).run()
+        events = [e for e in adapter.dpm.events if e.kind == "decay"]
+        order[eta] = [(e.step, e.group, len(e.structures)) for e in events]
+    assert order[0.0] != order[1e6]
+    left = {"inner": 16, "stem": 12}
+    (tied,) = {g for _, g, _ in order[1e6]} - {"inner"} or {"stem"}
+    left[tied] = left.pop("stem")
+    for _, group, count in order[1e6]:
+        assert left[group] >= max(left.values())
+        left[group] -= count
+
+
+def test_trajectories_are_compared_over_several_ticks():
+    """Few structures a tick: with the defaults none would ever stand out of its own cohort."""
+    rectify = SelfRectifying(Trajectory(rate=-1.0, length=1.0), max_share=0.4)
+    adapter = CASE.adapter(CASE.build(), "sr", rectify=rectify)
+    drive = Drive(CASE, adapter).run()
+    assert structures(drive, "release")

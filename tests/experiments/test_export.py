@@ -1,0 +1,116 @@
+"""ONNX gives the small model's outputs, and a file that does not is never written."""
+
+from __future__ import annotations
+
+import copy
+
+import onnxruntime
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from adapters import registry
+from adapters.base import structure_group
+from experiments import export, models
+from experiments.run import RunError, run
+from experiments.training import outputs
+from tests.support import tiny
+from third_party import otov2
+
+NETWORKS = {
+    "vgg-digits": (lambda: models.build("vgg-digits", 3, 10, seed=0), 16),
+    "resnet20": (lambda: models.build("resnet20", 3, 10, seed=0), 16),
+}
+TORCHVISION = {"vgg16_bn": 224, "resnet18": 64, "resnet50": 64, "densenet121": 64}
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """BatchNorms as after training: statistics and parameters of their own."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+            nn.init.normal_(module.running_mean, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model.eval()
+
+
+def pruned(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, nn.Module]:
+    """Two fifths of each zero-invariant group at zero, and the same model without them."""
+    draw = torch.Generator().manual_seed(1)
+    plan = []
+    for group in otov2.groups(otov2.graph(model, example), model):
+        rows = torch.randperm(group.structures, generator=draw)[: 2 * group.structures // 5]
+        factors = torch.ones(group.structures)
+        factors[rows] = 0
+        structure_group(group).scale_(factors)
+        plan.append((group.root, sorted(rows.tolist())))
+    small = copy.deepcopy(model)
+    registry.load("otov2").shrink(small, example, [p for p in plan if p[1]])
+    return model, small
+
+
+def check(model: nn.Module, size: int, path) -> None:
+    example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        zeroed, small = pruned(awake(model), example)
+        expected = outputs(zeroed, example)
+    scale = float(expected.abs().max())
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in zeroed.parameters())
+    torch.testing.assert_close(outputs(small, example), expected, rtol=0, atol=1e-5 * scale)
+    export.onnx(small, example, path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    # A batch of another size than the one it was made with.
+    (found,) = session.run(None, {"images": example[:1].numpy()})
+    torch.testing.assert_close(
+        torch.from_numpy(found), outputs(zeroed, example[:1]), rtol=0, atol=1e-4 * scale
+    )
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_gives_the_zeroed_models_outputs(name, tmp_path):
+    build, size = NETWORKS[name]
+    check(build(), size, tmp_path / "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_onnx_gives_the_zeroed_models_outputs_for_torchvision(name, tmp_path):
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(weights=None)
+    check(model, TORCHVISION[name], tmp_path / "model.onnx")
+
+
+def test_a_model_that_comes_out_differently_is_not_written(tmp_path, monkeypatch):
+    model, example = models.build("vgg-digits", 1, 10, seed=0), torch.randn(2, 1, 8, 8)
+    right = export.outputs
+    monkeypatch.setattr(export, "outputs", lambda *given: right(*given) + 1)
+    with pytest.raises(RunError, match="was not written"):
+        export.onnx(model, example, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_operation_that_cannot_be_exported_is_named(tmp_path):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(4))
+    with pytest.raises(RunError, match="adaptive_avg_pool2d"):
+        export.onnx(model, torch.randn(2, 1, 8, 8), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_stays_in_its_mode(tmp_path):
+    model = models.build("vgg-digits", 1, 10, seed=0).train()
+    next(model.children()).eval()
+    modes = [m.training for m in model.modules()]
+    export.onnx(model, torch.randn(2, 1, 8, 8), tmp_path / "model.onnx")
+    assert [m.training for m in model.modules()] == modes
+
+
+def test_a_runs_model_is_exported_beside_it(tmp_path, monkeypatch):
+    tiny.miniature(monkeypatch)
+    with tiny.one_thread():
+        record = run(tiny.request(tmp_path, "sp", tiny.MINIATURE))
+        made = export.export(record.parent / "model.pt")
+    assert made == record.parent / "model.onnx"
+    session = onnxruntime.InferenceSession(str(made), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[1:] == [1, 8, 8]

@@ -1,0 +1,64 @@
+"""The Makefile: a benchmark for every framework, on digits or by the framework's recipe."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+
+import pytest
+
+from adapters.registry import ADAPTERS
+from experiments.config import load
+from tests.support.tiny import ROOT
+
+
+def planned(*words: str) -> list[str]:
+    """What make would run, as words."""
+    # Under make these would make an inner make speak of its folders.
+    clean = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(
+        ["make", "-n", *words, "PY=python", "SETUP="],
+        cwd=ROOT,
+        env=clean,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return shlex.split(done.stdout.replace("\\\n", " "))
+
+
+def configurations(words: list[str]) -> list[str]:
+    return [word for word in words if word.endswith(".toml")]
+
+
+@pytest.mark.parametrize("framework", ADAPTERS)
+def test_a_benchmark_is_of_its_framework_whatever_the_data(framework):
+    for data in ((), ("DATA=digits",), ("DATA=cifar10",), ("DATA=folder:/pets",)):
+        words = planned(f"bench-{framework}", "VARIANT=sr", "SEED=4", *data)
+        (path,) = configurations(words)
+        config = load(ROOT / path)
+        assert config.framework == framework
+        assert config.data.name == ("digits" if data in ((), ("DATA=digits",)) else "cifar10")
+        assert words[:4] == ["python", "-m", "experiments", "run"]
+        assert words[words.index("--variant") + 1] == "sr"
+        assert words[words.index("--seed") + 1] == "4"
+        assert "--resume" in words
+        assert ("--data" in words) == bool(data)
+        if data:
+            assert words[words.index("--data") + 1] == data[0].removeprefix("DATA=")
+
+
+@pytest.mark.parametrize("framework", ADAPTERS)
+def test_a_configuration_that_is_given_is_the_one_that_is_run(framework):
+    words = planned(f"bench-{framework}", "CONFIG=mine.toml", "DATA=cifar10")
+    assert configurations(words) == ["mine.toml"]
+
+
+def test_the_demo_compares_every_framework_on_digits():
+    words = planned("demo", "SEEDS=0-4")
+    assert words[:4] == ["python", "-m", "experiments", "compare"]
+    found = [load(ROOT / path) for path in configurations(words)]
+    assert sorted(c.framework for c in found) == sorted(ADAPTERS)
+    assert {c.data.name for c in found} == {"digits"}
+    assert words[words.index("--seeds") + 1] == "0-4"

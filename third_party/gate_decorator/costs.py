@@ -1,0 +1,97 @@
+"""Multiply-accumulates as a function of how many structures every group keeps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .. import dependency
+from .gates import GateError, gated
+from .groups import GateGroup
+
+
+class CostModel:
+    """MACs of one sample, exact for the physically smaller model, without making it.
+
+    A layer costs unit * rows * columns, the first two dimensions of its weight; both shrink by a
+    fixed number for each structure of a group that goes. The numbers are read off a copy of the
+    model from which one structure of every group is really removed. What depends on no group, and
+    any operation outside convolutions and linear layers, is a constant.
+
+    Args:
+        model: plain and dense; stays as it is.
+        example: a batch of any size on the model's device.
+        groups: what :func:`tied_gates` found in it.
+
+    Attributes:
+        sizes: int64 (G,), the structures of each group.
+        dense: MACs with all of them.
+
+    Raises:
+        GateError: the model has gates.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, groups: Sequence[GateGroup]) -> None:
+        if gated(model):
+            raise GateError("the model has gates; the costs are found in the plain dense model")
+        copied = copy.deepcopy(model).eval().requires_grad_(True)  # the graph misses frozen layers
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            copied(example[:1])
+        self.dense = counter.get_total_flops() // 2
+        kinds = tuple(dependency.ROOTS)
+        layers = {n: m for n, m in copied.named_modules() if isinstance(m, kinds)}
+        by_name, prefix = counter.get_flop_counts(), type(copied).__name__
+        macs = [sum(by_name.get(f"{prefix}.{n}", {}).values()) // 2 for n in layers]
+
+        def shapes() -> Tensor:
+            return torch.tensor([m.weight.shape[:2] for m in layers.values()]).T
+
+        self._dims = shapes()
+        self._unit = torch.tensor(macs) // self._dims.prod(0)
+        self._constant = self.dense - sum(macs)
+        self.sizes = torch.tensor([g.structures for g in groups])
+        self._less = torch.zeros(len(groups), *self._dims.shape, dtype=torch.int64)
+        # A lone structure cannot go.
+        first = {g.name: i for i, g in enumerate(groups) if g.structures > 1}
+        plan = [(groups[i].name, groups[i].channels_of([0])) for i in first.values()]
+        before = self._dims
+        for name in dependency.removing(copied, example, plan):
+            after = shapes()
+            self._less[first[name]] = before - after
+            before = after
+
+    def macs(self, kept: Tensor) -> Tensor:
+        """MACs of one sample.
+
+        Args:
+            kept: int64 (..., G), structures left in each group, in the groups' order.
+
+        Returns:
+            int64 (...), on the host.
+
+        Raises:
+            GateError: a number is negative or above the group's size.
+        """
+        gone = self.sizes - kept.cpu()
+        if bool(((gone < 0) | (gone > self.sizes)).any()):
+            raise GateError(f"kept is {kept.tolist()}; the groups hold {self.sizes.tolist()}")
+        rows, columns = (self._dims - torch.tensordot(gone, self._less, 1)).unbind(-2)
+        total: Tensor = self._constant + (self._unit * rows * columns).sum(-1)
+        return total
+
+    def along(self, kept: Tensor, order: Tensor) -> Tensor:
+        """MACs after each of several removals, one after the other.
+
+        Args:
+            kept: int64 (G,), what each group has before.
+            order: int64 (n,), the group of each structure that goes, in order.
+
+        Returns:
+            int64 (n,), on the host.
+        """
+        steps = nn.functional.one_hot(order.cpu(), len(self.sizes)).cumsum(0)
+        return self.macs(kept.cpu() - steps)

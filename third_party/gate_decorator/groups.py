@@ -1,0 +1,256 @@
+"""Which gates belong together, and the view of all of them as flat tables of structures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from .. import dependency
+from ..groups import UnsupportedLayerError
+from .gates import GatedBatchNorm, GateError, gated, undecorate
+
+
+@dataclass(frozen=True, eq=False)
+class GateGroup:
+    """Tied gates: one structure is the same position in all members (the paper's group pruning).
+
+    Attributes:
+        name: the layer that the dependency graph roots the group in.
+        channels: that layer's output channels.
+        structures: K, how many structures these make up.
+        members: by the BatchNorm's module name, int64 (K, m): its m channels in each structure.
+        area: positions of their feature map, such as height * width.
+    """
+
+    name: str
+    channels: int
+    structures: int
+    members: Mapping[str, Tensor]
+    area: int
+
+    def channels_of(self, structures: Iterable[int]) -> list[int]:
+        """The root's channels that make up some structures, sorted."""
+        repeats = range(self.channels // self.structures)
+        return sorted(k + r * self.structures for k in structures for r in repeats)
+
+
+def tied_gates(
+    model: nn.Module, example: Tensor, *, ignored: Sequence[str] = ()
+) -> list[GateGroup]:
+    """The gate groups of a plain model, from its dependency graph, in the order of their roots.
+
+    In a ResNet each stage has one group of the BatchNorms that meet in its additions (in the first
+    the stem's, else the shortcut's, and every block's last); the others have a group each.
+
+    Left out, as their gates could not silence them: groups without a BatchNorm, and groups in
+    which some layer's output is read without a BatchNorm on the way (a bias-free depthwise
+    convolution may follow one). Left out too are the layers that make the network's output.
+    Operations between layers, activations above all, must answer zeros with zeros.
+
+    Args:
+        model: has no gates yet; stays as it is, in its mode.
+        example: a batch of any size on the model's device.
+        ignored: module names of layers whose whole group is left out.
+
+    Raises:
+        GateError: the model has gates, a name is unknown, a layer cannot be set to zero, or no
+            group is left.
+    """
+    if gated(model):
+        raise GateError("the model has gates already; groups are found in the plain model")
+    modules = dict(model.named_modules())
+    unknown = sorted(set(ignored) - set(modules))
+    if unknown:
+        raise GateError(f"ignored names {unknown}, which are no layers of the model")
+    with _traceable(model):
+        made = dependency.pruner(
+            model,
+            example,
+            ratio=0.5,
+            steps=1,
+            global_pruning=True,
+            normalizer="mean",
+            reg=0.0,
+            ignored=sorted({*ignored, *dependency.output_layers(model, example)}),
+        )
+    try:
+        every = dependency.groups(made)
+    except UnsupportedLayerError as cause:
+        raise GateError(str(cause)) from cause
+    heard = dependency.heard_without_norm(made)
+    names = {m: n for n, m in modules.items()}
+    areas = _areas(model, example)
+    found = []
+    for group in every:
+        if group.root not in heard and all(m in areas for m, _, _ in group.owners):
+            members = {names[m]: torch.tensor(index) for m, _, index in group.owners}
+            area = areas[group.owners[0][0]]
+            found.append(GateGroup(group.root, group.channels, group.structures, members, area))
+    if not found:
+        raise GateError("no group of layers is silenced by BatchNorms alone; shorten `ignored`")
+    places = list(modules)
+    return sorted(found, key=lambda g: places.index(g.name))
+
+
+@contextmanager
+def _traceable(model: nn.Module) -> Iterator[None]:
+    """The dependency graph follows gradients, and silently misses layers that are frozen."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _areas(model: nn.Module, example: Tensor) -> dict[nn.Module, int]:
+    """Positions of each BatchNorm's feature map; the model stays as it is."""
+    areas: dict[nn.Module, int] = {}
+
+    def note(module: nn.Module, _: object, output: Tensor) -> None:
+        areas[module] = output.shape[2:].numel()
+
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, norms)]
+    try:
+        with dependency.modes_kept(model), torch.no_grad():
+            model.eval()(example[:1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return areas
+
+
+class GateTable:
+    """All structures of some gate groups, numbered 0 .. S - 1 in the groups' order.
+
+    Structure k of a group has the number ``ids(name)[k]``. A gate is a position in the
+    concatenation of all gates (T of them, in the order of ``gates``).
+
+    Args:
+        groups: of :func:`tied_gates`.
+        gates: of :func:`decorate`, with every member in it; others have no structures here.
+
+    Attributes:
+        groups: G of them.
+        gates: the gated BatchNorms by name.
+        group: int64 (S,), the position in ``groups`` that each structure belongs to.
+        sizes: int64 (G,), the structures of each group.
+        areas: float32 (G,), each group's feature-map area over the smallest.
+        filters: int64 (S,), the gates of each structure.
+
+    Raises:
+        GateError: a member is not among the gates, or of another size.
+    """
+
+    def __init__(self, groups: Sequence[GateGroup], gates: Mapping[str, GatedBatchNorm]) -> None:
+        missing = sorted({name for g in groups for name in g.members} - set(gates))
+        if missing or not groups:
+            raise GateError(f"no gates on {missing or 'any group'}; decorate what tied_gates names")
+        self.groups, self.gates = tuple(groups), dict(gates)
+        self._widths = [g.gate.numel() for g in gates.values()]
+        device = next(iter(gates.values())).gate.device
+        starts = dict(zip(gates, accumulate([0, *self._widths]), strict=False))
+        rows = []
+        for group in groups:
+            for name, index in group.members.items():
+                if int(index.max()) >= gates[name].gate.numel():
+                    raise GateError(f"{name!r} is smaller than it was in tied_gates")
+            rows.append(torch.cat([starts[n] + index for n, index in group.members.items()], 1))
+        # Structures have unequal numbers of gates; the rest of a row points at a last, empty one.
+        full, width = sum(self._widths), max(r.shape[1] for r in rows)
+        pad = partial(nn.functional.pad, value=full)
+        self._table = torch.cat([pad(r, (0, width - r.shape[1])) for r in rows]).to(device)
+        self.filters = (self._table < full).sum(1)
+        self.sizes = torch.tensor([g.structures for g in groups], device=device)
+        self.group = torch.arange(len(groups), device=device).repeat_interleave(self.sizes)
+        areas = torch.tensor([float(g.area) for g in groups], device=device)
+        self.areas = areas / areas.min()
+        starting = accumulate([0, *(g.structures for g in groups)])
+        self._first = {g.name: n for g, n in zip(groups, starting, strict=False)}
+
+    def ids(self, name: str, structures: Iterable[int] | None = None) -> Tensor:
+        """Numbers of a group's structures (``None``: all of them), int64, on the host.
+
+        Raises:
+            GateError: there is no such group, or no such structure in it.
+        """
+        known = {g.name: g.structures for g in self.groups}
+        wanted = list(range(known.get(name, 0)) if structures is None else structures)
+        if name not in known or any(not 0 <= k < known[name] for k in wanted):
+            raise GateError(f"{name!r} has no structures {wanted}; groups and sizes: {known}")
+        return torch.tensor(wanted, dtype=torch.int64) + self._first[name]
+
+    def split(self, ids: Tensor) -> dict[str, list[int]]:
+        """Structures within their groups, by group name, in the order given."""
+        found: dict[str, list[int]] = {}
+        for number, position in zip(ids.tolist(), self.group[ids].tolist(), strict=True):
+            name = self.groups[position].name
+            found.setdefault(name, []).append(number - self._first[name])
+        return found
+
+    def gather(self, values: Tensor, empty: float) -> Tensor:
+        """Per-gate values (T,) by structure: (S, M), with ``empty`` where there is no gate."""
+        flat: Tensor = torch.cat([values, values.new_full((1,), empty)])
+        return flat[self._table]
+
+    def alive(self) -> Tensor:
+        """Which structures have a gate that is not masked: bool (S,)."""
+        return self.gather(torch.cat([g.mask for g in self.gates.values()]), 0).amax(1) > 0
+
+    def kept(self, alive: Tensor) -> Tensor:
+        """How many structures of each group are alive: int64 (G,)."""
+        return self.group[alive].bincount(minlength=len(self.groups))
+
+    @torch.no_grad()
+    def mask(self, ids: Tensor) -> None:
+        """Mask all gates of some structures for good. Gates and shifts keep their values."""
+        flat = torch.cat([g.mask for g in self.gates.values()])
+        flat = torch.cat([flat, flat.new_zeros(1)])
+        flat[self._table[ids.to(flat.device)]] = 0
+        for gate, part in zip(self.gates.values(), flat.split([*self._widths, 1]), strict=False):
+            gate.mask.copy_(part)
+
+
+def melt(model: nn.Module, example: Tensor, groups: Sequence[GateGroup]) -> dependency.Plan:
+    """Turn a gated model into a plain one without the masked structures, in place.
+
+    Module names are those of the plain dense model. Masked channels outside the groups stay, with
+    zero weight and bias. All parameters train afterwards, those of a tick's frozen convolutions
+    too; make a new optimizer.
+
+    Args:
+        model: decorated.
+        example: a batch of any size on the model's device.
+        groups: what :func:`tied_gates` found in the plain model.
+
+    Returns:
+        What was removed: root layer's name, sorted positions in the dense layer.
+
+    Raises:
+        GateError: the groups are not those of the model, a structure is masked in some of its
+            members only, or a group has no structure left; the model is untouched.
+    """
+    table = GateTable(groups, gated(model))
+    masks = torch.cat([g.mask for g in table.gates.values()])
+    alive = table.alive()
+    torn = (alive & (table.gather(masks, 1).amin(1) == 0)).nonzero()[:, 0]
+    if len(torn):
+        raise GateError(f"structures {table.split(torn)} are masked in some members only; mask all")
+    empty = [g.name for g, n in zip(groups, table.kept(alive).tolist(), strict=True) if n == 0]
+    if empty:
+        raise GateError(f"groups {empty} have no structure left; unmask one in each")
+    gone = table.split((~alive).nonzero()[:, 0])
+    plan = [(g.name, g.channels_of(gone[g.name])) for g in groups if g.name in gone]
+    undecorate(model)
+    model.requires_grad_(True)  # the graph misses frozen layers
+    dependency.remove(model, example, plan)
+    return plan

@@ -1,0 +1,481 @@
+"""The touch points in only_train_once 2.0.16 (OTOv2): its graph, its groups, its DHSPG optimizer.
+
+Facts this file answers, all of them of that version, with the place they stand at:
+
+- ``imp`` and ``distutils`` are imported (``__init__``, ``graph/graph``, ``transform/transforms``);
+  Python 3.12 has neither. Stand-ins are there while upstream is imported.
+- Its folder is appended to ``sys.path`` and top-level modules ``graph``, ``operation``,
+  ``transform`` and ``assets`` are imported (``optimizer/dhspg``, ``zig/zig`` and others). They are
+  gone afterwards, and a module of the user's of such a name is put back.
+- ``torch.onnx._optimize_graph`` has moved in PyTorch (``graph/graph``, ``build``), and ``.cuda()``
+  is called whatever the device (``optimizer/dhspg``); both are patched while upstream runs.
+- It prints (``graph/graph``, ``zig/zig``, ``optimizer/dhspg``); here that is logging.
+- Operators it does not know are written into a global table (``graph/graph``, ``build``), which is
+  put back; a flatten and a mean over all positions are among the unknown ones, so that the
+  component before them is never pruned. They are told to it.
+- Parameters of a component are a set (``graph/connected_component``), components are sorted by an
+  id that depends on memory addresses (``zig/zig``, ``merge_connected_components``), and momentum
+  is saved by position: another process would end in other bits. Both are put into the model's
+  order, and the state goes by names.
+- ``OTO`` leaves the model in eval mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .dependency import modes_kept
+from .groups import Share, UnsupportedLayerError, UpstreamGroup
+from .upstreams import require
+
+require("only_train_once")
+
+log = logging.getLogger(__name__)
+
+STRAY = ("assets", "graph", "operation", "optimizer", "transform")
+"""What upstream imports at the top level."""
+
+
+def _stand_ins() -> dict[str, types.ModuleType]:
+    names = ("imp", "distutils", "distutils.version")
+    made = {name: types.ModuleType(name) for name in names}
+    made["distutils.version"].LooseVersion = Version  # type: ignore[attr-defined]
+    return made
+
+
+@contextmanager
+def _importable() -> Iterator[None]:
+    """While upstream is imported; afterwards ``sys`` is as before, but for ``only_train_once``."""
+    spec = importlib.util.find_spec("only_train_once")
+    assert spec is not None
+    assert spec.origin is not None
+    replaced = {*STRAY, "imp", "distutils"}
+
+    def present() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] in replaced]
+
+    hidden, path = {name: sys.modules.pop(name) for name in present()}, list(sys.path)
+    sys.modules.update(_stand_ins())
+    sys.path.insert(0, str(Path(spec.origin).parent))
+    try:
+        yield
+    finally:
+        for name in present():
+            del sys.modules[name]
+        sys.modules.update(hidden)
+        sys.path[:] = path
+
+
+with _importable():
+    import only_train_once
+    from only_train_once.graph import graph as _graph_module
+    from only_train_once.optimizer import dhspg as _dhspg_module
+
+OPERATORS: dict[str, Any] = _graph_module.OP_DICT
+_DHSPG: Any = _dhspg_module.DHSPG
+# PyTorch wraps the step of a class once one of it was made; inside ours it would run hooks twice.
+_STEP = inspect.unwrap(_DHSPG.step)
+_LINEAR = _dhspg_module.GROUP_TYPE["linear"]
+"""Components of this type and above hold zero-invariant groups."""
+
+
+class _Log(io.TextIOBase):
+    """What upstream prints, as log lines."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            log.info("%s", text.strip())
+        return len(text)
+
+
+def _optimize_graph() -> Any:
+    for place in ("torch.onnx._internal.torchscript_exporter.utils", "torch.onnx.utils"):
+        with contextlib.suppress(ImportError):
+            found = getattr(importlib.import_module(place), "_optimize_graph", None)
+            if found is not None:
+                return found
+    raise ImportError(
+        f"torch {torch.__version__} has no _optimize_graph where only_train_once needs it; install "
+        "a version that pyproject.toml asks for"
+    )
+
+
+@contextmanager
+def running(device: torch.device) -> Iterator[None]:
+    """While upstream runs: its prints are logged, and ``.cuda()`` means ``device``.
+
+    Patches the whole process, so that upstream must not run in two threads at once.
+    """
+
+    def cuda(tensor: Tensor, *_: object, **__: object) -> Tensor:
+        return tensor.to(device)
+
+    before = torch.Tensor.__dict__.get("cuda")
+    torch.Tensor.cuda = cuda  # type: ignore[assignment,method-assign]
+    try:
+        with contextlib.redirect_stdout(_Log()):
+            yield
+    finally:
+        if before is None:
+            del torch.Tensor.cuda
+        else:
+            torch.Tensor.cuda = before  # type: ignore[method-assign]
+
+
+def graph(model: nn.Module, example: Tensor) -> Any:
+    """Upstream's ``OTO`` of a model: its graph, partitioned into zero-invariant groups.
+
+    Args:
+        model: stays in its mode.
+        example: an input batch on the model's device.
+    """
+    operators, had = dict(OPERATORS), hasattr(torch.onnx, "_optimize_graph")
+    if not had:
+        torch.onnx._optimize_graph = _optimize_graph()  # type: ignore[attr-defined]
+    made = only_train_once.OTO()
+    try:
+        with modes_kept(model), running(example.device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made.initialize(model, example)
+            for node in made._graph.nodes.values():
+                if _keeps_channels(node):
+                    node.op = _graph_module.Operator(name=node.op.name, zero_invariant=True)
+            made.partition_zigs()
+    finally:
+        OPERATORS.clear()
+        OPERATORS.update(operators)
+        if not had:
+            del torch.onnx._optimize_graph  # type: ignore[attr-defined]
+    _put_in_order(made, model)
+    return made
+
+
+def _keeps_channels(node: Any) -> bool:
+    """Whether a flatten or mean that upstream does not know leaves channels apart, in dimension 1.
+
+    A mean's axes are not in the node, so its shapes have to tell. Where they mislead, removal is
+    found out by the trial that precedes every run.
+    """
+    shape, given = node.output_shape, node.input_shape[0] if node.input_shape else None
+    if not shape or not given:
+        return False
+    if node.op.name == "flatten":
+        return bool(node.op_params.get("axis") == 1)
+    if node.op.name != "reducemean":
+        return False
+    rest = len(given) - 2 if node.op_params.get("keepdims", 1) else 0
+    return bool(shape == [*given[:2], *[1] * rest])
+
+
+def _put_in_order(made: Any, model: nn.Module) -> None:
+    """Let upstream hand out its parameter groups in the model's order."""
+    order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    stems = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    upstream = made._graph.params_groups
+
+    def params_groups(epsilon: Any = ()) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = list(upstream(epsilon=epsilon))
+        first: dict[str, int] = {}
+        for group in groups:
+            group["names"] = sorted(group["names"], key=order.__getitem__)
+            group["params"] = [made._graph.params_grad[name] for name in group["names"]]
+            group["shapes"] = [p.shape for p in group["params"]]
+            first[group["cc_id"]] = order[group["names"][0]]
+            layers = [name.rpartition(".")[0] for name in group["names"]]
+            stem = (layer for layer in layers if isinstance(model.get_submodule(layer), stems))
+            group["root"] = next(stem, layers[0])  # ours: what the component is called
+        for group in groups:
+            group["auxiliary_ccs"].sort(key=lambda entry: (first[entry[0]], entry[1]))
+        return sorted(groups, key=lambda group: first[group["cc_id"]])
+
+    made._graph.params_groups = params_groups
+
+
+# ---------------------------------------------------------------------- groups
+
+
+def groups(made: Any, model: nn.Module) -> list[UpstreamGroup]:
+    """The zero-invariant groups of each connected component that upstream may prune.
+
+    Args:
+        made: what :func:`graph` gave.
+        model: the model that it was made of.
+
+    Raises:
+        UnsupportedLayerError: a component's parameters disagree on its number of structures.
+    """
+    listed = made._graph.params_groups()
+    names = {group["cc_id"]: group["names"] for group in listed}
+    parameters = dict(model.named_parameters())
+    found = []
+    for group in listed:
+        if group["group_type"] < _LINEAR:
+            continue
+        size, root = group["num_groups"], group["root"]
+        made_group = UpstreamGroup(root, size)
+        norms: dict[tuple[str, int], None] = {}
+        producers: dict[tuple[str, int], None] = {}
+        places = [(name, 0) for name in group["names"]]
+        places += [(n, offset) for cc, offset in group["auxiliary_ccs"] for n in names[cc]]
+        for name, offset in places:
+            layer, parameter = name.rpartition(".")[0], parameters[name]
+            norm = isinstance(model.get_submodule(layer), nn.modules.batchnorm._BatchNorm)
+            if offset == 0 and name in group["names"] and parameter.shape[0] != size:
+                raise UnsupportedLayerError(
+                    f"upstream's component of {root!r} has {size} structures, but {name!r} has "
+                    f"{parameter.shape[0]} rows: its groups do not fit this model"
+                )
+            index = [[offset + k] for k in range(size)]
+            made_group.shares.append(Share(name, parameter, 0, norm, index))
+            (norms if norm else producers)[layer, offset] = None
+        for layer, offset in norms or producers:
+            module = model.get_submodule(layer)
+            index = [[offset + k] for k in range(size)]
+            made_group.owners.append((module, -1 if isinstance(module, nn.Linear) else 1, index))
+        found.append(made_group)
+    return found
+
+
+def unpruned(made: Any) -> dict[str, str]:
+    """Layers that upstream leaves whole, by name, and why."""
+    graph, found = made._graph, {}
+    for component in graph.connected_components.values():
+        if component.type >= _LINEAR or not component.params:
+            continue
+        if component.contain_output_nodes(graph.output_nodes):
+            why = "makes the network's output"
+        elif component.contain_non_zero_invariant_nodes():
+            odd = {n.op.name for n in component.nodes.values() if not n.is_zero_invariant()}
+            why = f"feeds operators that upstream does not know: {', '.join(sorted(odd))}"
+        elif component.is_auxilary():
+            continue  # pruned with the components before its concatenation
+        else:
+            why = "is frozen"
+        for name in sorted(component.params):
+            found[name.rpartition(".")[0]] = why
+    return found
+
+
+# ---------------------------------------------------------------------- the optimizer
+
+
+class DHSPG(_DHSPG):  # type: ignore[misc]
+    """Upstream's optimizer as it is, on any device, and saved by names.
+
+    Args:
+        made: what :func:`graph` gave.
+        settings: upstream's own, by upstream's own names.
+    """
+
+    def __init__(self, made: Any, **settings: Any) -> None:
+        given = made._graph.params_groups(epsilon=settings.get("epsilon", 0.0))
+        self.device = given[0]["params"][0].device
+        with running(self.device):
+            super().__init__(given, **settings)
+
+    def step(self, closure: Any = None) -> Any:
+        """Upstream's step."""
+        with running(self.device):
+            return _STEP(self, closure)
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether G_p, the structures to be penalised, has been chosen."""
+        return bool(self.param_groups[0]["partitoned"])
+
+    @property
+    def zero_invariant(self) -> dict[str, dict[str, Any]]:
+        """The parameter groups that hold zero-invariant groups, by their root layer's name."""
+        return {g["root"]: g for g in self.param_groups if g["group_type"] >= _LINEAR}
+
+    def structures(self) -> int:
+        """How many structures there are."""
+        return sum(group["num_groups"] for group in self.zero_invariant.values())
+
+    def penalised(self) -> int:
+        """How many structures G_p holds."""
+        return sum(group["num_groups_g_p"] for group in self.zero_invariant.values())
+
+    def zeros(self) -> int:
+        """How many structures were zero after the last step."""
+        return round(float(self.curr_group_sparsity) * self.structures())
+
+    # Upstream's own entries of a parameter group that a step changes.
+    _COUNTS = ("num_steps", "partitoned", "num_groups_g_p", "num_groups_g_np")
+    _BUFFERS = ("first", "second")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, by the names of parameters."""
+        saved: dict[str, Any] = {"sparsity": float(self.curr_group_sparsity), "groups": {}}
+        for i, group in enumerate(self.param_groups):
+            entry: dict[str, Any] = {name: group[name] for name in (*self._COUNTS, "lr")}
+            entry["mask"] = group.get("magnitude_penalize_bool")
+            for kind in self._BUFFERS:
+                entry[kind] = {
+                    name: group[key]
+                    for j, name in enumerate(group["names"])
+                    if (key := self._buffer(kind, i, j)) in group
+                }
+            saved["groups"][group["root"]] = entry
+        return saved
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, after checking that it fits.
+
+        Raises:
+            ValueError: it is of another model, or damaged. Nothing was assigned.
+        """
+        shapes = {
+            g["root"]: dict(zip(g["names"], g["shapes"], strict=True)) for g in self.param_groups
+        }
+        entries = state.get("groups") if isinstance(state, Mapping) else None
+        sound = (
+            isinstance(entries, Mapping)
+            and entries.keys() == shapes.keys()
+            and isinstance(state.get("sparsity"), float)
+            and all(
+                set(entry) == {*self._COUNTS, *self._BUFFERS, "lr", "mask"}
+                and all(
+                    name in shapes[root] and value.shape == shapes[root][name]
+                    for kind in self._BUFFERS
+                    for name, value in entry[kind].items()
+                )
+                for root, entry in entries.items()
+            )
+        )
+        if not sound:
+            raise ValueError(
+                "this is no state of DHSPG for this model; load it with the model it was saved for"
+            )
+        self.curr_group_sparsity = np.asarray(state["sparsity"], dtype=np.float32)
+        for i, group in enumerate(self.param_groups):
+            entry = entries[group["root"]]  # type: ignore[index]
+            group.update({name: entry[name] for name in (*self._COUNTS, "lr")})
+            if entry["mask"] is not None:
+                self._set_mask(group, entry["mask"].to(self.device))
+            for kind in self._BUFFERS:
+                for j, name in enumerate(group["names"]):
+                    if name in entry[kind]:
+                        key, like = self._buffer(kind, i, j), group["params"][j]
+                        group[key] = entry[kind][name].to(like.device, like.dtype).clone()
+
+    @staticmethod
+    def _buffer(kind: str, i: int, j: int) -> str:
+        return f"grad_{kind}_moment_buffer_group_{i}_param_{j}"
+
+    @staticmethod
+    def _set_mask(group: dict[str, Any], mask: Tensor) -> None:
+        """Choose which structures of a component are in G_p; all of upstream's entries follow."""
+        group["magnitude_penalize_bool"] = mask
+        group["magnitude_penalize"] = mask.nonzero()[:, 0].cpu().numpy()
+        group["not_magnitude_penalize"] = (~mask).nonzero()[:, 0].cpu().numpy()
+        group["num_groups_g_p"] = len(group["magnitude_penalize"])
+        group["num_groups_g_np"] = len(group["not_magnitude_penalize"])
+
+
+class DeferringDHSPG(DHSPG):
+    """Says which structures upstream would zero in a step, and leaves them as they are.
+
+    Attributes:
+        reached: whether enough structures are zero or on their way; upstream's penalty then ends.
+        wanted: after a step, for each component whose projection ran: which of its structures
+            upstream would have zeroed, (K,) bool, and their <x_hat, x> / ||x||^2, (K,).
+        scores: the saliency by which G_p was chosen, (K,) for each component, high goes first.
+    """
+
+    def __init__(self, made: Any, **settings: Any) -> None:
+        super().__init__(made, **settings)
+        self.reached = False
+        self.wanted: dict[str, tuple[Tensor, Tensor]] = {}
+        self.scores: dict[str, Tensor] = {}
+        self._found: tuple[Tensor, Tensor] | None = None
+
+    def compute_grad_variant(self) -> None:
+        """Upstream's first act in a step.
+
+        The step itself is left to the base class: PyTorch wraps the step of each class that it
+        makes an optimizer of, so that a step inside a step would run every hook twice.
+        """
+        self.wanted = {}
+        super().compute_grad_variant()
+
+    def reach_target_group_sparsity(self) -> bool:
+        """Upstream asks this before it penalises."""
+        return self.reached
+
+    def half_space_project(
+        self, hat_x: Tensor, x: Tensor, epsilon: float, upper_group_sparsity: float
+    ) -> Tensor:
+        """Let upstream project a copy, and look at what it zeroed."""
+        projected = super().half_space_project(hat_x.clone(), x, epsilon, upper_group_sparsity)
+        there = (x != 0).any(1)
+        ratio = torch.where(there, (hat_x * x).sum(1) / x.square().sum(1), torch.inf)
+        self._found = ~(projected != 0).any(1) & there, ratio
+        return hat_x
+
+    def update_xs(self, group: dict[str, Any], xs: list[Tensor], new: Tensor) -> None:
+        """Upstream's update; here it is known which component the projection was of."""
+        if self._found is not None:
+            mask = group["magnitude_penalize_bool"]
+            wanted = torch.zeros_like(mask)
+            ratio = torch.full(mask.shape, torch.inf, device=mask.device)
+            wanted[mask], ratio[mask] = self._found[0], self._found[1].to(ratio.dtype)
+            self.wanted[group["root"]] = wanted, ratio
+            self._found = None
+        super().update_xs(group, xs, new)
+
+    def partition_groups(self) -> None:
+        """Upstream's choice of G_p; the scores that it ranked by are kept for refills.
+
+        Source: OTOv2, arXiv 2303.06862, saliency score: half the cosine between weights and
+        gradient, half the inverse of the mean magnitude, each normalised over all structures.
+        """
+        super().partition_groups()
+        cosines, magnitudes = [], []
+        for group in self.zero_invariant.values():
+            x, gradient = (torch.cat(t, dim=1) for t in self.get_xs_grads(group))
+            cosines.append(functional.cosine_similarity(-x, -gradient))
+            magnitudes.append(torch.norm(x, dim=1) / x.shape[1])
+        scores = functional.normalize(torch.cat(cosines), dim=0)
+        scores = scores + functional.normalize(1 / (torch.cat(magnitudes) + 1e-6), dim=0)
+        sizes = [len(c) for c in cosines]
+        self.scores = dict(zip(self.zero_invariant, (scores / 2).split(sizes), strict=True))
+
+    def penalised_in(self, component: str) -> Tensor:
+        """Which structures of a component are in G_p, (K,) bool on the host."""
+        mask: Tensor = self.zero_invariant[component]["magnitude_penalize_bool"]
+        return mask.cpu()
+
+    def exchange(self, component: str, leave: Sequence[int], enter: Sequence[int]) -> None:
+        """Take structures out of G_p, and others in."""
+        group = self.zero_invariant[component]
+        mask = group["magnitude_penalize_bool"].clone()
+        mask[list(leave)] = False
+        mask[list(enter)] = True
+        self._set_mask(group, mask)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As its base has it, with the scores."""
+        return {**super().state_dict(), "scores": dict(self.scores)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As its base has it, with the scores."""
+        super().load_state_dict(state)
+        self.scores = {name: s.to(self.device) for name, s in state["scores"].items()}
