@@ -312,7 +312,7 @@ def test_configurations_share_a_dense_model_that_is_trained_once(tmp_path, loops
     written = dense.stat().st_mtime_ns
     second = run(tiny.request(tmp_path, "sp", {**common, "name": "other", **OTHERS[other]}))
     assert [loop.adapter is None for loop in loops] == [True, False, False]
-    assert [p for p in (tmp_path / "dense").iterdir()] == [dense]
+    assert list((tmp_path / "dense").iterdir()) == [dense]
     assert dense.stat().st_mtime_ns == written
     figures = [json.loads(path.read_text())["accuracy"]["dense"] for path in (first, second)]
     assert figures[0] == figures[1]
