@@ -61,6 +61,10 @@ class OTOv2Options:
             raise AdapterError("give lmbda, lmbda_amplify and hat_lmbda_coeff above 0")
         if self.start_epoch < 0 or self.warm_up_steps < 0:
             raise AdapterError("give start_epoch and warm_up_steps of at least 0")
+        if self.weight_decay_type not in ("l1_norm", "l2_norm"):
+            raise AdapterError(
+                f"weight_decay_type is {self.weight_decay_type!r}; give 'l1_norm' or 'l2_norm'"
+            )
 
 
 class OTOv2(Adapter):
@@ -90,19 +94,23 @@ class OTOv2(Adapter):
     def check(self) -> None:
         """Refuse too short a stage, an impossible target, and groups that removal contradicts."""
         given = self.context.stages["prune"].steps
-        needed = self._start + 1 + self._needed
-        if needed > given:
+        first = max(self._start + 1, self.options.warm_up_steps)
+        if first + self._needed > given:
             raise AdapterError(
-                f"pruning starts after {self._start} steps and a decay takes up to {self._needed}, "
-                f"but the stage 'prune' has {given}; give it more epochs or shorten smooth.steps "
-                "or start_epoch"
+                f"the first decision falls after {first} steps and a decay takes up to "
+                f"{self._needed}, but the stage 'prune' has {given}; give it more epochs or "
+                "shorten smooth.steps, start_epoch or warm_up_steps"
             )
         model, example = copy.deepcopy(self.context.model), self.context.example
-        made = otov2.graph(model, example)
+        _wake(model)
         try:
+            made = otov2.graph(model, example)
             found = otov2.groups(made, model)
         except UnsupportedLayerError as cause:
             raise AdapterError(str(cause)) from cause
+        except Exception as cause:  # whatever tracing and upstream stumble over
+            reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+            raise AdapterError(f"upstream cannot read this model: {reason}") from cause
         if not found:
             raise AdapterError(f"upstream finds nothing to prune: {otov2.unpruned(made)}")
         total = sum(g.structures for g in found)
@@ -309,3 +317,16 @@ class OTOv2(Adapter):
         self.begin(stage, optimizer, loss)
         self._done, self._goal, self._round = state["done"], state["goal"], state["round"]
         super().load_state_dict(state, stage, optimizer, loss)
+
+
+@torch.no_grad()
+def _wake(model: nn.Module) -> None:
+    """Let no layer answer zeros with zeros only because it is untrained, as a fresh BatchNorm does.
+
+    Else a trial removal would find nothing wrong with what reads the zeros, a depthwise convolution
+    say, and its BatchNorm would speak up during training.
+    """
+    draw = torch.Generator().manual_seed(0)
+    means = [b for n, b in model.named_buffers() if n.endswith("running_mean")]
+    for tensor in [p for p in model.parameters() if p.dim() == 1] + means:
+        tensor.add_(torch.rand(tensor.shape, generator=draw).to(tensor))

@@ -342,39 +342,55 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
         Raises:
             ValueError: it is of another model, or damaged. Nothing was assigned.
         """
-        shapes = {
-            g["root"]: dict(zip(g["names"], g["shapes"], strict=True)) for g in self.param_groups
-        }
-        entries = state.get("groups") if isinstance(state, Mapping) else None
-        sound = (
-            isinstance(entries, Mapping)
-            and entries.keys() == shapes.keys()
-            and isinstance(state.get("sparsity"), float)
+        try:
+            sound = self._fits(state)
+        except (AttributeError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise ValueError(
+                f"this is no state of {type(self).__name__} for this model; load it with the "
+                "variant and the model it was saved for"
+            )
+        self.curr_group_sparsity = np.asarray(state["sparsity"], dtype=np.float32)
+        for i, group in enumerate(self.param_groups):
+            entry = state["groups"][group["root"]]
+            group.update({name: entry[name] for name in (*self._COUNTS, "lr")})
+            if entry["mask"] is not None:
+                self._set_mask(group, entry["mask"].to(self.device))
+            else:
+                group.pop("magnitude_penalize_bool", None)
+            for kind in self._BUFFERS:
+                for j, name in enumerate(group["names"]):
+                    key, like = self._buffer(kind, i, j), group["params"][j]
+                    group.pop(key, None)
+                    if name in entry[kind]:
+                        group[key] = entry[kind][name].to(like.device, like.dtype).clone()
+
+    def _fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether a state has what this optimizer's would have; else it may raise, too."""
+        groups = {group["root"]: group for group in self.param_groups}
+        entries = state["groups"]
+        return (
+            entries.keys() == groups.keys()
+            and isinstance(state["sparsity"], float)
             and all(
                 set(entry) == {*self._COUNTS, *self._BUFFERS, "lr", "mask"}
+                and all(isinstance(entry[name], int) for name in self._COUNTS)
+                and isinstance(entry["lr"], float | int)
+                and (entry["mask"] is None or self._is_mask(entry["mask"], groups[root]))
                 and all(
-                    name in shapes[root] and value.shape == shapes[root][name]
+                    value.shape == dict(zip(group["names"], group["shapes"], strict=True))[name]
+                    for group in [groups[root]]
                     for kind in self._BUFFERS
                     for name, value in entry[kind].items()
                 )
                 for root, entry in entries.items()
             )
         )
-        if not sound:
-            raise ValueError(
-                "this is no state of DHSPG for this model; load it with the model it was saved for"
-            )
-        self.curr_group_sparsity = np.asarray(state["sparsity"], dtype=np.float32)
-        for i, group in enumerate(self.param_groups):
-            entry = entries[group["root"]]  # type: ignore[index]
-            group.update({name: entry[name] for name in (*self._COUNTS, "lr")})
-            if entry["mask"] is not None:
-                self._set_mask(group, entry["mask"].to(self.device))
-            for kind in self._BUFFERS:
-                for j, name in enumerate(group["names"]):
-                    if name in entry[kind]:
-                        key, like = self._buffer(kind, i, j), group["params"][j]
-                        group[key] = entry[kind][name].to(like.device, like.dtype).clone()
+
+    @staticmethod
+    def _is_mask(mask: Tensor, group: dict[str, Any]) -> bool:
+        return bool(mask.dtype == torch.bool and mask.shape == (group["num_groups"],))
 
     @staticmethod
     def _buffer(kind: str, i: int, j: int) -> str:
@@ -479,3 +495,8 @@ class DeferringDHSPG(DHSPG):
         """As its base has it, with the scores."""
         super().load_state_dict(state)
         self.scores = {name: s.to(self.device) for name, s in state["scores"].items()}
+
+    def _fits(self, state: Mapping[str, Any]) -> bool:
+        sizes = {name: (group["num_groups"],) for name, group in self.zero_invariant.items()}
+        found = {name: tuple(score.shape) for name, score in state["scores"].items()}
+        return found in ({}, sizes) and super()._fits(state)
