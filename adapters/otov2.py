@@ -228,6 +228,25 @@ class OTOv2(Adapter):
             best = score.argsort(descending=True, stable=True)[: len(event.structures)]
             self._optimizer.exchange(event.group, event.structures, best.tolist())
             dpm.decay({event.group: best}, wave=event.wave + 1)
+        for _ in range(self._goal - self._optimizer.penalised()):
+            self._widen(dpm)
+
+    def _widen(self, dpm: DecayPruning) -> None:
+        """The best-ranked structure anywhere enters G_p, and waits there for its turn.
+
+        Where a component had nothing outside of G_p to replace a released structure with, G_p has
+        become too small for the target.
+        """
+        ranked = []
+        for name, scores in self._optimizer.scores.items():
+            stays = ~self._optimizer.penalised_in(name) & (dpm.phases(name) == Phase.ACTIVE)
+            free = (stays & dpm.available(name)).nonzero()[:, 0]
+            if len(free) and int(stays.sum()) > 1:  # every component keeps one
+                best = free[scores.cpu()[free].argmax()]
+                ranked.append((float(scores[best]), name, int(best)))
+        if ranked:
+            _, name, best = max(ranked)
+            self._optimizer.exchange(name, [], [best])
 
     def _decay_wanted(self, dpm: DecayPruning) -> None:
         """Start a round of decays, at most one in the time that a decay takes.

@@ -125,10 +125,10 @@ def _norms(title: str, traces: dict[str, tuple[int, dict[str, Any]]]) -> Figure:
                 linestyle="none",
             )
         axis.set_title(f"{NAMES[variant]}, seed {seed}")
-        axis.set_xlabel("optimizer steps since the decision")
-        axis.set_ylim(bottom=0)
+        axis.set_xlabel("optimizer steps since the core was attached")
         axis.legend(frameon=False, fontsize=8)
     axes[0][0].set_ylabel("norm")
+    axes[0][0].set_ylim(bottom=0)  # only now: it would freeze the top of what is drawn later
     figure.suptitle(f"Norms of decaying structures\n{title}", fontsize=10)
     return figure
 
