@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dpm_core import DecayPruning, Phase
+from dpm_core import DecayPruning, Phase, StructureGroup
 from third_party import otov2
 from third_party.groups import UnsupportedLayerError
 
@@ -120,34 +120,42 @@ class OTOv2(Adapter):
                 f"target_group_sparsity {self.options.target_group_sparsity} is impossible: with "
                 f"one structure left in every group it is {most:.3f}. Lower it"
             )
-        for group in found:
-            self._try_removal(group.root, structure_group(group), model)
-
-    def _try_removal(self, root: str, group: Any, whole: nn.Module) -> None:
-        """Half of a group at zero, and removed, must give the same outputs."""
-        rows = list(range(0, group.size - 1, 2))
-        if not rows:
+        groups = [structure_group(g) for g in found]
+        if self._contradiction(groups, model) is None:
             return
-        example, kept = self.context.example, [s.parameter.detach().clone() for s in group.slices]
-        with torch.no_grad():
+        # One by one, only to tell which: building the dependency graph takes a while.
+        for group in groups:
+            why = self._contradiction([group], model)
+            if why is not None:
+                raise AdapterError(f"the group of {group.name!r} {why}")
+        raise AdapterError("upstream's groups, removed together, do not fit the dependency graph")
+
+    @torch.no_grad()
+    def _contradiction(self, groups: list[StructureGroup], model: nn.Module) -> str | None:
+        """Why half of each group at zero, and removed, are not the same; ``None`` if they are."""
+        example, plan = self.context.example, []
+        zeroed = [s.parameter for g in groups for s in g.slices]
+        kept = [p.detach().clone() for p in zeroed]
+        for group in groups:
+            rows = list(range(0, group.size - 1, 2))
             for s in group.slices:
                 s.parameter.index_fill_(s.dim, s.index[rows].reshape(-1), 0)
-        small = copy.deepcopy(whole)
+            plan += [(group.name, rows)] if rows else []
+        small = copy.deepcopy(model)
         try:
-            self.shrink(small, example, [(root, rows)])
-            with torch.no_grad():
-                zeroed, removed = whole.eval()(example), small.eval()(example)
-            same = torch.allclose(zeroed, removed, rtol=0, atol=1e-4 * float(zeroed.abs().max()))
-        except Exception as cause:
-            raise AdapterError(f"removing structures of {root!r} fails: {cause}") from cause
-        if not same:
-            raise AdapterError(
-                f"the group of {root!r} at zero and removed gives different outputs: upstream's "
-                "groups and the dependency graph disagree on this model, so it cannot be pruned"
-            )
-        with torch.no_grad():
-            for s, value in zip(group.slices, kept, strict=True):
-                s.parameter.copy_(value)
+            self.shrink(small, example, plan)
+            whole, removed = model.eval()(example), small.eval()(example)
+        except Exception as cause:  # whatever the removal of other channels than these breaks
+            return f"cannot be removed: {(str(cause).splitlines() or [type(cause).__name__])[0]}"
+        finally:
+            for parameter, value in zip(zeroed, kept, strict=True):
+                parameter.copy_(value)
+        if torch.allclose(whole, removed, rtol=0, atol=1e-4 * float(whole.abs().max())):
+            return None
+        return (
+            "at zero and removed gives different outputs: upstream's groups and the dependency "
+            "graph disagree on this model, so it cannot be pruned"
+        )
 
     # ------------------------------------------------------------------ the run
 
