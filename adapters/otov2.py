@@ -87,9 +87,15 @@ class OTOv2(Adapter):
 
     @property
     def _needed(self) -> int:
-        """Steps from the last decision to the end: an earlier round may hold a hearing, too."""
-        heard = self.context.rectify.criterion.batches if self.context.variant == "sr" else 0
-        return self.context.decay_steps() + heard
+        """Steps from the last decision to the end: earlier rounds may hold hearings, too.
+
+        Rounds start a decay apart, all but the last. So the one before it still holds up to as many
+        hearings as there are waves, the one before that up to one less, and so on.
+        """
+        if self.context.variant != "sr":
+            return self.context.decay_steps()
+        waves, batches = self.context.rectify.waves, self.context.rectify.criterion.batches
+        return self.context.decay_steps() + batches * waves * (waves + 1) // 2
 
     def check(self) -> None:
         """Refuse too short a stage, an impossible target, and groups that removal contradicts."""

@@ -277,9 +277,7 @@ def _kind(
     )
 
 
-def _rows(
-    positions: Sequence[int], roots: Sequence[int], group: UpstreamGroup
-) -> list[list[int]]:
+def _rows(positions: Sequence[int], roots: Sequence[int], group: UpstreamGroup) -> list[list[int]]:
     """Positions of one layer by structure, each with equally many."""
     rows: list[list[int]] = [[] for _ in range(group.structures)]
     for position, root in zip(positions, roots, strict=True):

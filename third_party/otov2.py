@@ -439,11 +439,19 @@ class DeferringDHSPG(DHSPG):
     def half_space_project(
         self, hat_x: Tensor, x: Tensor, epsilon: float, upper_group_sparsity: float
     ) -> Tensor:
-        """Let upstream project a copy, and look at what it zeroed."""
-        projected = super().half_space_project(hat_x.clone(), x, epsilon, upper_group_sparsity)
-        there = (x != 0).any(1)
-        ratio = torch.where(there, (hat_x * x).sum(1) / x.square().sum(1), torch.inf)
-        self._found = ~(projected != 0).any(1) & there, ratio
+        """Let upstream project in one dimension, and look at what it zeroed.
+
+        It reads nothing of a row but <x_hat, x> and ||x||, so a row of one number with the same two
+        stands for it, and no copy of all rows is made.
+        """
+        norm = torch.linalg.vector_norm(x, dim=1)
+        there = norm > 0
+        along = torch.where(there, torch.linalg.vecdot(hat_x, x) / norm, 0.0)
+        short = along.unsqueeze(1).clone()
+        projected = super().half_space_project(
+            short, norm.unsqueeze(1), epsilon, upper_group_sparsity
+        )
+        self._found = (projected[:, 0] == 0) & there, torch.where(there, along / norm, torch.inf)
         return hat_x
 
     def update_xs(self, group: dict[str, Any], xs: list[Tensor], new: Tensor) -> None:

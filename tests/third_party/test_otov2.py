@@ -271,6 +271,8 @@ def test_a_batch_norm_after_a_concatenation_belongs_to_each_part_at_its_offset()
 NETS = {
     "concatenated": (concatenated, IMAGES),
     "small": (small_resnet, EXAMPLE),
+    # Upstream sorts by numbers as text; here they have two digits, then three.
+    "deep": (lambda: models.VGG((4,) * 13, 3, 5), IMAGES),
     "vgg-digits": (lambda: models.build("vgg-digits", 1, 10, seed=0), torch.randn(2, 1, 8, 8)),
     "resnet20": (lambda: models.build("resnet20", 3, 10, seed=0), torch.randn(2, 3, 32, 32)),
 }
