@@ -360,10 +360,14 @@ def test_an_interrupted_comparison_says_how_to_go_on(
     tmp_path, machine, monkeypatch, capsys, number
 ):
     monkeypatch.setattr(compare_module.time, "sleep", lambda seconds: signal.raise_signal(number))
+    # A process started in the background ignores interrupts, and this would never end.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main(command(tmp_path))
     except KeyboardInterrupt:  # which would end the tests
         pytest.fail("the interrupt went through, with a traceback")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == STOPPED
     assert "the same command" in capsys.readouterr().err
     assert machine.started
