@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (PyTorch is large: minutes, and about 5 GB)"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  -c constraints.txt -e '.[depgraph,otov2,gate-decorator,experiments,dev]'
+	  -c constraints.txt -e '.[frameworks,experiments,dev]'
 	@touch $@
 
 demo: $(SETUP) ## all frameworks on digits: base, +SP and +SR over SEEDS=0-2, table and plots

@@ -14,6 +14,7 @@ points of every step and knows nothing of the framework behind it:
         adapter.after_step()
         if adapter.due():                       also asked once before the first step
             adapter.remove()                    then a new optimizer, and begin() again
+        if adapter.settled():                   at the first time, what is lost is measured
 """
 
 from __future__ import annotations

@@ -90,6 +90,7 @@ class GateDecorator(Adapter):
         self._turn: Any = None
         self._tuned_from: int | None = None  # the stage's step at which fine-tuning began
         self._released = 0  # since the last selection
+        self._left = 1.0  # share of the MACs, decaying structures counted as gone
 
     def _decorated(self, model: nn.Module) -> Any:
         o = self.options
@@ -148,8 +149,8 @@ class GateDecorator(Adapter):
         """The method's own learning rates, and frozen convolutions in a tick."""
         if self.removed is None:
             if step >= self._last:
-                over = self._left() > self.options.macs
-                what = f"{self._left():.4f} of the MACs are left" if over else "decays go on"
+                over = self._left > self.options.macs
+                what = f"{self._left:.4f} of the MACs are left" if over else "decays go on"
                 raise AdapterError(
                     f"{what} where fine-tuning should begin, with {self.options.macs} as the "
                     "target; give the stage 'prune' more epochs, or raise fraction"
@@ -176,9 +177,10 @@ class GateDecorator(Adapter):
             return
         self._steps += 1
         self._follow()
-        if self._turn.kind == "tick" and self._turn.last and self._left() > self.options.macs:
+        if self._turn.kind == "tick" and self._turn.last and self._left > self.options.macs:
             self._select()
             self._follow()
+            self._measure()
 
     def _follow(self) -> None:
         """Mask the structures that the core has pruned, and count those that it has released."""
@@ -187,6 +189,7 @@ class GateDecorator(Adapter):
                 self._made.table.mask(self._made.table.ids(event.group, event.structures))
             elif event.kind == "release":
                 self._released += len(event.structures)
+                self._measure()
 
     def _select(self) -> None:
         """Take out what the tick's scores single out, and as many again as were released."""
@@ -215,16 +218,16 @@ class GateDecorator(Adapter):
             return alive
         return self._by_structure(self.dpm.phases) == Phase.ACTIVE
 
-    def _left(self) -> float:
-        """Share of the MACs that is left, decaying structures counted as gone."""
-        return float(self._made.macs(self._alive()) / self._made.costs.dense)
+    def _measure(self) -> None:
+        """After a selection or a release, and at no other time, the MACs have changed."""
+        self._left = self._made.macs(self._alive()) / self._made.costs.dense
 
     def settled(self) -> bool:
         """Whether the target is met and nothing decays any more."""
         if self.removed is not None or not self.decided:
             return self.removed is not None
         decaying = self.dpm is not None and self.dpm.count(Phase.DECAYING) > 0
-        return not decaying and self._left() <= self.options.macs
+        return not decaying and self._left <= self.options.macs
 
     def due(self) -> bool:
         """As soon as the target is met."""
@@ -270,6 +273,8 @@ class GateDecorator(Adapter):
         if self.removed is None:
             self._made.load_state_dict(state["scores"])
         super().load_state_dict(state, stage, optimizer, loss)
+        if self.removed is None:
+            self._measure()
 
 
 def structure_group(

@@ -232,9 +232,8 @@ class OTOv2(Adapter):
         Ours: they do not wait for the half-space. Theirs are the largest norms, and at the end of
         a run the penalty would bring them down late, at a low learning rate.
         """
-        for event in self.new_events():
-            if event.kind != "release":
-                continue
+        released = [event for event in self.new_events() if event.kind == "release"]
+        for event in released:
             score = self._optimizer.scores[event.group].cpu().clone()
             # What is in G_p goes anyway: it is taken only where nothing else is left.
             score[self._optimizer.penalised_in(event.group)] -= 2 * score.abs().max() + 1
@@ -242,7 +241,7 @@ class OTOv2(Adapter):
             best = score.argsort(descending=True, stable=True)[: len(event.structures)]
             self._optimizer.exchange(event.group, event.structures, best.tolist())
             dpm.decay({event.group: best}, wave=event.wave + 1)
-        for _ in range(self._goal - self._optimizer.penalised()):
+        for _ in range(self._goal - self._optimizer.penalised() if released else 0):
             self._widen(dpm)
 
     def _widen(self, dpm: DecayPruning) -> None:

@@ -373,9 +373,9 @@ class DecayPruning:
             cohort,
             plan.resistance[due],
             plan.gradient[due],
+            self._typical(plan)[groups][cohort],
             derivative,
             fisher,
-            self._typical(plan)[groups][cohort],
         )
         return criterion.choose(evidence, limits, self.clock)
 

@@ -32,19 +32,19 @@ class Evidence:
         group: (C,) int64, the number of each structure's group.
         resistance: (C,) sum of R_k over the decay steps so far, in units of the loss.
         gradient: (C,) sum of ||g_k|| L_init over the same steps, the bound of ``resistance``.
+        typical: (C,) mean |resistance|, over as many steps, of all structures of the group that
+            have decayed so far.
         derivative: (C,) mean over samples of the loss's derivative by the structure's gate, or
             ``None`` where no hearing was held.
         fisher: (C,) mean over samples of that derivative's square, or ``None``.
-        typical: (C,) mean |resistance|, over as many steps, of all structures of the group that
-            have decayed so far; ``None`` takes the mean over those of the group that are here.
     """
 
     group: Tensor
     resistance: Tensor
     gradient: Tensor
+    typical: Tensor
     derivative: Tensor | None = None
     fisher: Tensor | None = None
-    typical: Tensor | None = None
 
 
 def strongest(score: Tensor, candidates: Tensor, group: Tensor, limits: Tensor) -> Tensor:
@@ -123,19 +123,9 @@ class Trajectory(Criterion):
         """See :meth:`Criterion.choose`."""
         tiny = torch.finfo(torch.float64).tiny
         rate = evidence.resistance / evidence.gradient.clamp_min(tiny)
-        typical = self._typical(evidence) if evidence.typical is None else evidence.typical
-        length = evidence.resistance / typical.clamp_min(tiny)
+        length = evidence.resistance / evidence.typical.clamp_min(tiny)
         resists = (rate > self.rate) & (length > self.length)
         return strongest(length, resists, evidence.group, limits)
-
-    @staticmethod
-    def _typical(evidence: Evidence) -> Tensor:
-        """Mean |resistance| of the structures that are here, by group."""
-        groups = int(evidence.group.max()) + 1
-        total = torch.zeros(groups, dtype=torch.float64)
-        total.index_add_(0, evidence.group, evidence.resistance.abs())
-        counts = torch.bincount(evidence.group, minlength=groups)
-        return (total / counts.clamp_min(1))[evidence.group]
 
 
 @dataclass(frozen=True)

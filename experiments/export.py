@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .files import write
 from .run import RunError, load_model
-from .training import outputs
+from .training import evaluating, outputs
 
 TOLERANCE = 1e-4
 """How far outputs may be from the model's, as a share of its largest one, or of 1 below that."""
@@ -35,12 +35,11 @@ def onnx(model: nn.Module, example: Tensor, path: Path) -> float:
     """
     made = io.BytesIO()
     expected = outputs(model, example).cpu()
-    modes = {m: m.training for m in model.modules()}
     try:
-        with warnings.catch_warnings():
+        with evaluating(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                model.eval(),
+                model,
                 (example,),
                 made,  # type: ignore[arg-type]  # a file-like object will do
                 dynamo=False,  # the other exporter needs one more package
@@ -51,9 +50,6 @@ def onnx(model: nn.Module, example: Tensor, path: Path) -> float:
     except torch.onnx.errors.OnnxExporterError as cause:
         reason = str(cause).splitlines()[0]
         raise RunError(f"PyTorch cannot write this model as ONNX: {reason}") from cause
-    finally:
-        for module, training in modes.items():
-            module.training = training
     session = onnxruntime.InferenceSession(made.getvalue(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"images": example.cpu().numpy()})
     difference = float((torch.from_numpy(found) - expected).abs().max())

@@ -3,8 +3,9 @@
 Facts this file answers, all of them of that version: building a graph leaves the model in eval
 mode (``graph._trace``); pruners share dictionaries given as mutable defaults
 (``BasePruner.__init__``), so fresh ones are passed; groups kept across a removal go stale, so they
-are kept as (root, indices) and fetched anew; the layers that produce the network's output have to
-be named by the caller.
+are kept as (root, indices) and fetched anew; the graph follows gradients (``graph._trace``) and
+silently misses layers that are frozen, so all train while it is built; the layers that produce the
+network's output have to be named by the caller.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .groups import Share, UnsupportedLayerError, UpstreamGroup
+from .groups import BATCH_NORMS, Share, UnsupportedLayerError, UpstreamGroup
 from .upstreams import require
 
 require("torch-pruning")
@@ -40,9 +41,21 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def _all_trainable(model: nn.Module) -> Iterator[None]:
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
 def graph(model: nn.Module, example: Tensor) -> tp.DependencyGraph:
     """Upstream's dependency graph of a model, which stays in its mode."""
-    with modes_kept(model), torch.enable_grad():
+    with modes_kept(model), _all_trainable(model), torch.enable_grad():
         return tp.DependencyGraph().build_dependency(model, example, verbose=False)
 
 
@@ -70,7 +83,7 @@ def pruner(
     ignored: Sequence[str],
 ) -> tp.pruner.GroupNormPruner:
     """Upstream's GroupNormPruner with the group magnitude (p = 2), free of shared defaults."""
-    with modes_kept(model), warnings.catch_warnings():
+    with modes_kept(model), _all_trainable(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return tp.pruner.GroupNormPruner(
             model,
@@ -114,11 +127,8 @@ def run(
 
 def remove(model: nn.Module, example: Tensor, plan: Plan) -> None:
     """Make a dense model physically smaller, in place; parameters become new objects."""
-    built = graph(model, example)
-    for name, channels in plan:
-        layer = model.get_submodule(name)
-        prune = built.get_pruner_of_module(layer).prune_out_channels
-        built.get_pruning_group(layer, prune, list(channels)).prune()
+    for _ in removing(model, example, plan):
+        pass
 
 
 def removing(model: nn.Module, example: Tensor, plan: Plan) -> Iterator[str]:
@@ -226,7 +236,7 @@ def heard_without_norm(made: tp.pruner.GroupNormPruner) -> set[str]:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
+    return isinstance(module, BATCH_NORMS)
 
 
 def _passes_channels(module: nn.Module) -> bool:
@@ -244,8 +254,12 @@ def _passes_zeros(module: nn.Module) -> bool:
 
 def _can_speak(module: nn.Module) -> bool:
     """Whether a module may answer zeros with something else than zeros."""
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
-    return isinstance(module, norms) or any(True for _ in module.parameters(recurse=False))
+    norms = (nn.GroupNorm, nn.LayerNorm)
+    return (
+        _is_norm(module)
+        or isinstance(module, norms)
+        or any(True for _ in module.parameters(recurse=False))
+    )
 
 
 def _kind(
@@ -261,7 +275,7 @@ def _kind(
             return {"weight": 1, "bias": 0}, False
     elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
         return {"weight": 0, "bias": 0}, False
-    elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+    elif _is_norm(module):
         if module.affine:
             return {"weight": 0, "bias": 0}, True
     elif isinstance(module, nn.PReLU):

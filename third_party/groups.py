@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 class UnsupportedLayerError(ValueError):
     """A layer's channels cannot be set to zero in a way that equals removing them."""

@@ -361,3 +361,18 @@ def test_the_loop_copy_keeps_upstreams_own_model_untouched():
     twin = copy.deepcopy(model)
     DepGraph(context(model), DepGraphOptions(speed_up=2.0, steps=25)).check()
     assert all(torch.equal(v, twin.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_frozen_layers_are_in_the_groups_too_and_stay_frozen():
+    """The graph follows gradients: without care it would miss them, and remove them from nothing."""
+    model = small_resnet()
+    expected = {g.name: [s.name for s in g.slices] for g in structure_groups(model, EXAMPLE)}
+    model.inner.requires_grad_(False)
+    model.outer_norm.requires_grad_(False)
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    groups = structure_groups(model, EXAMPLE)
+    assert {g.name: [s.name for s in g.slices] for g in groups} == expected
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == frozen
+    DepGraph.shrink(model, EXAMPLE, [("inner", [0, 3])])
+    assert model.inner.out_channels == 14
+    assert model.outer.in_channels == 14

@@ -44,6 +44,14 @@ def many(draw: st.DrawFn, values: st.SearchStrategy[float], count: int) -> list[
     return draw(st.lists(values, min_size=count, max_size=count))
 
 
+def typical(group: list[int], resistance: Tensor) -> Tensor:
+    """Mean |resistance| of each structure's group, where nothing has decayed before these."""
+    sizes = [abs(r) for r in resistance.tolist()]
+    members = {g: [r for h, r in zip(group, sizes, strict=True) if h == g] for g in group}
+    means = [math.fsum(members[g]) / len(members[g]) for g in group]
+    return torch.tensor(means, dtype=torch.float64)
+
+
 @st.composite
 def evidences(draw: st.DrawFn) -> tuple[Evidence, Tensor]:
     group, limits = draw(cohorts())
@@ -57,6 +65,7 @@ def evidences(draw: st.DrawFn) -> tuple[Evidence, Tensor]:
         torch.tensor(group),
         cosine * gradient,
         gradient,
+        typical(group, cosine * gradient),
         derivative,
         derivative.square() + spread,
     )
@@ -71,6 +80,7 @@ def everybody(
         torch.tensor(group or [0] * count),
         torch.tensor(resistance, dtype=torch.float64),
         torch.full((count,), gradient, dtype=torch.float64),
+        typical(group or [0] * count, torch.tensor(resistance, dtype=torch.float64)),
     )
 
 
@@ -162,7 +172,7 @@ def test_a_criterion_changes_nothing_of_its_evidence_and_repeats_itself(
     state = torch.get_rng_state()
     first = criterion.choose(evidence, limits, step)
     assert torch.equal(first, criterion.choose(evidence, limits, step))
-    assert len(before) == 5
+    assert len(before) == 6
     assert all(torch.equal(t, getattr(evidence, name)) for name, t in before.items())
     assert torch.equal(state, torch.get_rng_state())
 
@@ -192,10 +202,12 @@ def test_trajectory_releases_what_the_oracle_releases(
         r = [data.draw(signed) + 1e-3 * k for _ in range(steps)]
         g = [abs(v) + data.draw(positive) for v in r]
         cases[k] = (r, g, 0.5)
+    resistance = torch.tensor([math.fsum(r) for r, _, _ in cases.values()], dtype=torch.float64)
     evidence = Evidence(
         torch.tensor(group),
-        torch.tensor([math.fsum(r) for r, _, _ in cases.values()], dtype=torch.float64),
+        resistance,
         torch.tensor([math.fsum(g) * i for _, g, i in cases.values()], dtype=torch.float64),
+        typical(group, resistance),
     )
     expected: set[int] = set()
     for g, limit in enumerate(limits.tolist()):
@@ -215,6 +227,7 @@ def test_trajectory_needs_the_direction_as_well_as_the_strength() -> None:
         torch.zeros(3, dtype=torch.int64),
         torch.tensor([1.0, 0.1, 0.1], dtype=torch.float64),
         torch.tensor([50.0, 1.0, 1.0], dtype=torch.float64),
+        torch.full((3,), 0.4, dtype=torch.float64),
     )
     assert chosen(Trajectory(rate=0.05, length=1.5), evidence, 3) == []
     assert chosen(Trajectory(rate=0.01, length=1.5), evidence, 3) == [0]
@@ -261,6 +274,7 @@ def test_the_hearing_score_is_the_oracles(samples: list[list[float]]) -> None:
         torch.zeros(count, dtype=torch.int64),
         torch.zeros(count, dtype=torch.float64),
         torch.zeros(count, dtype=torch.float64),
+        torch.zeros(count, dtype=torch.float64),
         derivatives.mean(1),
         derivatives.square().mean(1),
     )
@@ -272,6 +286,7 @@ def heard(derivative: list[float], fisher: list[float]) -> Evidence:
     none = torch.zeros(len(derivative), dtype=torch.float64)
     return Evidence(
         torch.zeros(len(derivative), dtype=torch.int64),
+        none,
         none,
         none,
         torch.tensor(derivative, dtype=torch.float64),

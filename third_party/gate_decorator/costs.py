@@ -38,7 +38,7 @@ class CostModel:
     def __init__(self, model: nn.Module, example: Tensor, groups: Sequence[GateGroup]) -> None:
         if gated(model):
             raise GateError("the model has gates; the costs are found in the plain dense model")
-        copied = copy.deepcopy(model).eval().requires_grad_(True)  # the graph misses frozen layers
+        copied = copy.deepcopy(model).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             copied(example[:1])
         self.dense = counter.get_total_flops() // 2

@@ -11,9 +11,10 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..groups import BATCH_NORMS
+
 LIMIT = 10.0
 """The paper's bound on the shift, either way."""
-KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class GateError(ValueError):
@@ -51,7 +52,7 @@ class GatedBatchNorm(_BatchNorm):
     mask: Tensor
 
     def __init__(self, norm: _BatchNorm, name: str = "this BatchNorm") -> None:
-        if type(norm) not in KINDS:
+        if type(norm) not in BATCH_NORMS:
             raise GateError(
                 f"{name} is a {type(norm).__name__}; only BatchNorm1d, 2d and 3d can be gated. "
                 "Name it in `ignored`"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import dependency
-from ..groups import UnsupportedLayerError
-from .gates import GatedBatchNorm, GateError, gated, undecorate
+from ..groups import BATCH_NORMS, UnsupportedLayerError, UpstreamGroup
+from .gates import GatedBatchNorm, GateError, gated, undecorate, unfreeze
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +35,8 @@ class GateGroup:
 
     def channels_of(self, structures: Iterable[int]) -> list[int]:
         """The root's channels that make up some structures, sorted."""
-        repeats = range(self.channels // self.structures)
-        return sorted(k + r * self.structures for k in structures for r in repeats)
+        upstream = UpstreamGroup(self.name, self.channels, self.channels // self.structures)
+        return upstream.channels_of(list(structures))
 
 
 def tied_gates(
@@ -68,17 +67,16 @@ def tied_gates(
     unknown = sorted(set(ignored) - set(modules))
     if unknown:
         raise GateError(f"ignored names {unknown}, which are no layers of the model")
-    with _traceable(model):
-        made = dependency.pruner(
-            model,
-            example,
-            ratio=0.5,
-            steps=1,
-            global_pruning=True,
-            normalizer="mean",
-            reg=0.0,
-            ignored=sorted({*ignored, *dependency.output_layers(model, example)}),
-        )
+    made = dependency.pruner(
+        model,
+        example,
+        ratio=0.5,
+        steps=1,
+        global_pruning=True,
+        normalizer="mean",
+        reg=0.0,
+        ignored=sorted({*ignored, *dependency.output_layers(model, example)}),
+    )
     try:
         every = dependency.groups(made)
     except UnsupportedLayerError as cause:
@@ -98,19 +96,6 @@ def tied_gates(
     return sorted(found, key=lambda g: places.index(g.name))
 
 
-@contextmanager
-def _traceable(model: nn.Module) -> Iterator[None]:
-    """The dependency graph follows gradients, and silently misses layers that are frozen."""
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
 def _areas(model: nn.Module, example: Tensor) -> dict[nn.Module, int]:
     """Positions of each BatchNorm's feature map; the model stays as it is."""
     areas: dict[nn.Module, int] = {}
@@ -118,8 +103,8 @@ def _areas(model: nn.Module, example: Tensor) -> dict[nn.Module, int]:
     def note(module: nn.Module, _: object, output: Tensor) -> None:
         areas[module] = output.shape[2:].numel()
 
-    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, norms)]
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
+    hooks = [m.register_forward_hook(note) for m in norms]
     try:
         with dependency.modes_kept(model), torch.no_grad():
             model.eval()(example[:1])
@@ -224,8 +209,7 @@ def melt(model: nn.Module, example: Tensor, groups: Sequence[GateGroup]) -> depe
     """Turn a gated model into a plain one without the masked structures, in place.
 
     Module names are those of the plain dense model. Masked channels outside the groups stay, with
-    zero weight and bias. All parameters train afterwards, those of a tick's frozen convolutions
-    too; make a new optimizer.
+    zero weight and bias. Convolutions that a tick froze train again; make a new optimizer.
 
     Args:
         model: decorated.
@@ -250,7 +234,7 @@ def melt(model: nn.Module, example: Tensor, groups: Sequence[GateGroup]) -> depe
         raise GateError(f"groups {empty} have no structure left; unmask one in each")
     gone = table.split((~alive).nonzero()[:, 0])
     plan = [(g.name, g.channels_of(gone[g.name])) for g in groups if g.name in gone]
+    unfreeze(model)
     undecorate(model)
-    model.requires_grad_(True)  # the graph misses frozen layers
     dependency.remove(model, example, plan)
     return plan
