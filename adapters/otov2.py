@@ -222,9 +222,16 @@ class OTOv2(Adapter):
             wanted = self.options.target_group_sparsity * self._optimizer.structures()
             # Upstream spares a structure of every component, so G_p may be smaller.
             self._goal = min(math.ceil(wanted - 1e-9), self._optimizer.penalised())
+            self._limit_releases()
         if self.dpm is not None and self.decided:
             self._refill(self.dpm)
             self._decay_wanted(self.dpm)
+
+    def _limit_releases(self) -> None:
+        """What was released never goes, and one structure of every component stays anyway."""
+        if self.dpm is not None and self.decided:
+            spare = self._optimizer.structures() - self._goal - len(self.dpm.groups)
+            self.dpm.release_limit = max(0, spare)
 
     def _refill(self, dpm: DecayPruning) -> None:
         """The next-ranked structures of the component enter G_p, and decay.
@@ -349,6 +356,8 @@ class OTOv2(Adapter):
         self.begin(stage, optimizer, loss)
         self._done, self._goal, self._round = state["done"], state["goal"], state["round"]
         super().load_state_dict(state, stage, optimizer, loss)
+        if self.removed is None:
+            self._limit_releases()
 
 
 @torch.no_grad()

@@ -121,6 +121,11 @@ class DecayPruning:
         """Optimizer steps seen since the start."""
         self.heard = 0
         """Batches that hearings have run; they count as training steps in comparisons."""
+        self.release_limit: int | None = None
+        """How many structures may be released in all: for a framework whose target leaves no more.
+
+        ``None``: as many as others of their groups can replace. Not saved with the state.
+        """
 
         self._device = devices.pop()
         self._start: dict[str, int] = {}
@@ -355,6 +360,10 @@ class DecayPruning:
         allowed = (self.rectify.max_share * judged + 1e-9).long()
         limits = torch.minimum(allowed - self._per_group(self._ledger.immune)[groups], spare)
         limits.clamp_(min=0)
+        if self.release_limit is not None:
+            left = max(0, self.release_limit - int(self._ledger.immune.sum()))
+            if int(limits.sum()) > left:  # every group gives up the same share
+                limits = limits * left // limits.sum()
         derivative = fisher = None
         if criterion.batches and bool((limits > 0).any()):
             assert self._room is not None

@@ -364,7 +364,7 @@ def test_the_loop_copy_keeps_upstreams_own_model_untouched():
 
 
 def test_frozen_layers_are_in_the_groups_too_and_stay_frozen():
-    """The graph follows gradients: without care it would miss them, and remove them from nothing."""
+    """The graph follows gradients: without care it would miss them, and not remove them."""
     model = small_resnet()
     expected = {g.name: [s.name for s in g.slices] for g in structure_groups(model, EXAMPLE)}
     model.inner.requires_grad_(False)

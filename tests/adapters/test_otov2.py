@@ -276,6 +276,25 @@ def test_the_target_is_met_exactly_and_never_overshot(target, tolerance, smooth,
         assert len(watch.rounds) > 1 or lmbda > 2, "all at once: weak"
 
 
+@pytest.mark.parametrize(("target", "share"), [(0.8, 0.6), (0.88, 0.3), (0.9, 1.0)])
+def test_no_more_is_released_than_a_severe_target_can_spare(target, share):
+    """What was released never goes: without a limit the target would be out of reach."""
+    watch = Watch(target)
+    adapter = adapter_of(
+        small_resnet(),
+        "sr",
+        smooth=4,
+        rectify=SelfRectifying(EAGER.criterion, max_share=share),
+        target_group_sparsity=target,
+        lmbda=2.0,
+    )
+    train(adapter, watch)
+    assert adapter.pruned == watch.goal
+    assert 0 <= released(adapter) <= STRUCTURES - watch.goal - 4
+    kept = (adapter.context.model.get_submodule(root) for root, _ in adapter.removed)
+    assert all(layer.weight.shape[0] >= 1 for layer in kept)
+
+
 def test_where_a_component_has_nothing_more_to_give_others_give():
     """All but one structure of a layer are to go, and several of them are released."""
     torch.manual_seed(1)

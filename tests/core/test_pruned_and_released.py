@@ -223,6 +223,40 @@ def test_only_so_many_waves_are_heard(waves: int) -> None:
     assert [e.wave for e in dpm.events] == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("limit", "released"), [(None, [2, 2]), (4, [2, 2]), (3, [1, 1]), (1, [0, 0]), (0, [0, 0])]
+)
+def test_a_limit_on_all_releases_is_shared_out_over_the_groups(
+    limit: int | None, released: list[int]
+) -> None:
+    toy = make("conv")
+    optimizer = OPTIMIZERS["sgd"](toy.model.parameters())
+    dpm = DecayPruning(toy.groups, SmoothPruning(4), SelfRectifying(EVERYONE, max_share=1.0))
+    dpm.attach(optimizer)
+    dpm.release_limit = limit
+    dpm.decay({"conv1": [0, 1, 2, 3], "conv2": [0, 1, 2]})
+    for step in range(4):
+        toy.train_step(optimizer, step)
+    found = [
+        sum(len(e.structures) for e in dpm.events if (e.kind, e.group) == ("release", name))
+        for name in ("conv1", "conv2")
+    ]
+    assert found == released
+
+
+def test_a_limit_on_all_releases_counts_those_of_before() -> None:
+    toy = make("conv")
+    optimizer = OPTIMIZERS["sgd"](toy.model.parameters())
+    dpm = DecayPruning(toy.groups, SmoothPruning(4), SelfRectifying(EVERYONE, max_share=1.0))
+    dpm.attach(optimizer)
+    dpm.release_limit = 1
+    for round_ in range(3):
+        dpm.decay({"conv1": [round_]})
+        for step in range(4):
+            toy.train_step(optimizer, 4 * round_ + step)
+    assert [e.structures for e in dpm.events if e.kind == "release"] == [(0,)]
+
+
 def test_shares_count_what_was_decayed_one_by_one() -> None:
     """A framework that takes a structure at a time is rectified like one that takes many."""
     toy = make("conv")
