@@ -7,6 +7,9 @@ OUT ?= runs
 SEEDS ?= 0-2
 VARIANT ?= sp
 SEED ?= 0
+FRAMEWORK ?= depgraph
+NETWORK ?= vgg-slim
+VARIANTS ?= base,sp,sr,random,least-resistant
 CONFIG ?=
 DATA ?=
 FLAGS ?=
@@ -15,11 +18,16 @@ CONFIGS := experiments/configs
 # Every framework has a configuration for digits, and one for CIFAR-10: its benchmark's recipe.
 FRAMEWORKS := $(patsubst %-digits.toml,%,$(notdir $(wildcard $(CONFIGS)/*-digits.toml)))
 BENCHES := $(addprefix bench-,$(FRAMEWORKS))
+RECORDS ?=
+SHOWN = $(or $(RECORDS),$(if $(wildcard $(OUT)),$(OUT),experiments/records))
 digits = $(CONFIGS)/$(1)-digits.toml
 recipe = $(if $(filter-out digits,$(DATA)),$(CONFIGS)/$(1)-cifar10.toml,$(call digits,$(1)))
 
+# A comparison is small enough for two cores: all digits, or 10,000 images and a slim network.
+small = $(CONFIGS)/$(FRAMEWORK)-$(if $(filter-out digits,$(DATA)),$(NETWORK),digits).toml
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint $(BENCHES) bench-overhead table plots clean
+.PHONY: help setup demo test lint $(BENCHES) compare bench-overhead table plots report results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1|\2/' \
@@ -41,21 +49,32 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(SETUP) ## all frameworks on digits: base, +SP and +SR over SEEDS=0-2, table and plots
 	@$(PY) -m experiments compare $(or $(CONFIG),$(foreach f,$(FRAMEWORKS),$(call digits,$(f)))) \
-	  --seeds $(SEEDS) --out $(OUT) $(if $(DATA),--data $(DATA)) $(FLAGS)
+	  --seeds $(SEEDS) --out $(OUT) $(if $(DATA),--data '$(DATA)') $(FLAGS)
 
 # DATA= other than digits takes the framework's recipe.
 $(BENCHES): bench-%: $(SETUP)
 	@$(PY) -m experiments run $(or $(CONFIG),$(call recipe,$*)) --variant $(VARIANT) \
-	  --seed $(SEED) --out $(OUT) --resume $(if $(DATA),--data $(DATA)) $(FLAGS)
+	  --seed $(SEED) --out $(OUT) --resume $(if $(DATA),--data '$(DATA)') $(FLAGS)
+
+compare: $(SETUP) ## base, +SP, +SR and the controls: FRAMEWORK= DATA= NETWORK= SEEDS=0-4 CONFIG=
+	@$(PY) -m experiments compare $(or $(CONFIG),$(small)) --variants $(VARIANTS) \
+	  --seeds $(SEEDS) --out $(OUT) $(if $(DATA),--data '$(DATA)') $(FLAGS)
 
 bench-overhead: $(SETUP) ## what attaching costs a training step, and the decay against torch-kirigami
 	@$(PY) -m experiments.overhead --out $(OUT)/overhead/overhead.json $(FLAGS)
 
-table: $(SETUP) ## the table of all finished runs in OUT=runs
-	@$(PY) -m experiments table --out $(OUT)
+# Where nothing has run yet, tables and the report show the records that are kept.
+table: $(SETUP) ## the table of the runs in OUT=runs, or of the kept records: RECORDS=
+	@$(PY) -m experiments table $(SHOWN) --out $(OUT)
+
+report: $(SETUP) ## one page to look at, $(OUT)/report.html: tables, plots, latency
+	@$(PY) -m experiments report $(SHOWN) --out $(OUT)
 
 plots: $(SETUP) ## the plots of all finished runs in OUT=runs
 	@$(PY) -m experiments plots --out $(OUT)
+
+results: $(SETUP) ## RESULTS.md and the README's table, anew from the kept records
+	@$(PY) -m experiments results
 
 test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones
 	@$(PY) -m pytest -n auto $(FLAGS)

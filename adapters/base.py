@@ -133,6 +133,8 @@ class Adapter(ABC):
     """A frozen dataclass: the framework's own settings, checked in its ``__post_init__``."""
     stages: ClassVar[Mapping[str, bool]]
     """Training stages the framework knows, in order, and whether each is required."""
+    channels_last: ClassVar[bool] = True
+    """Whether the framework can do with parameters that are not contiguous."""
 
     def __init__(self, context: Context, options: Any) -> None:
         self.context = context

@@ -18,7 +18,7 @@ from .compare import Job, compare
 from .config import ConfigError, load
 from .data import DataError
 from .files import save_json
-from .run import VARIANTS, Request, RunError, run
+from .run import CONTROLS, VARIANTS, Request, RunError, run
 from .training import Stopped
 
 STOPPED = 130
@@ -30,9 +30,8 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="one run of one variant, one record")
     one.add_argument("config", type=Path, help="a TOML configuration")
-    one.add_argument("--variant", choices=VARIANTS, required=True)
+    one.add_argument("--variant", choices=VARIANTS + CONTROLS, required=True)
     one.add_argument("--seed", type=int, required=True)
-    one.add_argument("--data", help="digits, cifar10, cifar100 or folder:PATH")
     _common(one)
     one.add_argument("--resume", action="store_true", help="go on from a checkpoint, if any")
     one.add_argument("--force", action="store_true", help="throw away what is there")
@@ -40,9 +39,12 @@ def parser() -> argparse.ArgumentParser:
 
     many = commands.add_parser("compare", help="all variants over several seeds, and their table")
     many.add_argument("configs", type=Path, nargs="+", help="TOML configurations")
-    many.add_argument("--variants", default=",".join(VARIANTS), help="base,sp,sr")
+    many.add_argument(
+        "--variants",
+        default=",".join(VARIANTS),
+        help=f"{','.join(VARIANTS + CONTROLS)} (default: %(default)s)",
+    )
     many.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="0-2, or 0,3,5")
-    many.add_argument("--data", help="digits, cifar10, cifar100 or folder:PATH")
     many.add_argument("--jobs", type=count, help="runs at a time (default: one per core)")
     _common(many)
 
@@ -83,15 +85,18 @@ def _compare(args: argparse.Namespace) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     variants = args.variants.split(",")
-    if unknown := [v for v in variants if v not in VARIANTS]:
-        raise RunError(f"unknown variant {unknown[0]!r}; there are: {', '.join(VARIANTS)}")
+    every = VARIANTS + CONTROLS
+    if unknown := [v for v in variants if v not in every]:
+        raise RunError(f"unknown variant {unknown[0]!r}; there are: {', '.join(every)}")
     common = {"out": args.out, "data_root": args.data_root, "device": device(args.device)}
-    loaded = [(path, load(path, data=args.data)) for path in args.configs]
+    loaded = [
+        (path, load(path, data=args.data, validation=args.validation)) for path in args.configs
+    ]
     jobs = [
-        Job(path, Request(config, variant, seed, **common), args.data)
+        Job(path, Request(config, variant, seed, **common), args.data, args.validation)
         for path, config in loaded
         for seed in args.seeds
-        for variant in VARIANTS
+        for variant in every
         if variant in variants
     ]
     records = compare(jobs, at_once=args.jobs)
@@ -110,12 +115,17 @@ def _figures(paths: list[Path], out: Path) -> Path:
 def _plots(paths: list[Path], out: Path) -> None:
     from . import plot  # only now: matplotlib takes a second to load
 
-    files = table.files(paths)
-    for made in plot.plot(list(zip(files, table.read(files), strict=True)), out / "plots"):
+    for made in plot.plot(table.located(paths), out / "plots"):
         print(made)
 
 
 def _common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", help="digits, cifar10, cifar100 or folder:PATH")
+    command.add_argument(
+        "--validation",
+        type=count,
+        help="measure on so many training images set apart, not on the test images",
+    )
     command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept")
     command.add_argument("--data-root", type=Path, default=Path("data"), help="downloads, caches")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -143,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.command == "run":
             request = Request(
-                config=load(args.config, data=args.data),
+                config=load(args.config, data=args.data, validation=args.validation),
                 variant=args.variant,
                 seed=args.seed,
                 out=args.out,

@@ -23,12 +23,13 @@ class Job:
     Attributes:
         config_path: the file that the request's configuration was read from.
         request: the run.
-        data: what overrides the configuration's data, for the run's command line.
+        data, validation: what overrides the configuration's, for the run's command line.
     """
 
     config_path: Path
     request: Request
     data: str | None = None
+    validation: int | None = None
 
     @property
     def dense(self) -> str | None:
@@ -36,7 +37,7 @@ class Job:
         config = self.request.config
         if config.dense is None:
             return None
-        return f"{config.dense_hash(config.data.name)}, seed {self.request.seed}"
+        return f"{config.dense_hash(config.data.model_dump_json())}, seed {self.request.seed}"
 
 
 def compare(jobs: Sequence[Job], *, at_once: int | None = None) -> list[Path]:
@@ -127,6 +128,8 @@ def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
     command += ["--threads", str(max(1, torch.get_num_threads() // at_once))]
     if job.data is not None:
         command += ["--data", job.data]
+    if job.validation is not None:
+        command += ["--validation", str(job.validation)]
     with (request.folder / "run.log").open("ab") as log:
         # A session of its own: an interrupt on the terminal reaches this process alone, which
         # then asks every run once. A second signal would end a run before it has saved itself.

@@ -36,6 +36,7 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+Control = Literal["random", "least-resistant"]
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
@@ -45,8 +46,24 @@ class Data(_Table):
     """Which images; ``--data`` overrides the name."""
 
     name: str = "digits"
+    label: str | None = None
+    """What tables and plots call a folder's images; by default the folder's name."""
     size: Count = 32
     """Height and width that a folder's images are brought to."""
+    train: Count | None = None
+    """Train on so many of the training images, always the same, equally many of each class."""
+    validation: Count | None = None
+    """Set so many of the other training images apart, and measure on them, not on the test images:
+    for choosing settings; ``--validation`` overrides it."""
+
+
+class Compute(_Table):
+    """How the arithmetic is done. The GPU's settings; a CPU takes them, but seldom gains."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16``: forward passes of training under autocast; parameters stay float32."""
+    compile: bool = False
+    """Compile forward and backward passes of training steps with ``torch.compile``."""
 
 
 class Stage(_Table):
@@ -86,8 +103,6 @@ class Rectify(_Table):
     """Self-Rectifying; ``criterion`` with its own settings, the rest as in the core."""
 
     criterion: Literal["trajectory", "hearing"] = "trajectory"
-    control: Literal["none", "random", "least-resistant"] = "none"
-    """Release as many as the criterion would, but at random or those that resist least."""
     rate: float | None = None
     length: float | None = None
     batches: int | None = None
@@ -97,8 +112,13 @@ class Rectify(_Table):
     restore: Literal["keep", "effect"] = "effect"
     waves: int = 1
 
-    def build(self, seed: int) -> SelfRectifying:
-        """The core's settings; ``seed`` is for the random control."""
+    def build(self, control: Control | None = None, seed: int = 0) -> SelfRectifying:
+        """The core's settings.
+
+        Args:
+            control: release as many as the criterion would, but at random or the least resistant.
+            seed: of the random control.
+        """
         settings = {"trajectory": ("rate", "length"), "hearing": ("batches", "threshold")}
         given = {k: v for k in sum(settings.values(), ()) if (v := getattr(self, k)) is not None}
         for key in given.keys() - set(settings[self.criterion]):
@@ -108,9 +128,9 @@ class Rectify(_Table):
             "hearing": Hearing,
         }
         criterion: Criterion = makers[self.criterion](**given)
-        if self.control == "random":
+        if control == "random":
             criterion = RandomRelease(criterion, seed)
-        elif self.control == "least-resistant":
+        elif control == "least-resistant":
             criterion = LeastResistant(criterion)
         return SelfRectifying(criterion, self.at, self.max_share, self.restore, self.waves)
 
@@ -138,6 +158,7 @@ class Config(_Table):
     smooth: Smooth = Smooth()
     rectify: Rectify = Rectify()
     curve: Curve = Curve()
+    compute: Compute = Compute()
 
     @model_validator(mode="after")
     def _known(self) -> Config:
@@ -159,7 +180,7 @@ class Config(_Table):
                 f"{self.framework} needs the stage {missing[0]!r}: [stages.{missing[0]}]"
             )
         self.build_options()
-        self.rectify.build(0).decision_step(self.build_smooth().steps)
+        self.rectify.build().decision_step(self.build_smooth().steps)
         return self
 
     def adapter(self) -> type[Adapter]:
@@ -189,6 +210,7 @@ class Config(_Table):
             self.model,
             images,
             self.data.size,
+            self.compute.model_dump(mode="json"),
             self.dense and self.dense.model_dump(mode="json"),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -222,12 +244,13 @@ def _plain(value: object) -> dict[str, str]:
     return {type(value).__name__: str(value)}
 
 
-def load(path: Path, *, data: str | None = None) -> Config:
+def load(path: Path, *, data: str | None = None, validation: int | None = None) -> Config:
     """Read and check a configuration.
 
     Args:
         path: a TOML file.
-        data: takes the place of the configuration's ``data.name``.
+        data: takes the place of the configuration's ``data.name``, and of its label.
+        validation: takes the place of the configuration's ``data.validation``.
 
     Raises:
         ConfigError: the file cannot be read, or a key, a type, a range or a target is wrong.
@@ -241,8 +264,13 @@ def load(path: Path, *, data: str | None = None) -> Config:
     except UnicodeDecodeError as cause:
         raise ConfigError(f"{path} is not TOML: it is not UTF-8 ({cause.reason})") from cause
     table = raw.get("data", {})
-    if data is not None and isinstance(table, dict):
-        raw["data"] = {**table, "name": data}
+    if isinstance(table, dict):
+        raw["data"] = table = dict(table)
+        if data is not None and table.get("name") != data:
+            table.pop("label", None)
+            table["name"] = data
+        if validation is not None:
+            table["validation"] = validation
     try:
         # Strict JSON mode takes lists for tuples and whole numbers for floats, and nothing else.
         return Config.model_validate_json(json.dumps(raw, default=_plain), strict=True)

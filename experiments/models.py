@@ -98,10 +98,12 @@ class ResNet(nn.Module):
 
 
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
+_SLIM = (16, 0, 32, 0, 64, 0, 64, 64)
 _DIGITS = (32, 32, 0, 64, 64, 0, 128, 128)
 
 MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "vgg16-bn": lambda channels, classes: VGG(_VGG16, channels, classes),
+    "vgg-slim": lambda channels, classes: VGG(_SLIM, channels, classes),
     "vgg-digits": lambda channels, classes: VGG(_DIGITS, channels, classes),
     "resnet20": lambda channels, classes: ResNet(3, channels, classes),
     "resnet56": lambda channels, classes: ResNet(9, channels, classes),

@@ -12,24 +12,38 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+import adapters.base
 import dpm_core
 from adapters import registry
-from adapters.base import Adapter, Context, Variant, count_macs, count_parameters
+from adapters.base import Adapter, Context, count_macs, count_parameters
 from third_party.upstreams import PINS, require
 
 from . import data, models
-from .config import Config, ConfigError
+from .config import Config, ConfigError, Control
 from .files import save_json, save_tensors
-from .training import Loop, Progress, accuracy, outputs
+from .training import Loop, Progress, accuracy, latency, outputs
 
+Variant = Literal["base", "sp", "sr", "random", "least-resistant"]
 VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
-RECORD_VERSION = 2
+CONTROLS: tuple[Control, ...] = ("random", "least-resistant")
+"""``sr`` with the releases of a control: as many on the same schedule, but other ones."""
+RECORD_VERSION = 3
+
+
+LATENCY_BATCH = 128
+
+
+def split(variant: Variant) -> tuple[adapters.base.Variant, Control | None]:
+    """What an adapter is told of a variant, and the control that chooses the releases."""
+    if variant == "random" or variant == "least-resistant":
+        return "sr", variant
+    return variant, None
 
 
 class RunError(RuntimeError):
@@ -42,7 +56,7 @@ class Request:
 
     Attributes:
         config: the checked configuration.
-        variant: base, sp or sr.
+        variant: base, sp, sr or a control.
         seed: of initial weights, data order and augmentation.
         out: where all runs are kept; this one gets a folder of its own in it.
         data_root: where downloads and decoded folders are kept.
@@ -65,7 +79,10 @@ class Request:
     @property
     def folder(self) -> Path:
         """This run's own folder."""
-        kind = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.config.data.name)
+        data = self.config.data
+        kind = "".join(c if c.isalnum() or c in "-_." else "-" for c in data.label or data.name)
+        if data.validation is not None:
+            kind += f"-validation{data.validation}"
         return self.out / self.config.name / kind / f"{self.variant}-seed{self.seed}"
 
 
@@ -93,8 +110,14 @@ def run(request: Request) -> Path:
     saved = _checkpoint(checkpoint_path, request)
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    images = data.load(config.data.name, request.data_root, size=config.data.size)
-    images = images.to(request.device)
+    images = data.load(
+        config.data.name,
+        request.data_root,
+        size=config.data.size,
+        label=config.data.label,
+        train=config.data.train,
+        validation=config.data.validation,
+    ).to(request.device)
     model = _build(request, images)
     example = images.normalize(images.test[:2])
     try:
@@ -115,6 +138,7 @@ def run(request: Request) -> Path:
 
     p = loop.progress
     kept = _widths(model)
+    loading, training = loop.seconds_loading, loop.seconds_training
     save_tensors(
         folder / "model.pt",
         {
@@ -160,6 +184,7 @@ def run(request: Request) -> Path:
             },
             "output_difference": p.found["output_difference"],
             "channels": {name: [width, kept[name]] for name, width in _widths(dense).items()},
+            "releases": _releases(p.events),
             "curve": p.curve,
             "steps": {
                 "total": p.total,
@@ -167,8 +192,18 @@ def run(request: Request) -> Path:
                 "zero": p.zero_at,
                 "removal": p.removed_at,
                 "heard": p.heard,
+                "dense": 0
+                if config.dense is None
+                else config.dense.epochs * images.steps_per_epoch(config.dense.batch),
+            },
+            "latency": {
+                "batch": LATENCY_BATCH,
+                **latency(
+                    {"dense": dense, "pruned": model}, images.normalize(images.test[:LATENCY_BATCH])
+                ),
             },
             "seconds": p.seconds,
+            "loading": loading / training if training else 0.0,
         },
     )
     checkpoint_path.unlink(missing_ok=True)
@@ -251,12 +286,13 @@ def _adapter(
     config = request.config
     adapter = config.adapter()
     ordered = {name: config.stages[name] for name in adapter.stages if name in config.stages}
+    variant, control = split(request.variant)
     context = Context(
         model=model,
         example=example,
-        variant=request.variant,
+        variant=variant,
         smooth=config.build_smooth(),
-        rectify=config.rectify.build(request.seed),
+        rectify=config.rectify.build(control, request.seed),
         stages={n: s.plan(images.steps_per_epoch(s.batch)) for n, s in ordered.items()},
         progress=_Spinner(),
     )
@@ -288,6 +324,7 @@ def _dense_model(
         stages=[("dense", config.dense)],
         adapter=None,
         curve=config.curve,
+        compute=config.compute,
         save=lambda loop: _save(request, "dense", loop),
         stop=stop,
         save_every=request.save_every,
@@ -317,6 +354,7 @@ def _framework_loop(
         stages=[(name, config.stages[name]) for name in adapter.context.stages],
         adapter=adapter,
         curve=config.curve,
+        compute=config.compute,
         save=lambda loop: _save(request, "framework", loop),
         stop=stop,
         save_every=request.save_every,
@@ -351,6 +389,7 @@ def _restore(loop: Loop, saved: Mapping[str, Any]) -> None:
     adapter, state = loop.adapter, saved["adapter"]
     if adapter is not None:
         adapter.restore_model(state)
+        loop.lay_out()
     loop.model.load_state_dict(saved["model"])
     loop.optimizer = loop.new_optimizer()
     loop.optimizer.load_state_dict(saved["optimizer"])
@@ -433,6 +472,16 @@ def _count(events: list[dict[str, Any]], kind: str, first: bool | None = None) -
         for e in events
         if e["kind"] == kind and (first is None or (e["wave"] == 0) == first)
     )
+
+
+def _releases(events: list[dict[str, Any]]) -> list[tuple[int, str, int]]:
+    """When and where Self-Rectifying released: (steps since the first decay, group, how many)."""
+    start = min((e["step"] for e in events if e["kind"] == "decay"), default=0)
+    return [
+        (e["step"] - start, e["group"], len(e["structures"]))
+        for e in events
+        if e["kind"] == "release"
+    ]
 
 
 def _widths(model: nn.Module) -> dict[str, int]:

@@ -1,24 +1,38 @@
-"""Tables from run records: mean and spread over seeds, one row per variant."""
+"""Tables from run records: mean and spread over seeds, and what pairs of runs say."""
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from adapters.base import Variant
-
-from .run import RECORD_VERSION, VARIANTS, RunError
+from . import published
+from .files import write
+from .pairs import Difference, difference
+from .run import CONTROLS, RECORD_VERSION, VARIANTS, RunError, Variant
 
 Record = dict[str, Any]
+ORDER: tuple[Variant, ...] = VARIANTS + CONTROLS
+NAMES: dict[str, str] = {
+    "base": "base",
+    "sp": "+SP",
+    "sr": "+SR",
+    "random": "random release",
+    "least-resistant": "least resistant",
+}
+EFFECT, ENOUGH = 0.3, 25
+"""The effect that is looked for, in points, and the pairs that it takes at the least."""
 
 
 class _Config(BaseModel):
     name: str
+    stages: dict[str, Any] = {}
 
 
 class _Accuracy(BaseModel):
@@ -46,10 +60,17 @@ class _Steps(BaseModel):
     zero: int
     removal: int
     heard: int
+    dense: int
+
+
+class _Latency(BaseModel):
+    batch: int
+    dense: float
+    pruned: float
 
 
 class _Shape(BaseModel):
-    """What tables and plots read of a record."""
+    """What tables, plots and results read of a record."""
 
     config: _Config
     config_hash: str
@@ -58,55 +79,134 @@ class _Shape(BaseModel):
     data: str
     variant: Variant
     seed: int
+    versions: dict[str, str]
+    revision: str | None
+    device: str
     accuracy: _Accuracy
     macs: _Size
     parameters: _Size
     structures: _Structures
     channels: dict[str, tuple[int, int]]
+    releases: list[tuple[int, str, int]]
     curve: list[tuple[int, float]]
     steps: _Steps
+    latency: _Latency
+    seconds: float
+    loading: float
+
+
+# ---------------------------------------------------------------------- reading and keeping
 
 
 def files(paths: Iterable[Path]) -> list[Path]:
-    """Record files below some folders; files stand for themselves."""
+    """Record files below some folders; files stand for themselves.
+
+    A run's own file, ``*record.json``, holds one record; a file of kept ones, ``*.jsonl``, one a
+    line.
+    """
     found: list[Path] = []
     for path in paths:
-        if path.suffix == ".json":
+        if path.suffix in (".json", ".jsonl"):
             found.append(path)
         else:
-            found += sorted(path.rglob("*record.json"))
+            found += sorted([*path.rglob("*record.json"), *path.rglob("*.jsonl")])
+    return found
+
+
+def located(paths: Iterable[Path]) -> list[tuple[Path, Record]]:
+    """What :func:`read` reads, each record with its file."""
+    found = []
+    for file in files(paths):
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as cause:
+            raise _refused(str(file), cause) from cause
+        if file.suffix == ".jsonl":
+            lines = text.rstrip("\n").split("\n")
+            places = [f"{file}, line {number}," for number in range(1, len(lines) + 1)]
+        else:
+            lines, places = [text], [str(file)]
+        found += [(file, _record(line, at)) for line, at in zip(lines, places, strict=True)]
+    if not found:
+        raise RunError("no records were found; make some first: make demo, or make bench-depgraph")
     return found
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
-    """Records below some folders, or files, in the order of their paths.
+    """Records below some folders, or in files, in the order of their paths and lines.
 
     Raises:
         RunError: there are none, or one is damaged or of another version.
     """
-    records = []
-    for file in files(paths):
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            version = record["version"]
-            if version == RECORD_VERSION:
-                _Shape.model_validate(record)
-        except (OSError, ValueError, KeyError, TypeError) as cause:
-            reason = " ".join(str(cause).split())
-            raise RunError(f"{file} is no record ({reason})") from cause
-        if version != RECORD_VERSION:
-            raise RunError(f"{file} has version {version}, this release reads {RECORD_VERSION}")
-        records.append(record)
-    if not records:
-        raise RunError("no records were found; make some first: make demo, or make bench-depgraph")
-    return records
+    return [record for _, record in located(paths)]
+
+
+def _record(text: str, place: str) -> Record:
+    try:
+        record: Record = json.loads(text)
+        version = record["version"]
+        if version == RECORD_VERSION:
+            _Shape.model_validate(record)
+    except (ValueError, KeyError, TypeError) as cause:
+        raise _refused(place, cause) from cause
+    if version != RECORD_VERSION:
+        raise RunError(f"{place} has version {version}, this release reads {RECORD_VERSION}")
+    return record
+
+
+def _refused(place: str, cause: Exception) -> RunError:
+    return RunError(f"{place} is no record ({' '.join(str(cause).split())})")
+
+
+def keep(records: Sequence[Record], folder: Path) -> list[Path]:
+    """Add records to the kept ones: ``NAME.jsonl`` per configuration, by variant and seed.
+
+    A kept record of the same variant and seed is replaced.
+
+    Args:
+        records: as :func:`read` returns them.
+        folder: of the kept records.
+
+    Returns:
+        The files written, by name.
+
+    Raises:
+        RunError: before any file is written. Records of one name come from different
+            configurations, or a file is damaged.
+    """
+    sections(records)
+    made = {}
+    for name in sorted({r["config"]["name"] for r in records}):
+        path = folder / f"{name}.jsonl"
+        members = [r for r in records if r["config"]["name"] == name]
+        kept = read([path]) if path.exists() else []
+        if len({(r["config_hash"], r["data"]) for r in kept + members}) > 1:
+            raise RunError(
+                f"records to keep in {path} come from different configurations or data; delete "
+                "that file to start anew, or give the new configuration another name"
+            )
+        by_run = {(r["variant"], r["seed"]): r for r in kept + members}
+        ordered = sorted(by_run.values(), key=lambda r: (ORDER.index(r["variant"]), r["seed"]))
+        compact = (json.dumps(r, separators=(",", ":"), allow_nan=False) for r in ordered)
+        made[path] = "".join(f"{line}\n" for line in compact)
+    for path, text in made.items():
+        _save(path, text)
+    return list(made)
+
+
+def _save(path: Path, text: str) -> None:
+    write(path, lambda file: file.write(text.encode()))
+
+
+# ---------------------------------------------------------------------- figures
 
 
 def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """Records that may be compared with one another, by what they share.
 
     Raises:
-        RunError: records of one experiment differ in configuration, so a table would mix them.
+        RunError: records of one experiment differ in configuration, so a table would mix them; or
+            there are several of one variant and seed, and pairs would be ambiguous.
     """
     found: dict[str, list[Record]] = {}
     for record in records:
@@ -119,16 +219,25 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
                 f"the records of {title} come from different configurations; delete the old runs, "
                 "or keep them in another --out"
             )
+        runs = Counter((m["variant"], m["seed"]) for m in members)
+        (variant, seed), times = runs.most_common(1)[0]
+        if times > 1:
+            raise RunError(
+                f"{title} has {times} records of {variant}, seed {seed}; give only one of them"
+            )
     return list(found.items())
 
 
 def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One row per variant: means and standard deviations over seeds, as numbers.
+    """One row per variant of a section, as numbers.
 
-    The spread is the standard deviation of a sample, ``None`` for a single seed.
+    Means and standard deviations are over all seeds of the variant; the deviation is that of a
+    sample, ``None`` for a single seed. ``difference`` is the final accuracy minus that of ``base``
+    over the seeds they share, in points (the fields of :class:`~experiments.pairs.Difference`);
+    ``None`` without any. ``published`` is the counterpart's accuracy, in percent.
     """
     table = []
-    for variant in VARIANTS:
+    for variant in ORDER:
         runs = [r for r in records if r["variant"] == variant]
         if not runs:
             continue
@@ -147,56 +256,168 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
         for name, values in columns.items():
             spread = statistics.stdev(values) if len(values) > 1 else None
             row[name] = {"mean": statistics.fmean(values), "spread": spread}
+        found = None if variant == "base" else _minus(records, variant, "base")
+        row["difference"] = found and asdict(found)
+        benchmark = _benchmark(records)
+        row["published"] = benchmark and benchmark.top1(*_counterpart(records), variant)
         table.append(row)
     return table
 
 
+def contrasts(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Final accuracy of ``sr`` minus that of its controls and of ``sp``, where there are pairs.
+
+    The fields are those of :class:`~experiments.pairs.Difference`, in points, and ``minus``.
+    """
+    others: tuple[Variant, ...] = (*CONTROLS, "sp")
+    found = {other: _minus(records, "sr", other) for other in others}
+    return [{"minus": other, **asdict(d)} for other, d in found.items() if d is not None]
+
+
+def _minus(records: Sequence[Record], one: Variant, other: Variant) -> Difference | None:
+    def finals(variant: Variant) -> dict[int, float]:
+        return {r["seed"]: r["accuracy"]["final"] for r in records if r["variant"] == variant}
+
+    return difference(finals(one), finals(other))
+
+
+def _counterpart(records: Sequence[Record]) -> tuple[str, bool]:
+    return records[0]["framework"], "sparse" in records[0]["config"].get("stages", {})
+
+
+def _benchmark(records: Sequence[Record]) -> published.Benchmark | None:
+    return published.load().benchmark(*_counterpart(records))
+
+
+# ---------------------------------------------------------------------- Markdown
+
+
 HEADER = (
     "variant",
+    "FLOPs, %",
+    "params, %",
+    "top-1, %",
+    "to base, points",
+    "detectable, points",
     "at removal, %",
     "BN re-estimated, %",
-    "final, %",
-    "MACs, %",
-    "parameters, %",
     "released",
-    "seeds",
+    "paper",
+    "pairs",
 )
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """All sections as Markdown tables: accuracy on the test images, mean and spread over seeds."""
+    """All sections as Markdown: a title, a table, and what else its pairs say."""
     parts = []
     for title, members in sections(records):
+        parts.append(f"{title}; {_training(members)}")
         table = rows(members)
-        lines = [[*HEADER]]
-        for row in table:
-            released, decayed = row["released"]["mean"], row["decayed"]["mean"]
-            lines.append(
-                [
-                    {"base": "base", "sp": "+SP", "sr": "+SR"}[row["variant"]],
-                    _figure(row["at_removal"], 1),
-                    _figure(row["at_removal_reestimated"], 1),
-                    _figure(row["final"], 2),
-                    f"{row['macs']['mean']:.1f}",
-                    f"{row['parameters']['mean']:.1f}",
-                    f"{released:.1f} of {decayed:.0f}" if decayed else "-",
-                    str(len(row["seeds"])),
-                ]
-            )
-        widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-        text = [_row(lines[0], widths), _row(["-" * w for w in widths], widths)]
-        text += [_row(line, widths) for line in lines[1:]]
-        dense = {m["seed"]: d for m in members if (d := m["accuracy"]["dense"]) is not None}
-        start = f"dense {statistics.fmean(dense.values()):.2f}%" if dense else "from scratch"
-        parts.append(f"{title}; {start}\n\n" + "\n".join(text))
+        benchmark = _benchmark(members)
+        header = [*HEADER]
+        if benchmark is not None:
+            at = header.index("paper")
+            header[at] = f"paper ({benchmark.network}, {benchmark.data}), %"
+        start = None if benchmark is None else benchmark.top1(*_counterpart(members), "base")
+        parts.append(grid([header, *(_cells(row, start) for row in table)]))
+        found = contrasts(members)
+        if found:
+            parts.append("\n".join(_contrast(d) for d in found))
+        if note := _small([*(row["difference"] for row in table if row["difference"]), *found]):
+            parts.append(note)
     return "\n\n".join(parts)
+
+
+def grid(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns; the first line is its header."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [lines[0], ["-" * w for w in widths], *lines[1:]]
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in text
+    )
+
+
+def _training(members: Sequence[Record]) -> str:
+    dense = {m["seed"]: d for m in members if (d := m["accuracy"]["dense"]) is not None}
+    steps = members[0]["steps"]
+    if not dense:
+        return f"from scratch, {steps['total']:,} steps"
+    accuracy = statistics.fmean(dense[seed] for seed in sorted(dense))
+    return f"dense {accuracy:.2f}% after {steps['dense']:,} steps, then {steps['total']:,} steps"
+
+
+def _cells(row: dict[str, Any], start: float | None) -> list[str]:
+    """A row's cells; ``start`` is the accuracy that is published for the framework alone."""
+    released, decayed = row["released"]["mean"], row["decayed"]["mean"]
+    seeds, found = len(row["seeds"]), row["difference"]
+    pairs = seeds if row["variant"] == "base" else found["pairs"] if found else 0
+    return [
+        NAMES[row["variant"]],
+        f"{row['macs']['mean']:.1f}",
+        f"{row['parameters']['mean']:.1f}",
+        _figure(row["final"], 2),
+        _interval(found) if found else "-",
+        _points(found["detectable"]) if found else "-",
+        _figure(row["at_removal"], 1),
+        _figure(row["at_removal_reestimated"], 1),
+        f"{released:.1f} of {decayed:.0f}" if decayed else "-",
+        _paper(row, start),
+        str(pairs) if pairs == seeds else f"{pairs} of {seeds}",
+    ]
+
+
+def _paper(row: dict[str, Any], start: float | None) -> str:
+    found = row["published"]
+    if found is None:
+        return "-"
+    if start is None or row["variant"] == "base":
+        return f"{found:g}"
+    return f"{found:g} ({round(found - start, 2):+g})"
+
+
+def _contrast(found: dict[str, Any]) -> str:
+    text = f"- {NAMES['sr']} minus {NAMES[found['minus']]}: {_interval(found)} points"
+    text += f", {_counted(found['pairs'])}"
+    if found["detectable"] is not None:
+        text += f", {found['detectable']:.2f} detectable"
+    return text
+
+
+def _small(found: Sequence[dict[str, Any]]) -> str | None:
+    """A sentence where the pairs of a section are too few to speak about a small effect."""
+    if not found:
+        return None
+    fewest = min(d["pairs"] for d in found)
+    sizes = [d["detectable"] for d in found if d["detectable"] is not None]
+    if fewest >= ENOUGH and max(sizes) <= EFFECT:
+        return None
+    if fewest == 1:
+        return f"One pair is too few to speak about {EFFECT} points."
+    return (
+        f"{fewest} pairs are too few to speak about {EFFECT} points (detectable, by the spread of "
+        f"the pairs: {max(sizes):.2f} points)."
+    )
+
+
+def _counted(pairs: int) -> str:
+    return f"{pairs} pair{'s' if pairs != 1 else ''}"
+
+
+def _interval(found: dict[str, Any]) -> str:
+    mean, low, high = found["mean"], found["low"], found["high"]
+    return _signed(mean) if low is None else f"{_signed(mean)} [{_signed(low)}, {_signed(high)}]"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # adding 0 leaves no negative zero
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _figure(value: dict[str, float | None], digits: int) -> str:
     mean, spread = value["mean"], value["spread"]
     text = f"{mean:.{digits}f}"
     return text if spread is None else f"{text} ± {spread:.{digits}f}"
-
-
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,11 +19,24 @@ from tqdm import tqdm
 from adapters.base import Adapter, AdapterError
 from dpm_core import Phase
 
-from .config import Curve, Stage
+from .config import Compute, Curve, Stage
 from .data import Images, mixing
 
 EVALUATION_BATCH = 500
 POINTS = 40
+
+
+def laid_out(model: nn.Module, channels_last: bool = True) -> nn.Module:
+    """The model with its kernels in the layout that convolves fastest, in place.
+
+    Channels-last on a GPU, and on a CPU as long as all widths are multiples of eight: there it
+    gains 40%, but loses 40% with the odd widths of a pruned model (measured). Contiguous, too,
+    where ``channels_last`` says that a framework cannot do with anything else.
+    """
+    kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    fits = channels_last and all(k.is_cuda or k.shape[0] % 8 == 0 for k in kernels)
+    layout = torch.channels_last if fits else torch.contiguous_format
+    return model.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
 class Stopped(Exception):  # noqa: N818  (a request, not an error)
@@ -110,11 +124,13 @@ class Loop:
         stages: (name, settings) in order.
         adapter: the framework, or ``None`` for a dense model.
         curve: how densely and how long the accuracy is taken after the decision.
+        compute: how the arithmetic of training steps is done.
         save: writes a checkpoint of this loop.
         stop: asked after every step whether to save and stop.
         save_every: seconds between checkpoints.
         progress: where the run stands.
         optimizer: of the present stage.
+        seconds_loading, seconds_training: spent in this process on batches, and on whole steps.
     """
 
     model: nn.Module
@@ -126,8 +142,18 @@ class Loop:
     save: Callable[[Loop], None]
     stop: Callable[[], bool]
     save_every: float = 30.0
+    compute: Compute = field(default_factory=Compute)
     progress: Progress = field(default_factory=Progress)
     optimizer: torch.optim.Optimizer | None = None
+    seconds_loading: float = 0.0
+    seconds_training: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.lay_out()
+
+    def lay_out(self) -> None:
+        """Bring the model as it is now into its fastest layout, before an optimizer is made."""
+        laid_out(self.model, self.adapter is None or self.adapter.channels_last)
 
     def run(self) -> None:
         """Train all stages, or what is left of them.
@@ -151,19 +177,30 @@ class Loop:
 
     def next_loss(self) -> Tensor:
         """Mean loss of the model on the next training batch; uses up a step."""
+        return self._loss(self.model)
+
+    def _loss(self, model: Callable[[Tensor], Tensor]) -> Tensor:
         p, stage = self.progress, self.stages[self.progress.stage][1]
+        started = time.perf_counter()
         # Every stage reads a stream of its own, the same for all variants of a seed.
         stream = 1000 * self.seed + p.stage + (0 if self.adapter is None else 1)
         images, labels = self.images.batch(stage.batch, p.step, stream)
         share, partners = mixing(stage.mixup, stage.batch, p.step, stream)
+        targets = [(share, labels)]
+        if partners is not None:
+            partners = partners.to(labels.device)
+            images = share * images + (1 - share) * images[partners]
+            targets.append((1 - share, labels[partners]))
+        self.seconds_loading += time.perf_counter() - started
         p.step += 1
         p.total += 1
-        if partners is None:
-            return functional.cross_entropy(self.model(images), labels)
-        partners = partners.to(labels.device)
-        logits = self.model(share * images + (1 - share) * images[partners])
-        mine, theirs = (functional.cross_entropy(logits, t) for t in (labels, labels[partners]))
-        return share * mine + (1 - share) * theirs
+        half = self.compute.precision == "bfloat16"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            logits = model(images).float()
+        loss = torch.zeros((), device=logits.device)
+        for weight, labels in targets:
+            loss = loss + weight * functional.cross_entropy(logits, labels)
+        return loss
 
     def _run_stage(self, name: str, stage: Stage) -> None:
         p = self.progress
@@ -171,6 +208,7 @@ class Loop:
         total = stage.epochs * per_epoch
         if self.optimizer is None:
             self._begin(name)
+        self._forward = self._compiled()
         bar = tqdm(total=total, initial=p.step, desc=name, unit="step", disable=None, leave=False)
         with bar:
             while True:
@@ -183,14 +221,16 @@ class Loop:
                 self.model.train()
                 if self.adapter is not None:
                     self.adapter.before_step(p.step)
+                started = time.perf_counter()
                 self.optimizer.zero_grad()
-                self.next_loss().backward()
+                self._loss(self._forward).backward()
                 if self.adapter is not None:
                     self.adapter.after_backward()
                 self.optimizer.step()
                 if self.adapter is not None:
                     self.adapter.after_step()
                     self._follow_norms(self.adapter)
+                self.seconds_training += time.perf_counter() - started
                 bar.update(p.step - bar.n)
                 self._save_or_stop()
 
@@ -200,6 +240,13 @@ class Loop:
         if self.adapter is not None:
             return self.adapter.optimizer(name)
         return stage.plan(self.images.steps_per_epoch(stage.batch)).new_optimizer(self.model)
+
+    def _compiled(self) -> Callable[[Tensor], Tensor]:
+        """The forward pass of training steps.
+
+        Hearings keep the plain one: they hook modules, which compiled code would not see.
+        """
+        return torch.compile(self.model) if self.compute.compile else self.model
 
     def _begin(self, name: str) -> None:
         self.optimizer = self.new_optimizer()
@@ -217,6 +264,7 @@ class Loop:
         if self.adapter.due():
             self._remove(self.adapter)
             self._begin(name)
+            self._forward = self._compiled()
         if p.decided_at is None:
             return
         if p.zero_at is None and self.adapter.settled():
@@ -245,6 +293,7 @@ class Loop:
         zero = adapter.settled()
         before = outputs(self.model, probe)
         adapter.remove()
+        self.lay_out()
         p.removed_at = p.total
         if adapter.dpm is not None:
             p.events, p.heard = [asdict(e) for e in adapter.dpm.events], adapter.dpm.heard
@@ -289,3 +338,21 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
     with evaluating(model):
         out: Tensor = model(images)
     return out
+
+
+def latency(models: dict[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, float]:
+    """Median time of a forward pass in milliseconds, by model.
+
+    The models take turns, so that a busy machine slows all alike: their ratio is the figure to
+    trust.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds + 2):
+        for name, model in models.items():
+            started = time.perf_counter()
+            outputs(model, images)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
+            if turn >= 2:  # the first passes allocate, and choose algorithms
+                spent[name].append(1000 * (time.perf_counter() - started))
+    return {name: statistics.median(times) for name, times in spent.items()}

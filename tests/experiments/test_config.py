@@ -128,11 +128,6 @@ WRONG = {
         "rectify.criterion",
         "'trajectory' or 'hearing'",
     ),
-    "an unknown control": (
-        {"rectify.control": "oracle"},
-        "rectify.control",
-        "'random' or 'least-resistant'",
-    ),
     # contradictions
     "a setting of hearing": ({"rectify.threshold": 0.1}, "threshold", "'trajectory'"),
     "a setting of trajectory": ({**HEARING, "rectify.rate": 0.1}, "rate", "'hearing'"),
@@ -315,7 +310,6 @@ OTHERS = {
     "options.reg": 0.1,
     "smooth.steps": 6,
     "rectify.criterion": None,
-    "rectify.control": "random",
     "rectify.rate": 0.5,
     "rectify.length": 0.5,
     "rectify.batches": None,
@@ -326,9 +320,19 @@ OTHERS = {
     "rectify.waves": 2,
     "curve.every": 7,
     "curve.until": 70,
+    "data.label": "others",
+    "data.train": 900,
+    "data.validation": 100,
+    "compute.precision": "bfloat16",
+    "compute.compile": True,
 }
 HEARING_OTHERS = {"rectify.batches": 3, "rectify.threshold": 0.3}
-IN_DENSE_HASH = {k for k in OTHERS if k.startswith("dense.")} | {"model", "data.size"}
+IN_DENSE_HASH = {k for k in OTHERS if k.startswith("dense.")} | {
+    "model",
+    "data.size",
+    "compute.precision",
+    "compute.compile",
+}
 
 
 def leaves(table, prefix=""):
@@ -407,14 +411,22 @@ def test_a_configuration_survives_its_own_json():
 
 def test_settings_reach_the_core():
     rectify = tiny.config({"rectify.at": 0.8, "rectify.waves": 2, "rectify.restore": "keep"})
-    made = rectify.rectify.build(seed=3)
+    made = rectify.rectify.build()
     assert (made.criterion.rate, made.criterion.length) == (-1.0, -1000.0)
     assert (made.at, made.max_share, made.restore, made.waves) == (0.8, 0.3, "keep", 2)
-    heard = tiny.config({**HEARING, **HEARING_OTHERS}).rectify.build(seed=3).criterion
+    heard = tiny.config({**HEARING, **HEARING_OTHERS}).rectify.build().criterion
     assert (heard.batches, heard.threshold) == (3, 0.3)
-    drawn = tiny.config({"rectify.control": "random"}).rectify.build(seed=3).criterion
+    drawn = tiny.config().rectify.build("random", seed=3).criterion
     assert (drawn.seed, drawn.like.rate) == (3, -1.0)
-    least = tiny.config({"rectify.control": "least-resistant"}).rectify.build(seed=3).criterion
+    least = tiny.config().rectify.build("least-resistant").criterion
     assert (type(least).__name__, least.like.length) == ("LeastResistant", -1000.0)
     assert tiny.config().build_smooth().steps == 5
     assert tiny.config().build_options().speed_up == 2.0
+
+
+def test_other_data_on_the_command_line_drop_the_label_and_keep_the_rest(tmp_path):
+    changes = {"data.name": "folder:some", "data.label": "Some", "data.train": 100}
+    path = tiny.write(tmp_path / "labelled.toml", changes)
+    assert load(path, data="folder:some").data == load(path).data
+    other = load(path, data="digits", validation=50).data
+    assert (other.name, other.label, other.train, other.validation) == ("digits", None, 100, 50)

@@ -498,3 +498,47 @@ def test_cifar_is_taken_over_pixel_by_pixel(tmp_path, monkeypatch, name, kind, l
         for _ in range(50):
             i, y, x, c = (draw.randrange(n) for n in fake.data.shape)
             assert found[i, c, y, x] == fake.data[i, y, x, c]
+
+
+# ---------------------------------------------------------------------- parts of the training set
+
+
+def test_a_part_of_the_training_images_is_fixed_balanced_and_named(digits):
+    part = load("digits", Path("unused"), train=200)
+    assert part.label == "digits, 200 training images"
+    assert torch.equal(part.test, digits.test)
+    assert torch.equal(part.train, load("digits", Path("unused"), train=200).train)
+    assert part.train_labels.bincount().tolist() == pytest.approx([20] * 10, abs=2)
+    larger = load("digits", Path("unused"), train=300)
+    assert torch.equal(larger.train[:200], part.train)
+
+
+def test_validation_images_are_training_images_that_are_not_trained_on(digits):
+    made = load("digits", Path("unused"), train=900, validation=300)
+    assert made.label == "digits, 900 training images, 300 for validation"
+    assert (len(made.train), len(made.test)) == (900, 300)
+
+    def names(images):
+        return [image.numpy().tobytes() for image in images]
+
+    known, held, tested = (Counter(names(i)) for i in (digits.train, made.test, digits.test))
+    assert not Counter(names(made.train)) + held - known
+    assert not held & (tested - known)
+    assert made.test_labels.bincount().tolist() == pytest.approx([30] * 10, abs=2)
+
+
+def test_without_a_number_all_other_images_are_trained_on(digits):
+    made = load("digits", Path("unused"), validation=297)
+    assert (len(made.train), len(made.test)) == (1000, 297)
+    assert made.label == "digits, 1,000 training images, 297 for validation"
+
+
+@pytest.mark.parametrize(("train", "validation"), [(1298, None), (1000, 298), (None, 1297)])
+def test_more_images_than_there_are_are_refused_with_the_numbers(train, validation):
+    with pytest.raises(DataError, match=r"digits has 1297 training images.*lower data.train"):
+        load("digits", Path("unused"), train=train, validation=validation)
+
+
+def test_a_label_is_for_folders_only():
+    with pytest.raises(DataError, match="digits has a name of its own"):
+        load("digits", Path("unused"), label="CIFAR-10")

@@ -62,7 +62,7 @@ WAYS = {
     "sp": ("sp", MINIATURE),
     "sr": ("sr", MINIATURE),
     "sr by hearing": ("sr", HEARING),
-    "sr at random": ("sr", {**MINIATURE, "rectify.control": "random"}),
+    "sr at random": ("random", MINIATURE),
     "sr in two waves": ("sr", {**MINIATURE, "rectify.waves": 2, "stages.prune.epochs": 5}),
     "from scratch": ("sr", {**MINIATURE, "dense": tiny.GONE}),
     "otov2": ("sr", OTOV2),

@@ -45,9 +45,19 @@ FIELDS = {
     "structures": {"decayed": int, "released": int, "refilled": int, "pruned": int},
     "output_difference": (float, type(None)),
     "channels": dict,
+    "releases": list,
     "curve": list,
-    "steps": {"total": int, "decision": int, "zero": int, "removal": int, "heard": int},
+    "steps": {
+        "total": int,
+        "decision": int,
+        "zero": int,
+        "removal": int,
+        "heard": int,
+        "dense": int,
+    },
+    "latency": {"batch": int, "dense": float, "pruned": float},
     "seconds": float,
+    "loading": float,
 }
 
 
@@ -77,6 +87,8 @@ def test_a_record_has_all_its_fields(tiny_runs, variant):
     assert (record["data"], record["threads"]) == ("digits", 1)
     assert record["versions"]["torch-pruning"] == "1.6.1"
     assert record["seconds"] > 0
+    assert 0 < record["loading"] < 1
+    assert sum(n for _, _, n in record["releases"]) == record["structures"]["released"]
     assert all(0 <= value <= 100 for value in record["accuracy"].values())
     names = ["features.0", "features.3", "features.7", "features.10", "features.14", "features.17"]
     assert list(record["channels"]) == [*names, "classifier"]
@@ -411,7 +423,7 @@ def test_without_dense_training_a_run_starts_untrained(tmp_path, loops, variant)
     assert record["parameters"]["dense"] == count_parameters(untrained)
     assert record["parameters"]["pruned"] < record["parameters"]["dense"]
     title, *_ = table.markdown(table.read([made])).splitlines()
-    assert title == "depgraph, miniature, digits (miniature); from scratch"
+    assert title == "depgraph, miniature, digits (miniature); from scratch, 24 steps"
 
 
 @pytest.mark.usefixtures("miniature")

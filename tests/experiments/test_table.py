@@ -7,9 +7,11 @@ import math
 import re
 
 import pytest
+from scipy import stats
 
 from experiments import table
 from experiments.__main__ import main
+from experiments.pairs import detectable
 from experiments.run import RECORD_VERSION, RunError
 from tests.support.records import record, save
 
@@ -19,6 +21,7 @@ REESTIMATED = {"base": [40.0, 50.0, 60.0], "sp": [70.0, 70.0, 70.0], "sr": [71.0
 MACS = {"base": [250, 250, 250], "sp": [240, 250, 260], "sr": [200]}
 DECAYED = {"base": [0, 0, 0], "sp": [30, 30, 30], "sr": [30]}
 RELEASED = {"base": [0, 0, 0], "sp": [0, 0, 0], "sr": [4]}
+TITLE = "depgraph, vgg16-bn, CIFAR-10 (made-up)"
 
 
 @pytest.fixture
@@ -69,7 +72,7 @@ def test_rows_are_means_and_sample_deviations_over_seeds(records):
             "released": RELEASED[variant],
             "decayed": DECAYED[variant],
         }
-        assert row.keys() == {"variant", "seeds", *expected}
+        assert row.keys() == {"variant", "seeds", "difference", "published", *expected}
         assert row["seeds"] == list(range(n))
         for name, values in expected.items():
             assert row[name]["mean"] == pytest.approx(mean(values)), name
@@ -97,17 +100,34 @@ def cells(text: str) -> list[list[str]]:
 def test_markdown_shows_title_variants_and_figures(records):
     text = table.markdown(records)
     title, blank, *rest = text.splitlines()
-    assert title == "depgraph, vgg16-bn, CIFAR-10 (made-up); dense 91.00%"
+    assert title == f"{TITLE}; dense 91.00% after 40 steps, then 10 steps"
     assert blank == ""
     header, rule, *rows = cells(text)
-    assert header == [*table.HEADER]
-    assert all(set(cell) == {"-"} for cell in rule)
-    assert rows == [
-        ["base", "11.0 ± 1.7", "50.0 ± 10.0", "82.00 ± 2.00", "25.0", "21.0", "-", "3"],
-        ["+SP", "61.0 ± 1.0", "70.0 ± 0.0", "84.00 ± 2.65", "25.0", "21.0", "0.0 of 30", "3"],
-        ["+SR", "64.5", "71.0", "83.00", "20.0", "20.0", "4.0 of 30", "1"],
+    assert header == [
+        "paper (ResNet-56, CIFAR-10), %" if name == "paper" else name for name in table.HEADER
     ]
-    assert len(rest) == 5
+    assert all(set(cell) == {"-"} for cell in rule)
+    # +SP minus base: 1, 3 and 2 points. Student's t with 2 degrees of freedom: 4.303 and 1.061.
+    assert rows == [
+        [
+            *("base", "25.0", "21.0", "82.00 ± 2.00", "-", "-"),
+            *("11.0 ± 1.7", "50.0 ± 10.0", "-", "93.32", "3"),
+        ],
+        [
+            *("+SP", "25.0", "21.0", "84.00 ± 2.65", "+2.00 [-0.48, +4.48]", "3.10"),
+            *("61.0 ± 1.0", "70.0 ± 0.0", "0.0 of 30", "93.62 (+0.3)", "3"),
+        ],
+        [
+            *("+SR", "20.0", "20.0", "83.00", "+3.00", "-"),
+            *("64.5", "71.0", "4.0 of 30", "93.71 (+0.39)", "1"),
+        ],
+    ]
+    assert rest[5:] == [
+        "",
+        "- +SR minus +SP: +2.00 points, 1 pair",
+        "",
+        "One pair is too few to speak about 0.3 points.",
+    ]
 
 
 def test_the_columns_are_aligned(records):
@@ -137,7 +157,7 @@ def test_runs_without_a_dense_model_are_said_to_start_from_scratch(tmp_path):
     for one in made:
         save(tmp_path, one)
     title, *_ = table.markdown(table.read([tmp_path])).splitlines()
-    assert title == "depgraph, vgg16-bn, CIFAR-10 (made-up); from scratch"
+    assert title == f"{TITLE}; from scratch, 10 steps"
 
 
 def test_records_of_different_configurations_under_one_name_are_refused(records):
@@ -145,6 +165,138 @@ def test_records_of_different_configurations_under_one_name_are_refused(records)
     with pytest.raises(RunError, match=r"different configurations.*delete.*--out") as caught:
         table.markdown(records)
     assert "made-up" in str(caught.value)
+
+
+def test_two_records_of_one_run_are_refused(records):
+    with pytest.raises(RunError, match=r"made-up.* has 2 records of sp, seed 1; give only one"):
+        table.markdown([*records, record("sp", 1)])
+
+
+# ---------------------------------------------------------------------- pairs
+
+
+def runs(finals, **changes):
+    return [
+        record(variant, seed, accuracy__final=final, **changes)
+        for variant, by_seed in finals.items()
+        for seed, final in by_seed.items()
+    ]
+
+
+PAIRED = {
+    "base": {0: 80.0, 1: 81.0, 2: 82.0},
+    "sp": {0: 81.0, 1: 81.5, 2: 84.0},
+    "sr": {0: 81.0, 2: 83.5, 9: 10.0},
+    "random": {0: 81.5, 1: 82.0, 2: 83.0},
+    "least-resistant": {0: 79.0},
+}
+
+
+def test_differences_are_paired_by_seed():
+    rows = {row["variant"]: row for row in table.rows(runs(PAIRED)[::-1])}
+    assert list(rows) == [*PAIRED]
+    assert rows["base"]["difference"] is None
+    assert rows["sr"]["seeds"] == [0, 2, 9]
+    assert rows["sr"]["final"]["mean"] == pytest.approx((81 + 83.5 + 10) / 3)
+    sr = rows["sr"]["difference"]
+    assert (sr["pairs"], sr["mean"]) == (2, pytest.approx(1.25))  # seed 9 is no pair
+    for variant in ("sp", "sr", "random"):
+        shared = sorted(PAIRED[variant].keys() & PAIRED["base"].keys())
+        one, other = ([PAIRED[v][s] for s in shared] for v in (variant, "base"))
+        interval = stats.ttest_rel(one, other).confidence_interval(0.95)
+        found = rows[variant]["difference"]
+        assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
+    assert rows["least-resistant"]["difference"] == {
+        "pairs": 1,
+        "mean": -1.0,
+        **dict.fromkeys(("deviation", "low", "high", "detectable")),
+    }
+    json.dumps([*rows.values(), *table.contrasts(runs(PAIRED))], allow_nan=False)
+
+
+def test_sr_is_compared_with_its_controls_and_with_sp():
+    found = table.contrasts(runs(PAIRED))
+    assert [d["minus"] for d in found] == ["random", "least-resistant", "sp"]
+    assert [d["pairs"] for d in found] == [2, 1, 2]
+    assert [d["mean"] for d in found] == pytest.approx([0.0, 2.0, -0.25])
+    assert table.contrasts(runs({"sr": {0: 1.0}, "sp": {1: 1.0}, "base": {0: 1.0}})) == []
+
+
+def test_controls_have_rows_and_lines_of_their_own():
+    text = table.markdown(runs(PAIRED))
+    rows = {row[0]: row for row in cells(text)[2:]}
+    assert list(rows) == ["base", "+SP", "+SR", "random release", "least resistant"]
+    assert [row[-1] for row in rows.values()] == ["3", "3", "2 of 3", "3", "1"]
+    assert rows["random release"][-2] == rows["least resistant"][-2] == "-"
+    assert rows["least resistant"][4:6] == ["-1.00", "-"]
+    assert [line for line in text.splitlines() if line.startswith("- ")] == [
+        "- +SR minus random release: +0.00 [-6.35, +6.35] points, 2 pairs, 7.04 detectable",
+        "- +SR minus least resistant: +2.00 points, 1 pair",
+        "- +SR minus +SP: -0.25 [-3.43, +2.93] points, 2 pairs, 3.52 detectable",
+    ]
+
+
+def test_a_difference_of_nearly_nothing_has_no_minus():
+    made = runs({"base": {0: 80.0}, "sp": {0: 79.999}})
+    assert cells(table.markdown(made))[3][4] == "+0.00"
+
+
+def test_without_base_there_are_no_pairs():
+    text = table.markdown(runs({"sp": {0: 80.0, 1: 81.0}}))
+    (row,) = cells(text)[2:]
+    assert row[4:6] == ["-", "-"]
+    assert row[-1] == "0 of 2"
+    assert text.splitlines()[-1].startswith("| +SP")
+
+
+def many(pairs, spread):
+    """Differences of +SP to base of 0.5 points on average, with a known standard deviation."""
+    made = [spread * math.sqrt((pairs - 1) / pairs) * (-1) ** seed for seed in range(pairs)]
+    return runs(
+        {
+            "base": dict.fromkeys(range(pairs), 80.0),
+            "sp": {seed: 80.5 + d for seed, d in enumerate(made)},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("pairs", "spread", "small"),
+    [(2, 1.0, True), (24, 0.1, True), (26, 1.0, True), (26, 0.1, False), (90, 0.9, False)],
+)
+def test_a_section_says_when_it_is_too_small_for_the_effect_looked_for(pairs, spread, small):
+    text = table.markdown(many(pairs, spread))
+    last = text.splitlines()[-1]
+    assert (f"{pairs} pairs are too few to speak about 0.3 points" in last) == small
+    assert (f"{detectable(pairs, spread):.2f} points)" in last) == small
+    assert ("too few" in text) == small
+
+
+@pytest.mark.parametrize(
+    ("changes", "header", "shown"),
+    [
+        (
+            {"config": {"name": "s", "stages": {"sparse": {}, "prune": {}}}},
+            "ResNet-56",
+            "94.13 (+0.29)",
+        ),
+        ({"config": {"name": "s", "stages": {"prune": {}}}}, "ResNet-56", "93.71 (+0.39)"),
+        ({"config": {"name": "s"}}, "ResNet-56", "93.71 (+0.39)"),
+        ({"framework": "otov2"}, "VGG16-BN", "93.8 (+0.4)"),
+        ({"framework": "gate-decorator"}, "VGG16", "91.74 (+0.24)"),
+    ],
+)
+def test_published_accuracies_stand_beside_their_framework(changes, header, shown):
+    top, _, row = cells(table.markdown([record("sr", 0, **changes)]))
+    assert top[-2] == f"paper ({header}, CIFAR-10), %"
+    assert row[-2] == shown
+
+
+def test_a_framework_that_nothing_is_published_of_has_none():
+    made = [record("sr", 0, framework="another")]
+    top, _, row = cells(table.markdown(made))
+    assert (top[-2], row[-2]) == ("paper", "-")
+    assert table.rows(made)[0]["published"] is None
 
 
 # ---------------------------------------------------------------------- reading
@@ -160,9 +312,118 @@ def test_records_are_found_below_folders_and_as_files(tmp_path):
     assert table.files([tmp_path / "a", apart]) == [*made, apart]
 
 
+def lines(path, *texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def test_kept_records_are_read_line_by_line_beside_those_of_runs(tmp_path):
+    kept = lines(tmp_path / "kept.jsonl", *(json.dumps(record("sp", s)) for s in range(2)))
+    own = save(tmp_path / "a", record("base", 0))
+    assert table.files([tmp_path]) == [own, kept]
+    assert table.read([tmp_path]) == [record("base", 0), record("sp", 0), record("sp", 1)]
+    assert table.read([kept]) == [record("sp", 0), record("sp", 1)]
+    assert [path for path, _ in table.located([tmp_path])] == [own, kept, kept]
+    assert [made for _, made in table.located([tmp_path])] == table.read([tmp_path])
+
+
+@pytest.mark.parametrize("text", ['{"version": 3, "acc', "", "[1]", "{}"])
+def test_a_damaged_line_is_refused_by_file_and_number(tmp_path, text):
+    good = json.dumps(record())
+    path = lines(tmp_path / "kept.jsonl", good, text, good)
+    with pytest.raises(RunError) as caught:
+        table.read([tmp_path])
+    assert str(caught.value).startswith(f"{path}, line 2, is no record (")
+
+
+def test_a_line_of_another_version_is_refused_by_file_and_number(tmp_path):
+    path = lines(tmp_path / "k.jsonl", json.dumps(record()), json.dumps(record(version=2)))
+    with pytest.raises(RunError) as caught:
+        table.read([path])
+    assert (
+        str(caught.value) == f"{path}, line 2, has version 2, this release reads {RECORD_VERSION}"
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"\n"])
+def test_an_empty_file_of_kept_records_is_refused(tmp_path, content):
+    (tmp_path / "k.jsonl").write_bytes(content)
+    with pytest.raises(RunError, match="line 1, is no record"):
+        table.read([tmp_path])
+
+
+def test_a_file_of_kept_records_that_is_no_text_or_not_there_is_refused(tmp_path):
+    path = tmp_path / "k.jsonl"
+    with pytest.raises(RunError, match=r"k\.jsonl is no record .*No such file"):
+        table.read([path])
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RunError, match=r"k\.jsonl is no record"):
+        table.read([path])
+
+
+# ---------------------------------------------------------------------- keeping
+
+
+OTHER = {"config": {"name": "other"}, "config_hash": "f"}
+
+
+def test_records_are_kept_by_configuration_variant_and_seed(tmp_path):
+    order = [(v, s) for v in ("base", "sp", "sr", "random", "least-resistant") for s in (0, 2, 10)]
+    made = [record(v, s) for v, s in sorted(order)[::-1]] + [record("sp", 0, **OTHER)]
+    paths = table.keep(made, tmp_path / "kept")
+    assert paths == [tmp_path / "kept" / "made-up.jsonl", tmp_path / "kept" / "other.jsonl"]
+    assert [(r["variant"], r["seed"]) for r in table.read(paths[:1])] == order
+    assert table.read(paths[1:]) == made[-1:]
+    text = paths[0].read_text(encoding="utf-8")
+    assert text.count("\n") == len(order)
+    assert " " not in text
+    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == ["made-up.jsonl", "other.jsonl"]
+
+
+def test_keeping_adds_to_what_is_kept_and_replaces_the_same_run(tmp_path):
+    table.keep([record("sr", 0), record("base", 1, seconds=1.0)], tmp_path)
+    (path,) = table.keep([record("base", 1, seconds=2.0), record("base", 0)], tmp_path)
+    found = [(r["variant"], r["seed"], r["seconds"]) for r in table.read([path])]
+    assert found == [("base", 0, 1.0), ("base", 1, 2.0), ("sr", 0, 1.0)]
+    content = path.read_bytes()
+    table.keep(table.read([path]), tmp_path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [{"config_hash": "another"}, {"data": "digits"}])
+def test_keeping_refuses_to_mix_and_writes_nothing(tmp_path, change):
+    (path,) = table.keep([record("base", 0)], tmp_path)
+    content = path.read_bytes()
+    early = {"config": {"name": "early"}, "config_hash": "e"}  # would be written first
+    with pytest.raises(RunError, match=r"made-up\.jsonl.*different.*delete.*another name"):
+        table.keep([record("sp", 0, **change), record("sp", 0, **early)], tmp_path)
+    assert path.read_bytes() == content
+    assert [p.name for p in tmp_path.iterdir()] == ["made-up.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "twin", [record("sp", 0), record("sp", 1, config_hash="another")], ids=["run", "configuration"]
+)
+def test_records_that_contradict_one_another_are_not_kept(tmp_path, twin):
+    with pytest.raises(RunError, match="made-up"):
+        table.keep([record("sp", 0), twin], tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_damaged_file_of_kept_records_is_left_as_it_is(tmp_path):
+    path = lines(tmp_path / "made-up.jsonl", "half a reco")
+    with pytest.raises(RunError, match="line 1, is no record"):
+        table.keep([record()], tmp_path)
+    assert path.read_text() == "half a reco\n"
+
+
+# ---------------------------------------------------------------------- damage
+
+
 DAMAGED = {
     "nothing": b"",
-    "half": b'{"version": 2, "acc',
+    "half": b'{"version": 3, "acc',
     "no text": b"\xff\xfe\x00",
     "a list": b"[1, 2]",
     "no version": b"{}",
@@ -173,6 +434,8 @@ DAMAGED = {
     "no step at which nothing was left": json.dumps(
         record(steps={k: v for k, v in record()["steps"].items() if k != "zero"})
     ).encode(),
+    "no latency": json.dumps({k: v for k, v in record().items() if k != "latency"}).encode(),
+    "releases without their number": json.dumps(record(releases=[[3, "g"]])).encode(),
     "accuracy of no number": json.dumps(
         record(accuracy={"dense": "high", "at_removal": None})
     ).encode(),
@@ -223,7 +486,7 @@ def test_the_command_prints_the_table_and_last_the_path_of_its_figures(tmp_path,
     assert printed.startswith(table.markdown(table.read([tmp_path])) + "\n\n")
     assert printed.splitlines()[-1] == str(tmp_path / "table.json")
     (section,) = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
-    assert section["title"] == "depgraph, vgg16-bn, CIFAR-10 (made-up)"
+    assert section["title"] == TITLE
     assert section["rows"] == table.rows(records)
 
 
@@ -243,4 +506,5 @@ def test_the_table_of_real_runs_shows_what_their_records_say(tiny_runs):
     for name, variant in (("base", "base"), ("+SP", "sp"), ("+SR", "sr")):
         made = tiny_runs.record(variant)
         macs = 100 * made["macs"]["pruned"] / made["macs"]["dense"]
-        assert rows[name][3:5] == [f"{made['accuracy']['final']:.2f}", f"{macs:.1f}"]
+        assert rows[name][1] == f"{macs:.1f}"
+        assert rows[name][3] == f"{made['accuracy']['final']:.2f}"

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from experiments import models
-from experiments.config import Curve, Stage
+from experiments.config import Compute, Curve, Stage
 from experiments.data import Images, mixing
 from experiments.training import (
     EVALUATION_BATCH,
     Loop,
     accuracy,
     evaluating,
+    laid_out,
+    latency,
     learning_rate,
     outputs,
     reestimated,
@@ -269,3 +271,72 @@ def test_evaluating_gives_every_module_its_own_mode_back(fails):
     except RuntimeError:
         assert fails
     assert [m.training for m in model.modules()] == before
+
+
+# ---------------------------------------------------------------------- how the arithmetic is done
+
+
+def trained(compute: Compute) -> nn.Module:
+    loop = Loop(
+        model=laid_out(network()),
+        images=images(),
+        seed=0,
+        stages=[("dense", Stage(epochs=2, batch=20, learning_rate=0.05))],
+        adapter=None,
+        curve=Curve(),
+        save=lambda loop: None,
+        stop=lambda: False,
+        compute=compute,
+    )
+    loop.run()
+    assert 0 < loop.seconds_loading < loop.seconds_training
+    return loop.model
+
+
+def distance(left: nn.Module, right: nn.Module) -> float:
+    pairs = zip(left.parameters(), right.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def test_bfloat16_trains_float32_parameters_to_nearly_the_same_values():
+    plain, half = trained(Compute()), trained(Compute(precision="bfloat16"))
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    assert 1e-5 < distance(plain, half) < 0.1
+    assert distance(plain, network()) > 0.02
+
+
+def test_compiled_steps_train_as_plain_ones(monkeypatch):
+    # The compiler's own code generation is left out: it takes a minute.
+    asked = []
+
+    plain = torch.compile
+
+    def eager(model):
+        asked.append(model)
+        return plain(model, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", eager)
+    assert distance(trained(Compute()), trained(Compute(compile=True))) < 1e-5
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("widths", "layout"),
+    [((8, 0, 16), torch.channels_last), ((8, 0, 12), torch.contiguous_format)],
+)
+def test_kernels_are_channels_last_while_all_widths_are_multiples_of_eight(widths, layout):
+    model = laid_out(models.VGG(widths, 3, 10))
+    before = state(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=layout)
+    assert same(before, state(laid_out(model)))
+
+
+def test_latency_is_a_positive_time_of_every_model_and_changes_nothing():
+    small, large = network(), models.VGG((64, 64, 64), 1, 10)
+    before = state(small)
+    found = latency({"small": small, "large": large}, torch.zeros(64, 1, 8, 8), rounds=3)
+    assert 0 < found["small"] < found["large"]
+    assert same(before, state(small))
+    assert small.training

@@ -11,7 +11,7 @@ from experiments.run import RECORD_VERSION
 
 RECORD: dict[str, Any] = {
     "version": RECORD_VERSION,
-    "config": {"name": "made-up"},
+    "config": {"name": "made-up", "stages": {"prune": {}}},
     "config_hash": "0123456789abcdef",
     "framework": "depgraph",
     "model": "vgg16-bn",
@@ -34,8 +34,11 @@ RECORD: dict[str, Any] = {
     "output_difference": None,
     "channels": {"first": [16, 8], "second": [32, 10], "head": [10, 10]},
     "curve": [[0, 90.0], [0, 10.0], [5, 40.0], [10, 60.0]],
-    "steps": {"total": 10, "decision": 0, "zero": 0, "removal": 0, "heard": 0},
+    "steps": {"total": 10, "decision": 0, "zero": 0, "removal": 0, "heard": 0, "dense": 40},
+    "releases": [],
+    "latency": {"batch": 128, "dense": 2.0, "pruned": 1.0},
     "seconds": 1.0,
+    "loading": 0.1,
 }
 
 

@@ -1,0 +1,118 @@
+"""Paired statistics against SciPy's t-test, against simulation, and by their symmetries."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from experiments.pairs import Difference, detectable, difference
+
+values = st.floats(0, 100)
+pairs = st.dictionaries(st.integers(0, 99), st.tuples(values, values), min_size=2, max_size=30)
+
+
+def split(by_seed):
+    return {s: a for s, (a, _) in by_seed.items()}, {s: b for s, (_, b) in by_seed.items()}
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 25, 90])
+def test_the_interval_is_that_of_the_paired_t_test(n):
+    draw = np.random.default_rng(n)
+    one, other = draw.normal(90, 1, n), draw.normal(89.7, 1, n)
+    found = difference(dict(enumerate(one.tolist())), dict(enumerate(other.tolist())))
+    interval = stats.ttest_rel(one, other).confidence_interval(0.95)
+    assert found.pairs == n
+    assert found.mean == pytest.approx((one - other).mean())
+    assert found.deviation == pytest.approx((one - other).std(ddof=1))
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.detectable == detectable(n, found.deviation)
+
+
+def test_known_numbers():
+    found = difference({1: 3.0, 2: 4.0, 3: 8.0}, {1: 2.0, 2: 2.0, 3: 5.0})
+    assert (found.pairs, found.mean, found.deviation) == (3, 2.0, 1.0)
+    # Tables of Student's t with 2 degrees of freedom: 4.3027 at 97.5%, 1.0607 at 80%.
+    assert found.low == pytest.approx(2 - 4.3027 / math.sqrt(3), abs=1e-4)
+    assert found.high == pytest.approx(2 + 4.3027 / math.sqrt(3), abs=1e-4)
+    assert found.detectable == pytest.approx((4.3027 + 1.0607) / math.sqrt(3), abs=1e-4)
+
+
+def test_seeds_that_only_one_of_them_has_are_left_out_in_any_order():
+    one, other = {3: 1.0, 0: 5.0, 7: 9.0}, {0: 4.0, 1: 90.0, 3: 2.0}
+    assert difference(one, other) == difference({0: 5.0, 3: 1.0}, {0: 4.0, 3: 2.0})
+
+
+def test_without_a_common_seed_there_is_no_difference():
+    assert difference({0: 1.0}, {1: 1.0}) is None
+    assert difference({}, {}) is None
+
+
+def test_one_pair_has_a_mean_and_nothing_else():
+    assert difference({4: 90.5}, {4: 90.0}) == Difference(1, 0.5, None, None, None, None)
+
+
+def test_pairs_that_all_differ_by_as_much_have_no_spread():
+    assert difference({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}) == Difference(2, 1.0, 0.0, 1.0, 1.0, 0.0)
+
+
+@given(pairs)
+def test_exchanging_the_two_changes_the_sign(by_seed):
+    one, other = split(by_seed)
+    there, back = difference(one, other), difference(other, one)
+    assert there.mean == -back.mean
+    assert (there.low, there.high) == (-back.high, -back.low)
+    assert (there.deviation, there.detectable) == (back.deviation, back.detectable)
+
+
+@given(pairs, st.floats(-10, 10))
+def test_a_shift_of_one_moves_the_interval_and_nothing_else(by_seed, shift):
+    one, other = split(by_seed)
+    plain, moved = difference(one, other), difference({s: v + shift for s, v in one.items()}, other)
+    for name in ("mean", "low", "high"):
+        assert getattr(moved, name) == pytest.approx(getattr(plain, name) + shift, abs=1e-8)
+    for name in ("deviation", "detectable"):
+        assert getattr(moved, name) == pytest.approx(getattr(plain, name), abs=1e-8)
+
+
+@given(pairs)
+def test_the_mean_lies_in_its_interval_and_what_is_detectable_exceeds_half_of_it(by_seed):
+    found = difference(*split(by_seed))
+    assert found.low <= found.mean <= found.high
+    assert found.detectable >= (found.high - found.low) / 2 - 1e-12
+
+
+# ---------------------------------------------------------------------- power
+
+
+@pytest.mark.parametrize(
+    ("n", "within"), [(2, 0.07), (3, 0.035), (4, 0.017), (10, 0.002), (25, 0.001), (90, 0.001)]
+)
+def test_the_detectable_effect_is_found_with_a_power_of_80_percent(n, within):
+    effect, spread = detectable(n, 1.7), 1.7
+    centre = effect / spread * math.sqrt(n)
+    power = stats.nct.sf(stats.t.ppf(0.975, n - 1), n - 1, centre)
+    assert power == pytest.approx(0.8, abs=within)
+
+
+@pytest.mark.parametrize("n", [5, 25])
+def test_simulated_comparisons_find_it_four_times_in_five(n):
+    draws = np.random.default_rng(0).normal(detectable(n, 0.8), 0.8, (20_000, n))
+    found = stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.015)
+
+
+@given(st.integers(2, 200), st.floats(0.01, 10))
+def test_more_pairs_find_less_and_twice_the_spread_hides_twice_as_much(n, spread):
+    assert detectable(n + 1, spread) < detectable(n, spread)
+    assert detectable(n, 2 * spread) == pytest.approx(2 * detectable(n, spread))
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_fewer_than_two_pairs_have_no_detectable_effect(n):
+    with pytest.raises(ValueError, match=f"{n} pairs have no t-test; it takes 2"):
+        detectable(n, 1.0)
