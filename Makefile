@@ -15,19 +15,19 @@ DATA ?=
 FLAGS ?=
 
 CONFIGS := experiments/configs
-# Every framework has a configuration for digits, and one for CIFAR-10: its benchmark's recipe.
+# Every framework has a configuration for digits. One for CIFAR-10, if any, is its benchmark's recipe.
 FRAMEWORKS := $(patsubst %-digits.toml,%,$(notdir $(wildcard $(CONFIGS)/*-digits.toml)))
 BENCHES := $(addprefix bench-,$(FRAMEWORKS))
 RECORDS ?=
 SHOWN = $(or $(RECORDS),$(if $(wildcard $(OUT)),$(OUT),experiments/records))
 digits = $(CONFIGS)/$(1)-digits.toml
-recipe = $(if $(filter-out digits,$(DATA)),$(CONFIGS)/$(1)-cifar10.toml,$(call digits,$(1)))
+recipe = $(or $(if $(filter-out digits,$(DATA)),$(wildcard $(CONFIGS)/$(1)-cifar10.toml)),$(call digits,$(1)))
 
 # A comparison is small enough for two cores: all digits, or 10,000 images and a slim network.
 small = $(CONFIGS)/$(FRAMEWORK)-$(if $(filter-out digits,$(DATA)),$(NETWORK),digits).toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint $(BENCHES) compare bench-overhead table plots report results clean
+.PHONY: help setup demo test lint $(BENCHES) compare bench-overhead table plots report results docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1|\2/' \
@@ -79,11 +79,17 @@ results: $(SETUP) ## RESULTS.md and the README's table, anew from the kept recor
 test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones
 	@$(PY) -m pytest -n auto $(FLAGS)
 
+docs: $(SETUP) ## the documentation as HTML in docs/_build; a warning is an error
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@rm -rf docs/tutorials && mkdir -p docs/tutorials && cp tutorials/*.ipynb docs/tutorials/
+	@$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build
+	@echo docs/_build/index.html
+
 lint: $(SETUP) ## ruff (lint and format) and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
 clean: ## remove runs, caches and the environment; downloads in data/ stay
-	rm -rf $(VENV) $(OUT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OUT) build dist docs/_build docs/tutorials *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,12 @@
-"""Adapters by name, imported only when asked for: a new one adds a line here."""
+"""Adapters by name, imported only when asked for: a new one adds a line here.
+
+One from outside the repository is found by an entry point of the group ``decay_pruning.adapters``.
+"""
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
+from inspect import isclass
 
 from .base import Adapter, AdapterError
 
@@ -10,18 +14,61 @@ ADAPTERS = {
     "depgraph": "adapters.depgraph:DepGraph",
     "otov2": "adapters.otov2:OTOv2",
     "gate-decorator": "adapters.gate_decorator:GateDecorator",
+    "torch-prune": "adapters.torch_prune:TorchPrune",
 }
+GROUP = "decay_pruning.adapters"
+"""The group of entry points in which installed packages offer adapters, by framework."""
 
 
 def load(name: str) -> type[Adapter]:
-    """The adapter class of a framework.
+    """The adapter class of a framework, from here or from an installed package.
 
     Raises:
-        AdapterError: there is no adapter of that name.
-        ImportError: its framework is missing; the message names the extra to install.
+        AdapterError: there is no adapter of that name, more than one, or an installed package
+            offers one that cannot be used.
+        ImportError: the framework of one from here is missing; the message names the extra to
+            install.
     """
-    if name not in ADAPTERS:
-        raise AdapterError(f"there is no adapter {name!r}; there are: {', '.join(ADAPTERS)}")
+    offered = sorted(metadata.entry_points(group=GROUP), key=lambda e: (e.name, _package(e)))
+    found = [e for e in offered if e.name == name]
+    makers = [f"{e.value} of {_package(e)}" for e in found]
+    if name in ADAPTERS:
+        makers.insert(0, f"{ADAPTERS[name]} of this repository")
+    if not makers:
+        # Built-in names first, each name once.
+        names = dict.fromkeys([*ADAPTERS, *(e.name for e in offered)])
+        raise AdapterError(f"there is no adapter {name!r}; there are: {', '.join(names)}")
+    if len(makers) > 1:
+        raise AdapterError(
+            f"the adapter {name!r} is offered more than once: {', '.join(makers)}. Records would "
+            "not tell which of them ran: rename one, or uninstall its package"
+        )
+    if found:
+        return _installed(found[0])
     module, attribute = ADAPTERS[name].split(":")
-    found: type[Adapter] = getattr(import_module(module), attribute)
+    built_in: type[Adapter] = getattr(import_module(module), attribute)
+    return built_in
+
+
+def _installed(entry: metadata.EntryPoint) -> type[Adapter]:
+    where = f"the adapter {entry.name!r} ({entry.value}) of the installed package {_package(entry)}"
+    try:
+        found = entry.load()
+    except Exception as cause:
+        raise AdapterError(
+            f"{where} cannot be loaded ({type(cause).__name__}: {cause}); repair or uninstall the "
+            "package"
+        ) from cause
+    if not (isclass(found) and issubclass(found, Adapter)):
+        raise AdapterError(f"{where} is no class derived from adapters.base.Adapter")
+    missing = sorted(
+        {*getattr(found, "__abstractmethods__", ())}
+        | {a for a in ("Options", "stages") if not hasattr(found, a)}
+    )
+    if missing:
+        raise AdapterError(f"{where} does not define {', '.join(missing)}; see adapters/base.py")
     return found
+
+
+def _package(entry: metadata.EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unnamed package"

@@ -49,14 +49,20 @@ def parser() -> argparse.ArgumentParser:
     _common(many)
 
     small = commands.add_parser("export", help="a run's pruned model as ONNX")
-    small.add_argument("model", type=Path, help="a run's model.pt")
+    small.add_argument("model", type=Path, help="a run's model.safetensors")
 
-    for name, what in (("table", "table of finished runs"), ("plots", "plots of finished runs")):
+    for name, what in (
+        ("table", "table of finished runs"),
+        ("plots", "plots of finished runs"),
+        ("report", "one page of all there is to see of finished runs"),
+        ("keep", "take finished runs into the records that are kept"),
+    ):
         shown = commands.add_parser(name, help=what)
         shown.add_argument(
             "paths", type=Path, nargs="*", help="records or folders (default: --out)"
         )
         shown.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept")
+    commands.add_parser("results", help="RESULTS.md and the README's tables from the kept records")
     return top
 
 
@@ -113,10 +119,27 @@ def _figures(paths: list[Path], out: Path) -> Path:
 
 
 def _plots(paths: list[Path], out: Path) -> None:
-    from . import plot  # only now: matplotlib takes a second to load
+    from . import plot
 
     for made in plot.plot(table.located(paths), out / "plots"):
         print(made)
+
+
+def _show(command: str, paths: list[Path], out: Path) -> None:
+    if command == "table":
+        print(table.markdown(table.read(paths)), end="\n\n")
+        print(_figures(paths, out))
+    elif command == "plots":
+        _plots(paths, out)
+    elif command == "report":
+        from .report import report
+
+        print(report(table.located(paths), out / "report.html"))
+    else:
+        from .results import keep
+
+        for path in keep(table.located(paths)):
+            print(path)
 
 
 def _common(command: argparse.ArgumentParser) -> None:
@@ -170,12 +193,13 @@ def main(arguments: list[str] | None = None) -> int:
             from .export import export  # only now: onnxruntime takes a while to load
 
             print(export(args.model))
-        elif args.command == "table":
-            paths = args.paths or [args.out]
-            print(table.markdown(table.read(paths)), end="\n\n")
-            print(_figures(paths, args.out))
+        elif args.command == "results":
+            from . import results  # only now, and below: matplotlib takes a second to load
+
+            for path in results.renew():
+                print(path)
         else:
-            _plots(args.paths or [args.out], args.out)
+            _show(args.command, args.paths or [args.out], args.out)
     except Stopped:
         print("stopped; the same command with --resume goes on", file=sys.stderr)
         return STOPPED

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import write
-from .run import RunError, load_model
+from .run import RunError, load_example, load_model
 from .training import evaluating, outputs
 
 TOLERANCE = 1e-4
@@ -66,15 +66,10 @@ def export(path: Path) -> Path:
     """Write a run's pruned model as ONNX beside its file.
 
     Args:
-        path: a run's ``model.pt``.
+        path: a run's ``model.safetensors``.
 
     Raises:
         RunError: the file is no model, or ONNX does not give its outputs.
     """
-    model = load_model(path)
-    saved = torch.load(path, weights_only=True)
-    size = saved["image_size"]
-    draw = torch.Generator().manual_seed(0)
-    example = torch.randn(4, saved["in_channels"], size, size, generator=draw)
-    onnx(model, example, path.with_suffix(".onnx"))
+    onnx(load_model(path), load_example(path), path.with_suffix(".onnx"))
     return path.with_suffix(".onnx")

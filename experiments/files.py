@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
+from adapters.saved import write
 
-def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Write through a temporary file beside the target, flushed to disk before it takes its name.
-
-    Args:
-        path: the target; missing folders are made.
-        fill: writes the content to an open binary file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        # Temporary files are private; this one takes the permissions of any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        with os.fdopen(handle, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+__all__ = ["save_json", "save_tensors", "write"]
 
 
 def save_json(path: Path, content: Any) -> None:

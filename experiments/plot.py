@@ -1,9 +1,11 @@
-"""Plots from runs: norms of decaying structures, accuracy around removal, channels per layer."""
+"""Plots from runs: norms, accuracy, channels, releases, latency. Each function draws one figure."""
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +17,86 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
+from . import table
 from .files import write
-from .run import VARIANTS
-from .table import Record, sections
+from .run import CONTROLS, RunError, Variant
+from .table import ORDER, Record, sections
 
-NAMES = {"base": "base", "sp": "+SP", "sr": "+SR"}
-COLOURS = {"base": "#6b6b6b", "sp": "#0072b2", "sr": "#d55e00"}
+Samples = Mapping[str, Mapping[str, Any]]
+"""Sampled norms by variant, see :func:`sample_norms`."""
+
+RELEASING: tuple[Variant, ...] = ("sr", *CONTROLS)
+NAMES: Mapping[str, str] = {**table.NAMES}
+mpl.rcParams["text.parse_math"] = False  # names are names, dollars and all
+# Okabe and Ito's colours, which the colour-blind tell apart; the controls' lines are broken too.
+COLOURS = {
+    "base": "#6b6b6b",
+    "sp": "#0072b2",
+    "sr": "#d55e00",
+    "random": "#cc79a7",
+    "least-resistant": "#009e73",
+}
+STYLES: dict[str, Any] = {
+    "base": "-",
+    "sp": "-",
+    "sr": "-",
+    "random": "--",
+    "least-resistant": "-.",
+}
 PRUNED, RELEASED, REFILLED = "#9aa5b1", "#d55e00", "#0072b2"
-LINES = 60
-"""Norm trajectories drawn per kind; more would hide one another."""
+KINDS = {
+    "decayed to zero": PRUNED,
+    "released": RELEASED,
+    "decayed in their place": REFILLED,
+}
+"""What becomes of a structure that starts to decay, and the colour of its trajectory."""
+DENSE, EDGE = "#d9d9d9", "#ffffff"
+MARKERS = "os^DvPX*<>hp"
+LINES = 20
+"""Norm trajectories sampled per kind; more would hide one another."""
+POINTS = 25
+"""Points sampled per trajectory."""
 
 
-def plot(runs: Sequence[tuple[Path, Record]], out: Path) -> list[Path]:
-    """Draw all plots of some runs.
+PICTURES = ("accuracy", "channels", "norms")
+
+
+def plot(
+    runs: Sequence[tuple[Path, Record]], out: Path, kinds: Sequence[str] = PICTURES
+) -> list[Path]:
+    """Draw the plots of some runs as pictures.
 
     Args:
-        runs: each record with the path it was read from; ``trace.pt`` is looked for beside it.
+        runs: each record with the path it was read from; norms are looked for beside it.
         out: the folder for the pictures.
+        kinds: which of :data:`PICTURES`.
 
     Returns:
         The pictures' paths.
     """
-    paths = {id(record): path for path, record in runs}
     made = []
     for title, members in sections([record for _, record in runs]):
-        name = f"{members[0]['config']['name']}-{_plain(members[0]['data'])}"
-        made.append(_save(_accuracy(title, members), out / f"{name}-accuracy.png"))
-        made.append(_save(_channels(title, members), out / f"{name}-channels.png"))
-        traces = {}
-        for variant in ("sp", "sr"):
-            for record in sorted(members, key=lambda r: r["seed"]):
-                file = paths[id(record)].parent / "trace.pt"
-                if record["variant"] == variant and file.exists() and variant not in traces:
-                    traces[variant] = (record["seed"], torch.load(file, weights_only=True))
-        if traces:
-            made.append(_save(_norms(title, traces), out / f"{name}-norms.png"))
+        name = stem(members)
+        if "accuracy" in kinds:
+            made.append(_save(draw_accuracy(members, title), out / f"{name}-accuracy.png"))
+        if "channels" in kinds:
+            made.append(_save(draw_channels(members, title), out / f"{name}-channels.png"))
+        if "norms" in kinds and (samples := find_norms(runs, members)):
+            made.append(_save(draw_norms(samples, title), out / f"{name}-norms.png"))
     return made
 
 
-def _plain(label: str) -> str:
+def stem(members: Sequence[Record]) -> str:
+    """How the names of a section's pictures begin."""
+    return f"{members[0]['config']['name']}-{plain(members[0]['data'])}"
+
+
+def plain(label: str) -> str:
+    """A label as part of a file's name or a link's target."""
     return "".join(c if c.isalnum() else "-" for c in label.lower()).strip("-")
 
 
@@ -64,80 +106,244 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _norms(title: str, traces: dict[str, tuple[int, dict[str, Any]]]) -> Figure:
-    """Norms over the optimizer's steps since the decision; releases marked."""
+# ---------------------------------------------------------------------- sampled norms
+
+
+def sample_norms(saved: Mapping[str, Any], seed: int, variant: str) -> dict[str, Any]:
+    """Some norm trajectories of a run, small enough to be kept with its record.
+
+    Args:
+        saved: the content of a run's ``trace.pt``.
+        seed: the run's.
+        variant: the run's.
+
+    Returns:
+        Plain values, as JSON has them: ``variant`` and ``seed``; ``counts``, all structures by
+        kind (:data:`KINDS`); ``lines``, at most :data:`LINES` trajectories of each kind, of at most
+        :data:`POINTS` pairs of optimizer step and norm; ``releases``, such a pair for every release
+        of a trajectory in ``lines``.
+    """
+    started: dict[tuple[str, int], tuple[int, float]] = {}
+    released: dict[tuple[str, int], int] = {}
+    refilled: set[tuple[str, int]] = set()
+    for event in saved["events"]:
+        for k, norm in zip(event["structures"], event["norms"], strict=True):
+            key = (event["group"], k)
+            if event["kind"] == "decay":
+                started[key] = (event["step"], norm)
+                released.pop(key, None)  # it was released before, and now goes after all
+                (refilled.add if event["wave"] else refilled.discard)(key)
+            elif event["kind"] == "release":
+                released[key] = event["step"]
+    keys: dict[str, list[tuple[str, int]]] = {kind: [] for kind in KINDS}
+    for key in started:
+        kind = "decayed to zero"
+        if key in released:
+            kind = "released"
+        elif key in refilled:
+            kind = "decayed in their place"
+        keys[kind].append(key)
+    lines: dict[str, list[list[tuple[int, float]]]] = {}
+    marks: list[tuple[int, float]] = []
+    for kind, of_kind in keys.items():
+        if not of_kind:
+            continue
+        lines[kind] = []
+        for key in of_kind[:: -(-len(of_kind) // LINES)]:
+            group, k = key
+            line = [started[key]]
+            line += [
+                (step, groups[group][k])
+                for step, groups in saved["trace"]
+                if step > line[0][0] and k in groups.get(group, {})
+            ]
+            at = [i for i, (step, _) in enumerate(line) if step == released.get(key)]
+            lines[kind].append(_rounded(_thinned(line, at)))
+            marks += _rounded([line[i] for i in at])
+    return {
+        "variant": variant,
+        "seed": seed,
+        "counts": {kind: len(keys[kind]) for kind in lines},
+        "lines": lines,
+        "releases": marks,
+    }
+
+
+def _thinned(line: list[tuple[int, float]], keep: Iterable[int]) -> list[tuple[int, float]]:
+    """Some points of a line: its ends, those to keep, and where straight pieces miss it most."""
+    chosen = sorted({0, len(line) - 1, *keep})
+    tolerance = 0.002 * max(abs(norm) for _, norm in line)
+    while len(chosen) < POINTS:
+        worst, place = tolerance, None
+        for i, j in pairwise(chosen):
+            (x, y), (end, last) = line[i], line[j]
+            for n in range(i + 1, j):
+                off = abs(line[n][1] - (y + (last - y) * (line[n][0] - x) / (end - x)))
+                if off > worst:
+                    worst, place = off, n
+        if place is None:
+            break
+        chosen = sorted([*chosen, place])
+    return [line[i] for i in chosen]
+
+
+def _rounded(line: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(step, float(f"{norm:.4g}")) for step, norm in line]
+
+
+def find_norms(
+    runs: Sequence[tuple[Path, Record]], members: Sequence[Record]
+) -> dict[str, Mapping[str, Any]]:
+    """Sampled norms of a section's first +SP and +SR runs, from their traces or as they were kept.
+
+    Args:
+        runs: each record with the path it was read from. Beside it may lie the run's ``trace.pt``,
+            or, written by :func:`keep_norms`, ``<configuration's name>-norms.json``.
+        members: the section's records, out of ``runs``.
+
+    Raises:
+        RunError: a kept file is damaged.
+    """
+    paths = {id(record): path for path, record in runs}
+    found: dict[str, Mapping[str, Any]] = {}
+    for variant in ("sp", "sr"):
+        mine = sorted((r for r in members if r["variant"] == variant), key=lambda r: r["seed"])
+        for record in mine:
+            path = paths[id(record)]
+            trace = path.with_name("trace.pt")
+            kept = path.with_name(f"{record['config']['name']}-norms.json")
+            if path.name == "record.json" and trace.exists():
+                saved = torch.load(trace, weights_only=True)
+                found[variant] = sample_norms(saved, record["seed"], variant)
+            elif kept.exists() and (sample := _kept(kept, record)) is not None:
+                found[variant] = sample
+            if variant in found:
+                break
+    return found
+
+
+def _kept(path: Path, record: Record) -> Mapping[str, Any] | None:
+    """A run's sample in a file of kept ones, if it is there."""
+    try:
+        for entry in json.loads(path.read_text(encoding="utf-8"))["norms"]:
+            sample: dict[str, Any] = entry["sample"]
+            of = (entry["config_hash"], sample["variant"], sample["seed"])
+            if of == (record["config_hash"], record["variant"], record["seed"]):
+                for kind in sample["lines"]:
+                    KINDS[kind], sample["counts"][kind]
+                return sample
+    except (OSError, ValueError, KeyError, TypeError) as cause:
+        reason = " ".join(str(cause).split())
+        raise RunError(
+            f"{path} holds no norms ({reason}); delete it, and keep the runs anew"
+        ) from cause
+    return None
+
+
+def keep_norms(runs: Sequence[tuple[Path, Record]], path: Path) -> Path | None:
+    """Write the sampled norms of some runs into a file to be kept beside their records.
+
+    Args:
+        runs: each record with the path it was read from; ``trace.pt`` is looked for beside it.
+        path: the file, for :func:`find_norms` ``<configuration's name>-norms.json``.
+
+    Returns:
+        The path, or ``None`` where no run has a trace: then no file is written.
+    """
+    entries = [
+        json.dumps({"config_hash": members[0]["config_hash"], "sample": sample}, allow_nan=False)
+        for _, members in sections([record for _, record in runs])
+        for sample in find_norms(runs, members).values()
+    ]
+    if not entries:
+        return None
+    text = '{"norms": [\n' + ",\n".join(entries) + "\n]}\n"
+    write(path, lambda file: file.write(text.encode()))
+    return path
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def draw_norms(
+    samples: Samples, title: str = "", size: tuple[float, float] = (5.2, 3.8), top: float = 0.0
+) -> Figure:
+    """Norms over the optimizer's steps, one panel per variant; releases are marked.
+
+    Args:
+        samples: by variant.
+        title: above all panels, if any.
+        size: of one panel, in inches.
+        top: what the norms' axis reaches at least, for figures that are to be compared.
+    """
     figure, axes = plt.subplots(
         1,
-        len(traces),
-        figsize=(5.2 * len(traces), 3.8),
+        len(samples),
+        figsize=(size[0] * len(samples), size[1]),
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    for axis, (variant, (seed, saved)) in zip(axes[0], traces.items(), strict=True):
-        initial: dict[tuple[str, int], float] = {}
-        started: dict[tuple[str, int], int] = {}
-        released: dict[tuple[str, int], int] = {}
-        refilled: set[tuple[str, int]] = set()
-        for event in saved["events"]:
-            for k, norm in zip(event["structures"], event["norms"], strict=True):
-                key = (event["group"], k)
-                if event["kind"] == "decay":
-                    initial[key], started[key] = norm, event["step"]
-                    if event["wave"]:
-                        refilled.add(key)
-                elif event["kind"] == "release":
-                    released[key] = event["step"]
-        lines: dict[tuple[str, int], list[tuple[int, float]]] = {
-            key: [(started[key], norm)] for key, norm in initial.items()
-        }
-        for step, groups in saved["trace"]:
-            for group, norms in groups.items():
-                for k, norm in norms.items():
-                    if step > started[group, k]:
-                        lines[group, k].append((step, norm))
-        kinds = {
-            "decayed to zero": (
-                [k for k in lines if k not in released and k not in refilled],
-                PRUNED,
-            ),
-            "released": ([k for k in lines if k in released], RELEASED),
-            "decayed in their place": ([k for k in lines if k in refilled], REFILLED),
-        }
-        for label, (keys, colour) in kinds.items():
-            for i, key in enumerate(keys[:: -(-len(keys) // LINES) or 1]):
+    for axis, (variant, sample) in zip(axes[0], samples.items(), strict=True):
+        for kind, lines in sample["lines"].items():
+            for i, line in enumerate(lines):
                 axis.plot(
-                    *zip(*lines[key], strict=True),
-                    color=colour,
+                    *zip(*line, strict=True),
+                    color=KINDS[kind],
                     linewidth=0.9,
                     alpha=0.8,
-                    label=f"{label} ({len(keys)})" if i == 0 else None,
+                    label=f"{kind} ({sample['counts'][kind]})" if i == 0 else None,
                 )
-        if released:
-            marks = [dict(lines[k]).get(s, None) for k, s in released.items()]
+        if sample["releases"]:
             axis.plot(
-                list(released.values()),
-                marks,
+                *zip(*sample["releases"], strict=True),
                 "v",
                 color=RELEASED,
                 markersize=6,
-                markeredgecolor="white",
+                markeredgecolor=EDGE,
                 linestyle="none",
             )
-        axis.set_title(f"{NAMES[variant]}, seed {seed}")
+        if title:
+            axis.set_title(f"{NAMES[variant]}, seed {sample['seed']}")
+        axis.xaxis.set_major_locator(_whole())
         axis.set_xlabel("optimizer steps since the core was attached")
-        axis.legend(frameon=False, fontsize=8)
+        if title and sample["lines"]:
+            axis.legend(frameon=False, fontsize=8)
     axes[0][0].set_ylabel("norm")
-    axes[0][0].set_ylim(bottom=0)  # only now: it would freeze the top of what is drawn later
-    figure.suptitle(f"Norms of decaying structures\n{title}", fontsize=10)
+    # Only now: it would freeze the top of what is drawn later.
+    axes[0][0].set_ylim(bottom=0, top=max(axes[0][0].get_ylim()[1], 1.05 * top))
+    if title:
+        figure.suptitle(f"Norms of decaying structures\n{title}", fontsize=10)
+    elif any(sample["lines"] for sample in samples.values()):
+        _legend_above(figure, 2)
     return figure
 
 
-def _accuracy(title: str, members: Sequence[Record]) -> Figure:
+def _whole() -> MaxNLocator:
+    """Ticks at round whole numbers, for steps."""
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
+
+
+def highest(samples: Samples) -> float:
+    """The largest norm in some samples."""
+    lines = [line for s in samples.values() for of_kind in s["lines"].values() for line in of_kind]
+    return max((norm for line in lines for _, norm in line), default=0.0)
+
+
+def by_variant(
+    members: Sequence[Record], variants: Sequence[str] = ORDER
+) -> dict[str, list[Record]]:
+    """Records by variant, in the order of tables; only variants that have any."""
+    grouped = {v: [r for r in members if r["variant"] == v] for v in variants}
+    return {v: runs for v, runs in grouped.items() if runs}
+
+
+def draw_accuracy(
+    members: Sequence[Record], title: str = "", size: tuple[float, float] = (7, 4)
+) -> Figure:
     """Test accuracy over the steps since the decision; one faint line per seed, and the mean."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for variant in VARIANTS:
-        runs = [r for r in members if r["variant"] == variant]
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    for variant, runs in by_variant(members).items():
         for record in runs:
             axis.plot(
                 *zip(*record["curve"], strict=True),
@@ -145,14 +351,18 @@ def _accuracy(title: str, members: Sequence[Record]) -> Figure:
                 alpha=0.25,
                 linewidth=0.8,
             )
-        if runs:
-            _mean_line(axis, variant, runs)
-            zero = statistics.fmean(r["steps"]["zero"] - r["steps"]["decision"] for r in runs)
-            axis.axvline(zero, color=COLOURS[variant], linewidth=0.8, linestyle=":")
-    axis.set_xlabel("training steps since the decision (dotted: all that goes is gone)")
+        _mean_line(axis, variant, runs)
+        zero = statistics.fmean(r["steps"]["zero"] - r["steps"]["decision"] for r in runs)
+        axis.axvline(zero, color=COLOURS[variant], linewidth=0.8, linestyle=":")
+    axis.xaxis.set_major_locator(_whole())
+    dotted = " (dotted: all that goes is gone)" if title else ""
+    axis.set_xlabel(f"training steps since the decision{dotted}")
     axis.set_ylabel("test accuracy, %")
-    axis.legend(frameon=False, loc="lower right")
-    axis.set_title(f"Accuracy around removal\n{title}", fontsize=10)
+    if title:
+        axis.legend(frameon=False, loc="lower right")
+        axis.set_title(f"Accuracy around removal\n{title}", fontsize=10)
+    else:
+        _legend_above(figure, 2)
     return figure
 
 
@@ -173,26 +383,232 @@ def _mean_line(axis: Axes, variant: str, runs: Sequence[Record]) -> None:
         *zip(*points, strict=True),
         color=COLOURS[variant],
         linewidth=2,
-        label=f"{NAMES[variant]} ({len(runs)} seeds)",
+        linestyle=STYLES[variant],
+        label=f"{NAMES[variant]} ({_seeds(runs)})",
     )
 
 
-def _channels(title: str, members: Sequence[Record]) -> Figure:
-    """Output channels per layer, dense and kept by each variant (mean over seeds)."""
+def _seeds(runs: Sequence[Record]) -> str:
+    return f"{len(runs)} seed" + "s" * (len(runs) != 1)
+
+
+def draw_channels(
+    members: Sequence[Record], title: str = "", size: tuple[float, float] = (6, 4)
+) -> Figure:
+    """Output channels per layer, dense and kept by each variant (mean over seeds).
+
+    Args:
+        members: a section's records.
+        title: above the figure, if any.
+        size: in inches; the figure is wider where there are many layers.
+    """
     layers = list(members[0]["channels"])
-    figure, axis = plt.subplots(figsize=(max(6, 0.55 * len(layers) + 2), 4), layout="constrained")
-    places = range(len(layers))
+    kept = {
+        variant: [statistics.fmean(r["channels"][layer][1] for r in runs) for layer in layers]
+        for variant, runs in by_variant(members).items()
+    }
+    figure, axis = _layered(layers, size)
     dense = [members[0]["channels"][layer][0] for layer in layers]
-    axis.bar(places, dense, width=0.86, color="#e6e6e6", label="dense")
-    variants = [v for v in VARIANTS if any(r["variant"] == v for r in members)]
-    width = 0.8 / len(variants)
-    for i, variant in enumerate(variants):
-        runs = [r for r in members if r["variant"] == variant]
-        kept = [statistics.fmean(r["channels"][layer][1] for r in runs) for layer in layers]
-        offsets = [x + (i - (len(variants) - 1) / 2) * width for x in places]
-        axis.bar(offsets, kept, width=width, color=COLOURS[variant], label=NAMES[variant])
-    axis.set_xticks(list(places), layers, rotation=90 if len(layers) > 12 else 30, fontsize=8)
+    axis.bar(range(len(layers)), dense, width=0.86, color=DENSE, label="dense")
+    _grouped(axis, kept)
     axis.set_ylabel("output channels")
-    axis.legend(frameon=False)
-    axis.set_title(f"Channels kept per layer\n{title}", fontsize=10)
+    if title:
+        axis.legend(frameon=False)
+        axis.set_title(f"Channels kept per layer\n{title}", fontsize=10)
+    else:
+        _legend_above(figure)
+    return figure
+
+
+def _legend_above(figure: Figure, columns: int = 3) -> None:
+    figure.legend(frameon=False, loc="outside upper left", ncols=columns, columnspacing=1.2)
+
+
+def _layered(layers: Sequence[str], size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """A figure with a place for every layer."""
+    width = max(size[0], (0.55 if len(layers) <= 20 else 0.32) * len(layers) + 2)
+    figure, axis = plt.subplots(figsize=(width, size[1]), layout="constrained")
+    axis.set_xticks(
+        range(len(layers)),
+        layers,
+        rotation=90 if len(layers) > 12 else 30,
+        ha="center" if len(layers) > 12 else "right",
+        rotation_mode="default" if len(layers) > 12 else "anchor",
+        fontsize=8,
+    )
+    axis.set_xlim(-0.6, len(layers) - 0.4)
+    return figure, axis
+
+
+def _grouped(axis: Axes, heights: Mapping[str, Sequence[float]]) -> None:
+    """Bars side by side: of each variant one for every place."""
+    width = 0.8 / max(1, len(heights))
+    for i, (variant, values) in enumerate(heights.items()):
+        axis.bar(
+            [x + (i - (len(heights) - 1) / 2) * width for x in range(len(values))],
+            values,
+            width=width,
+            color=COLOURS[variant],
+            label=NAMES[variant],
+        )
+
+
+def draw_releases(
+    members: Sequence[Record], title: str = "", size: tuple[float, float] = (7, 4)
+) -> Figure:
+    """Structures released so far over the steps since the first decay; +SR and its controls."""
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    grouped = by_variant(members, RELEASING)
+    end = max((r[0] for runs in grouped.values() for m in runs for r in m["releases"]), default=0)
+    end += max(1, round(0.1 * end))
+    for i, (variant, runs) in enumerate(grouped.items()):
+        steps = sorted({0, end, *(s for r in runs for s, _, _ in r["releases"])})
+        so_far = [[_released(r, until=step) for step in steps] for r in runs]
+        for line in so_far:
+            axis.step(steps, line, where="post", color=COLOURS[variant], alpha=0.25, linewidth=0.8)
+        axis.step(
+            steps,
+            [statistics.fmean(values) for values in zip(*so_far, strict=True)],
+            where="post",
+            color=COLOURS[variant],
+            linestyle=STYLES[variant],
+            linewidth=3 - 0.6 * i,  # the controls follow +SR's schedule: one line on the other
+            label=f"{NAMES[variant]} ({_seeds(runs)})",
+        )
+    axis.xaxis.set_major_locator(_whole())
+    axis.set_xlabel("training steps since the first decay")
+    axis.set_ylabel("structures released so far")
+    axis.set_ylim(bottom=0)
+    axis.legend(frameon=False, loc="upper left")
+    if title:
+        axis.set_title(f"Releases over time\n{title}", fontsize=10)
+    return figure
+
+
+def _released(record: Record, until: float = float("inf"), group: str | None = None) -> int:
+    return sum(
+        count
+        for step, name, count in record["releases"]
+        if step <= until and (group is None or name == group)
+    )
+
+
+def releases_by_group(members: Sequence[Record]) -> tuple[list[str], dict[str, list[float]]]:
+    """Structure groups with releases, in the network's order, and a run's releases in each.
+
+    Returns:
+        The groups' names, and by variant the mean over seeds for each of them.
+    """
+    grouped = by_variant(members, RELEASING)
+    released = [r for runs in grouped.values() for m in runs for r in m["releases"]]
+    seen = list(dict.fromkeys(group for _, group, _ in released))
+    layers = list(members[0]["channels"])
+    seen.sort(key=lambda name: layers.index(name) if name in layers else len(layers))
+    return seen, {
+        variant: [statistics.fmean(_released(r, group=name) for r in runs) for name in seen]
+        for variant, runs in grouped.items()
+    }
+
+
+def draw_releases_by_group(
+    members: Sequence[Record], title: str = "", size: tuple[float, float] = (6, 4)
+) -> Figure:
+    """Structures released per structure group and run; +SR and its controls."""
+    names, heights = releases_by_group(members)
+    figure, axis = _layered(names, size)
+    _grouped(axis, heights)
+    axis.set_ylabel("structures released per run")
+    if title:
+        axis.legend(frameon=False)
+        axis.set_title(f"Releases per layer\n{title}", fontsize=10)
+    else:
+        _legend_above(figure)
+    return figure
+
+
+def draw_latency(
+    members: Sequence[Record], title: str = "", size: tuple[float, float] = (7, 4)
+) -> Figure:
+    """Milliseconds of a forward pass, dense and pruned, side by side; mean and spread."""
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    grouped = by_variant(members)
+    for kind, shift in (("dense", -0.19), ("pruned", 0.19)):
+        values = [[r["latency"][kind] for r in runs] for runs in grouped.values()]
+        axis.barh(
+            [i + shift for i in range(len(grouped))],
+            [statistics.fmean(v) for v in values],
+            height=0.36,
+            color=[DENSE if kind == "dense" else COLOURS[v] for v in grouped],
+            xerr=[spread(v) for v in values],
+            error_kw={"ecolor": mpl.rcParams["text.color"], "elinewidth": 1, "capsize": 3},
+        )
+    axis.set_yticks(range(len(grouped)), [NAMES[v] for v in grouped])
+    axis.invert_yaxis()
+    axis.set_xlabel("ms per forward pass")
+    if title:
+        axis.set_title(f"Latency\n{title}", fontsize=10)
+    return figure
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard deviation of a sample; 0 for a single value, which has none."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def draw_tradeoff(
+    members_by_name: Mapping[str, Sequence[Record]], size: tuple[float, float] = (7, 5)
+) -> Figure:
+    """Final accuracy against the MACs that are left: a marker per variant, with its spread.
+
+    Args:
+        members_by_name: the records of each section, under a short name; each gets a shape.
+        size: in inches.
+    """
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    ink = mpl.rcParams["text.color"]
+    handles: list[Line2D] = []
+    used: dict[str, None] = {}
+    for n, (name, members) in enumerate(members_by_name.items()):
+        marker = MARKERS[n % len(MARKERS)]
+        handles.append(Line2D([], [], color=ink, marker=marker, linestyle="none", label=name))
+        grouped = by_variant(members)
+        for i, (variant, runs) in enumerate(grouped.items()):
+            # Set apart sideways by points, not by data: one variant would hide the other.
+            aside = ScaledTranslation(
+                (i - (len(grouped) - 1) / 2) * 4 / 72, 0, figure.dpi_scale_trans
+            )
+            macs = [100 * r["macs"]["pruned"] / r["macs"]["dense"] for r in runs]
+            final = [r["accuracy"]["final"] for r in runs]
+            place = statistics.fmean(macs), statistics.fmean(final)
+            off = spread(macs), spread(final)
+            # A transform of its own leaves these out of the axes' limits.
+            corners = [[m + sign * d for m, d in zip(place, off, strict=True)] for sign in (-1, 1)]
+            axis.update_datalim(corners)
+            axis.errorbar(
+                *place,
+                xerr=off[0],
+                yerr=off[1],
+                fmt=marker,
+                color=COLOURS[variant],
+                markersize=7,
+                markeredgecolor=EDGE,
+                markeredgewidth=0.6,
+                elinewidth=1,
+                capsize=2,
+                transform=axis.transData + aside,
+            )
+            used[variant] = None
+        dense = {r["seed"]: d for r in members if (d := r["accuracy"]["dense"]) is not None}
+        if dense:
+            mean = statistics.fmean(dense.values())
+            axis.plot(100, mean, marker, color=ink, fillstyle="none", markersize=8)
+    variants = [v for v in ORDER if v in used]
+    handles = [
+        Line2D([], [], color=COLOURS[v], marker="s", linestyle="none", label=NAMES[v])
+        for v in variants
+    ] + handles
+    axis.autoscale_view()
+    axis.set_xlabel("MACs left, % of the dense network (hollow: dense)")
+    axis.set_ylabel("final test accuracy, %")
+    figure.legend(handles=handles, frameon=False, loc="outside lower left", ncols=2)
     return figure

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import adapters.base
 import dpm_core
-from adapters import registry
 from adapters.base import Adapter, Context, count_macs, count_parameters
+from adapters.saved import SavedModelError, read, save_pruned
 from third_party.upstreams import PINS, require
 
 from . import data, models
@@ -37,6 +37,7 @@ RECORD_VERSION = 3
 
 
 LATENCY_BATCH = 128
+MODEL = "model.safetensors"
 
 
 def split(variant: Variant) -> tuple[adapters.base.Variant, Control | None]:
@@ -90,8 +91,8 @@ def run(request: Request) -> Path:
     """Carry a run out, from the dense model to the record.
 
     Returns:
-        The path of the record. Beside it lie ``model.pt``, the pruned model, and ``trace.pt``, the
-        norms of the structures that decayed.
+        The path of the record. Beside it lie ``model.safetensors``, the pruned model, and
+        ``trace.pt``, the norms of the structures that decayed.
 
     Raises:
         RunError: the folder holds another run, or there is nothing to resume.
@@ -139,17 +140,17 @@ def run(request: Request) -> Path:
     p = loop.progress
     kept = _widths(model)
     loading, training = loop.seconds_loading, loop.seconds_training
-    save_tensors(
-        folder / "model.pt",
+    assert adapter.removed is not None
+    save_pruned(
+        folder / MODEL,
+        model,
+        adapter.removed,
         {
-            "version": RECORD_VERSION,
             "model": config.model,
             "framework": config.framework,
             "in_channels": images.channels,
             "classes": images.classes,
             "image_size": images.train.shape[2],
-            "removed": adapter.removed,
-            "state": {k: v.cpu() for k, v in model.state_dict().items()},
         },
     )
     save_tensors(folder / "trace.pt", {"trace": p.trace, "events": p.events})
@@ -232,28 +233,45 @@ def finished(request: Request) -> bool:
 
 
 def load_model(path: Path) -> nn.Module:
-    """The pruned model of a run, rebuilt from its file alone.
+    """The pruned model of a run, rebuilt from its file alone, in eval mode.
 
     Args:
-        path: a run's ``model.pt``.
+        path: a run's ``model.safetensors``.
 
     Raises:
-        RunError: the file is damaged or of another version.
+        RunError: the file is not there, damaged, or of another version.
     """
+    return _rebuilt(path)[0]
+
+
+def load_example(path: Path, batch: int = 4) -> torch.Tensor:
+    """Random images of the size that a run's model was trained on: (batch, C, H, W).
+
+    Args:
+        path: a run's ``model.safetensors``.
+        batch: how many.
+
+    Raises:
+        RunError: as :func:`load_model`.
+    """
+    _, example = _rebuilt(path)
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(batch, *example.shape[1:], generator=draw)
+
+
+def _rebuilt(path: Path) -> tuple[nn.Module, torch.Tensor]:
     try:
-        saved = torch.load(path, weights_only=True)
-        version = saved["version"]
-        if version == RECORD_VERSION:
-            model = models.build(saved["model"], saved["in_channels"], saved["classes"])
-            size = saved["image_size"]
-            example = torch.zeros(2, saved["in_channels"], size, size)
-            registry.load(saved["framework"]).shrink(model, example, saved["removed"])
-            model.load_state_dict(saved["state"])
-            return model.eval()
-    except Exception as cause:
-        reason = _first_line(cause)
-        raise RunError(f"{path} is missing, damaged or no model file ({reason})") from cause
-    raise RunError(f"{path} has version {version}; this release reads {RECORD_VERSION}")
+        saved = read(path)
+        facts = saved.facts
+        model = models.build(facts["model"], facts["in_channels"], facts["classes"])
+        example = torch.zeros(2, facts["in_channels"], facts["image_size"], facts["image_size"])
+        return saved.load_into(model, example).eval(), example
+    except OSError as cause:
+        raise RunError(f"{path} cannot be read ({cause.strerror})") from cause
+    except SavedModelError as cause:
+        raise RunError(f"{path}: {cause}") from cause
+    except KeyError as cause:
+        raise RunError(f"{path} is no model of a run: it does not say its {cause}") from cause
 
 
 def revision() -> str | None:

@@ -13,7 +13,7 @@ from torch import nn
 from adapters import registry
 from adapters.base import structure_group
 from experiments import export, models
-from experiments.run import RunError, run
+from experiments.run import MODEL, RunError, run
 from experiments.training import outputs
 from tests.support import tiny
 from third_party import otov2
@@ -110,7 +110,7 @@ def test_a_runs_model_is_exported_beside_it(tmp_path, monkeypatch):
     tiny.miniature(monkeypatch)
     with tiny.one_thread():
         record = run(tiny.request(tmp_path, "sp", tiny.MINIATURE))
-        made = export.export(record.parent / "model.pt")
+        made = export.export(record.parent / MODEL)
     assert made == record.parent / "model.onnx"
     session = onnxruntime.InferenceSession(str(made), providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape[1:] == [1, 8, 8]

@@ -39,7 +39,9 @@ def test_a_benchmark_is_of_its_framework_whatever_the_data(framework):
         (path,) = configurations(words)
         config = load(ROOT / path)
         assert config.framework == framework
-        assert config.data.name == ("digits" if data in ((), ("DATA=digits",)) else "cifar10")
+        recipe = f"experiments/configs/{framework}-cifar10.toml"
+        wanted = data not in ((), ("DATA=digits",)) and (ROOT / recipe).exists()
+        assert path == (recipe if wanted else f"experiments/configs/{framework}-digits.toml")
         assert words[:4] == ["python", "-m", "experiments", "run"]
         assert words[words.index("--variant") + 1] == "sr"
         assert words[words.index("--seed") + 1] == "4"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 import struct
 from collections.abc import Iterator
 
 import matplotlib.colors
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
 from experiments import plot, table
 from experiments.__main__ import main
+from experiments.run import CONTROLS, VARIANTS, RunError
 from tests.support.records import record, save
 
 
@@ -27,7 +31,7 @@ def colour(artist) -> str:
 
 
 def points(line) -> list[tuple[float, float]]:
-    return list(zip(*(v.tolist() for v in map(torch.as_tensor, line.get_data())), strict=True))
+    return list(zip(*(np.asarray(v, float).tolist() for v in line.get_data()), strict=True))
 
 
 def size_of_png(path) -> tuple[int, int]:
@@ -54,18 +58,22 @@ def test_plots_of_real_runs_are_pictures(tiny_runs, tmp_path, capsys):
 
 
 def test_figures_are_closed_once_they_are_saved(tiny_runs, tmp_path):
-    files = table.files([tiny_runs.out])
-    plot.plot(list(zip(files, table.read(files), strict=True)), tmp_path)
+    plot.plot(table.located([tiny_runs.out]), tmp_path)
     assert plt.get_fignums() == []
 
 
 def test_runs_without_traces_have_the_other_plots(tmp_path):
     paths = [save(tmp_path, record(v, 0)) for v in ("base", "sp")]
-    made = plot.plot(list(zip(paths, table.read(paths), strict=True)), tmp_path / "plots")
+    made = plot.plot(table.located(paths), tmp_path / "plots")
     assert [p.name for p in made] == [
         "made-up-cifar-10-accuracy.png",
         "made-up-cifar-10-channels.png",
     ]
+
+
+def test_every_variant_has_a_name_and_a_colour_of_its_own():
+    assert set(plot.NAMES) == set(plot.COLOURS) == set(plot.STYLES) == set(VARIANTS + CONTROLS)
+    assert len(set(plot.COLOURS.values())) == len(set(plot.NAMES.values())) == 5
 
 
 def test_every_experiment_has_plots_of_its_own(tmp_path):
@@ -84,22 +92,27 @@ def test_every_experiment_has_plots_of_its_own(tmp_path):
 @pytest.fixture
 def traces(tiny_runs):
     return {
-        v: (0, torch.load(tiny_runs.paths[v].parent / "trace.pt", weights_only=True))
+        v: torch.load(tiny_runs.paths[v].parent / "trace.pt", weights_only=True)
         for v in ("sp", "sr")
     }
 
 
+@pytest.fixture
+def samples(traces):
+    return {v: plot.sample_norms(saved, 0, v) for v, saved in traces.items()}
+
+
 def expected_lines(saved) -> dict[str, list[list[tuple[int, float]]]]:
-    """Trajectories by colour: each from its structure's own start on."""
+    """All trajectories by kind: each from its structure's own start on."""
     starts, kinds = {}, {}
     for event in saved["events"]:
         for k, norm in zip(event["structures"], event["norms"], strict=True):
             key = (event["group"], k)
             if event["kind"] == "decay":
                 starts[key] = (event["step"], norm)
-                kinds[key] = plot.REFILLED if event["wave"] else plot.PRUNED
+                kinds[key] = "decayed in their place" if event["wave"] else "decayed to zero"
             elif event["kind"] == "release":
-                kinds[key] = plot.RELEASED
+                kinds[key] = "released"
     lines: dict[str, list[list[tuple[int, float]]]] = {}
     for (group, k), (start, norm) in starts.items():
         line = [(start, norm)]
@@ -108,82 +121,214 @@ def expected_lines(saved) -> dict[str, list[list[tuple[int, float]]]]:
     return lines
 
 
-def test_trajectories_are_those_of_the_trace(traces):
-    figure = plot._norms("title", traces)
+def made_up(*norms, releases=(), refill=(), count=1):
+    """A trace of structures 0 .. count - 1 that decay at step 0 with these norms at each step."""
+    ks = tuple(range(count))
+
+    def event(step, kind, structures, wave=0):
+        values = tuple(norms[step] for _ in structures)
+        return {
+            "step": step,
+            "kind": kind,
+            "group": "g",
+            "structures": structures,
+            "norms": values,
+            "wave": wave,
+        }
+
+    events = [event(0, "decay", ks)]
+    events += [event(step, "release", (k,)) for step, k in releases]
+    events += [event(step, "decay", (k,), wave=1) for step, k in refill]
+    trace = [(step, {"g": dict.fromkeys(ks, n)}) for step, n in enumerate(norms) if step]
+    return {"events": sorted(events, key=lambda e: e["step"]), "trace": trace}
+
+
+def near(point, line, tolerance) -> bool:
+    return any(s == point[0] and abs(n - point[1]) <= tolerance for s, n in line)
+
+
+def test_sampled_trajectories_are_those_of_the_trace(traces, samples):
+    for variant, saved in traces.items():
+        sample, expected = samples[variant], expected_lines(saved)
+        wanted = {"decayed to zero"}
+        wanted |= {"released", "decayed in their place"} if variant == "sr" else set()
+        assert set(sample["lines"]) == set(expected) == wanted
+        assert sample["counts"] == {kind: len(lines) for kind, lines in expected.items()}
+        assert (sample["variant"], sample["seed"]) == (variant, 0)
+        for kind, lines in sample["lines"].items():
+            assert min(len(expected[kind]), plot.LINES) / 3 < len(lines) <= plot.LINES
+            for line in lines:
+                assert len(line) <= plot.POINTS
+                sources = [
+                    whole
+                    for whole in expected[kind]
+                    if all(near(p, whole, 1e-3 * max(1, p[1])) for p in line)
+                ]
+                assert sources, (variant, kind, line)
+                # Straight pieces between the points that are left miss no point by much.
+                x, y = zip(*line, strict=True)
+                assert any(
+                    whole[-1][0] == x[-1]
+                    and all(
+                        abs(np.interp(s, x, y) - n) < 0.005 * max(v for _, v in whole)
+                        for s, n in whole
+                    )
+                    for whole in sources
+                )
+
+
+def test_samples_are_plain_values_and_small(samples):
+    text = json.dumps(samples, allow_nan=False)
+    assert len(text) < 40_000
+    again = json.loads(text)
+    assert plot.highest(again) == plot.highest(samples) > 0
+
+
+@pytest.mark.parametrize("count", [plot.LINES, plot.LINES + 1, 2 * plot.LINES - 1, 5 * plot.LINES])
+def test_no_more_lines_of_a_kind_are_sampled_than_can_be_told_apart(count):
+    sample = plot.sample_norms(made_up(1.0, 0.5, count=count), 0, "sp")
+    assert plot.LINES / 3 < len(sample["lines"]["decayed to zero"]) <= plot.LINES
+    assert sample["counts"] == {"decayed to zero": count}
+
+
+def test_a_straight_line_needs_its_ends_alone():
+    norms = [1 - n / 200 for n in range(201)]
+    (line,) = plot.sample_norms(made_up(*norms), 0, "sp")["lines"]["decayed to zero"]
+    assert line == [(0, 1.0), (200, 0.0)]
+
+
+def test_a_crooked_line_has_no_more_points_than_allowed_and_keeps_its_release():
+    norms = [1 + math.sin(n) for n in range(400)]
+    sample = plot.sample_norms(made_up(*norms, releases=[(123, 0)]), 4, "sr")
+    (line,) = sample["lines"]["released"]
+    assert len(line) == plot.POINTS
+    (mark,) = sample["releases"]
+    assert mark == (123, pytest.approx(norms[123], rel=1e-3))
+    assert mark in line
+
+
+def test_the_last_decision_about_a_structure_is_its_kind():
+    # Released at first, it is chosen again later, and goes.
+    saved = made_up(1.0, 0.5, 1.0, 0.5, 0.0, releases=[(1, 0)], refill=[(2, 0)], count=2)
+    sample = plot.sample_norms(saved, 0, "sr")
+    assert sample["counts"] == {"decayed to zero": 1, "decayed in their place": 1}
+    assert sample["releases"] == []
+    assert sample["lines"]["decayed in their place"][0][0] == (2, 1.0)
+
+
+def test_a_trace_without_decays_is_an_empty_sample():
+    sample = plot.sample_norms({"events": [], "trace": []}, 0, "sp")
+    assert (sample["counts"], sample["lines"], sample["releases"]) == ({}, {}, [])
+    assert plot.draw_norms({"sp": sample}).axes[0].lines[:] == []
+
+
+def test_what_is_sampled_is_drawn(samples):
+    figure = plot.draw_norms(samples, "title")
     assert len(figure.axes) == 2
-    for axis, (variant, (_, saved)) in zip(figure.axes, traces.items(), strict=True):
-        expected = expected_lines(saved)
-        wanted = {plot.PRUNED} | ({plot.RELEASED, plot.REFILLED} if variant == "sr" else set())
-        assert set(expected) == wanted
+    for axis, (variant, sample) in zip(figure.axes, samples.items(), strict=True):
         drawn: dict[str, list] = {}
         for line in axis.lines:
             if line.get_linestyle() != "None":
                 drawn.setdefault(colour(line), []).append(points(line))
-        assert set(drawn) == set(expected)
-        for kind, lines in drawn.items():
-            assert all(line in expected[kind] for line in lines), kind
-            if len(expected[kind]) <= plot.LINES:
-                assert len(lines) == len(expected[kind])
-            else:
-                assert len(lines) > plot.LINES / 3
-        assert plot.NAMES[variant] in axis.get_title()
-
-
-def test_no_more_lines_of_a_kind_are_drawn_than_can_be_told_apart(traces):
-    events, n = [], 0
-    for count in (plot.LINES, plot.LINES + 1, 2 * plot.LINES - 1, 5 * plot.LINES):
-        structures = tuple(range(count))
-        events = [
-            {
-                "step": 0,
-                "kind": "decay",
-                "group": "g",
-                "structures": structures,
-                "norms": (1.0,) * count,
-                "wave": 0,
-            }
-        ]
-        trace = [(1, {"g": dict.fromkeys(structures, 0.5)})]
-        figure = plot._norms("title", {"sp": (0, {"events": events, "trace": trace})})
-        n = len(figure.axes[0].lines)
-        assert plot.LINES / 3 < n <= plot.LINES, count
-        (text,) = figure.axes[0].get_legend().get_texts()
-        assert text.get_text() == f"decayed to zero ({count})"
-
-
-def test_the_legend_counts_all_structures_of_a_kind(traces):
-    figure = plot._norms("title", traces)
-    for axis, (_, saved) in zip(figure.axes, traces.values(), strict=True):
-        expected = {kind: len(lines) for kind, lines in expected_lines(saved).items()}
-        labels = {
-            plot.PRUNED: "decayed to zero",
-            plot.RELEASED: "released",
-            plot.REFILLED: "decayed in their place",
+        assert drawn == {
+            plot.KINDS[kind]: [[tuple(p) for p in line] for line in lines]
+            for kind, lines in sample["lines"].items()
         }
+        assert plot.NAMES[variant] in axis.get_title()
         texts = {t.get_text() for t in axis.get_legend().get_texts()}
-        assert texts == {f"{labels[kind]} ({n})" for kind, n in expected.items()}
+        assert texts == {f"{kind} ({n})" for kind, n in sample["counts"].items()}
 
 
-def test_releases_are_marked_where_they_happened(traces):
-    saved = traces["sr"][1]
+def test_releases_are_marked_where_they_happened(traces, samples):
+    saved = traces["sr"]
     norms = dict(saved["trace"])
-    expected = sorted(
+    everywhere = [
         (e["step"], norms[e["step"]][e["group"]][k])
         for e in saved["events"]
         if e["kind"] == "release"
         for k in e["structures"]
-    )
-    assert len(expected) > 3
-    sp, sr = plot._norms("title", traces).axes
+    ]
+    sp, sr = plot.draw_norms(samples, "title").axes
     (marks,) = [line for line in sr.lines if line.get_marker() == "v"]
-    assert sorted(points(marks)) == expected
+    assert len(points(marks)) == len(samples["sr"]["lines"]["released"]) > 3
+    for mark in points(marks):
+        assert near(mark, everywhere, 1e-3)
+        assert any(mark in [tuple(p) for p in ln] for ln in samples["sr"]["lines"]["released"])
     assert colour(marks) == plot.RELEASED
     assert all(line.get_marker() in ("None", "") for line in sp.lines)
 
 
-def test_one_variants_norms_have_one_panel(traces):
-    figure = plot._norms("title", {"sp": traces["sp"]})
+def test_one_variants_norms_have_one_panel_and_may_share_a_top(samples):
+    figure = plot.draw_norms({"sp": samples["sp"]}, top=77.0)
     assert len(figure.axes) == 1
+    assert figure.axes[0].get_ylim()[1] >= 77
+    assert figure.axes[0].get_ylim()[0] == 0
+
+
+# ---------------------------------------------------------------------- kept norms
+
+
+def kept_file(tiny_runs, folder):
+    """Records and norms as they are kept: one file each, no traces beside them."""
+    (folder / "tiny.jsonl").parent.mkdir(parents=True, exist_ok=True)
+    runs = table.located(tiny_runs.paths.values())
+    lines = [json.dumps(r) for _, r in runs]
+    (folder / "tiny.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return plot.keep_norms(runs, folder / "tiny-norms.json")
+
+
+def test_kept_norms_are_found_again_without_traces(tiny_runs, tmp_path, samples):
+    path = kept_file(tiny_runs, tmp_path)
+    assert path.stat().st_size < 40_000
+    runs = table.located([tmp_path / "tiny.jsonl"])
+    found = plot.find_norms(runs, [r for _, r in runs])
+    assert found == json.loads(json.dumps(samples))
+    assert [p.name for p in plot.plot(runs, tmp_path / "plots")] == [
+        "tiny-digits-accuracy.png",
+        "tiny-digits-channels.png",
+        "tiny-digits-norms.png",
+    ]
+    # Keeping them once more, from what was kept, changes nothing.
+    before = path.read_bytes()
+    assert plot.keep_norms(runs, path) == path
+    assert path.read_bytes() == before
+
+
+def test_the_first_seed_with_norms_is_shown(tmp_path):
+    runs = []
+    for seed in (7, 3, 1):
+        made = record("sp", seed)
+        runs.append((save(tmp_path, made), made))
+        if seed != 1:
+            torch.save(made_up(1.0, 0.0, count=seed), runs[-1][0].with_name("trace.pt"))
+    found = plot.find_norms(runs, [r for _, r in runs])
+    assert found["sp"]["seed"] == 3
+    assert found["sp"]["counts"] == {"decayed to zero": 3}
+
+
+def test_kept_norms_of_another_configuration_are_not_shown(tiny_runs, tmp_path):
+    kept_file(tiny_runs, tmp_path)
+    runs = [(p, r | {"config_hash": "other"}) for p, r in table.located([tmp_path / "tiny.jsonl"])]
+    assert plot.find_norms(runs, [r for _, r in runs]) == {}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"norms": [{}]}', '{"norms": 3}', '{"norms": [{"config_hash": 1}]}'],
+)
+def test_damaged_kept_norms_are_named(tmp_path, content):
+    made = record("sp", 0)
+    path = tmp_path / "made-up-norms.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(RunError, match=r"made-up-norms\.json holds no norms .* delete it"):
+        plot.find_norms([(tmp_path / "made-up.jsonl", made)], [made])
+
+
+def test_without_traces_nothing_is_kept(tmp_path):
+    made = record("sp", 0)
+    path = tmp_path / "made-up-norms.json"
+    assert plot.keep_norms([(tmp_path / "made-up.jsonl", made)], path) is None
+    assert not path.exists()
 
 
 # ---------------------------------------------------------------------- accuracy
@@ -207,7 +352,7 @@ def members():
 
 def accuracy_lines(members):
     """Of each variant: the runs' lines, the mean's line and the dotted ones."""
-    (axis,) = plot._accuracy("title", members).axes
+    (axis,) = plot.draw_accuracy(members, "title").axes
     found = {}
     for variant, shade in plot.COLOURS.items():
         mine = [line for line in axis.lines if colour(line) == shade]
@@ -267,7 +412,7 @@ def test_bars_are_the_channels_kept_and_the_dense_ones_behind(members):
     kept = {("base", 0): 8, ("base", 1): 12, ("sp", 0): 5, ("sp", 1): 6}
     for member in members:
         member["channels"]["first"] = [16, kept[member["variant"], member["seed"]]]
-    (axis,) = plot._channels("title", members).axes
+    (axis,) = plot.draw_channels(members, "title").axes
     assert [t.get_text() for t in axis.get_xticklabels()] == ["first", "second", "head"]
     heights = {c.get_label(): [bar.get_height() for bar in c] for c in axis.containers}
     assert heights == {"dense": [16, 32, 10], "base": [10.0, 10, 10], "+SP": [5.5, 10, 10]}
@@ -283,10 +428,108 @@ def test_bars_are_the_channels_kept_and_the_dense_ones_behind(members):
 
 def test_the_bars_of_real_runs_are_their_channels(tiny_runs):
     members = [tiny_runs.record(v) for v in ("base", "sp", "sr")]
-    (axis,) = plot._channels("title", members).axes
+    (axis,) = plot.draw_channels(members, "title").axes
     heights = {c.get_label(): [bar.get_height() for bar in c] for c in axis.containers}
     assert list(heights) == ["dense", "base", "+SP", "+SR"]
     for member in members:
         name = plot.NAMES[member["variant"]]
         assert heights[name] == [kept for _, kept in member["channels"].values()]
     assert heights["dense"] == [whole for whole, _ in members[0]["channels"].values()]
+
+
+# ---------------------------------------------------------------------- releases, latency, MACs
+
+RELEASES = {
+    ("sr", 0): [[4, "second", 2], [4, "first", 1], [9, "second", 3]],
+    ("sr", 1): [[4, "second", 4], [6, "other", 2]],
+    ("random", 0): [[5, "first", 6]],
+}
+
+
+@pytest.fixture
+def releasing():
+    made = [record(variant, seed, releases=r) for (variant, seed), r in RELEASES.items()]
+    return [*made, record("base", 0), record("sp", 0)]
+
+
+def test_releases_over_time_are_counted_up(releasing):
+    (axis,) = plot.draw_releases(releasing, "title").axes
+    drawn = {}
+    for line in axis.lines:
+        drawn.setdefault((colour(line), line.get_alpha()), []).append(dict(points(line)))
+        assert line.get_drawstyle() == "steps-post"
+    sr, random = plot.COLOURS["sr"], plot.COLOURS["random"]
+    assert set(drawn) == {(sr, 0.25), (sr, None), (random, 0.25), (random, None)}
+    assert drawn[sr, 0.25] == [{0: 0, 4: 3, 6: 3, 9: 6, 10: 6}, {0: 0, 4: 4, 6: 6, 9: 6, 10: 6}]
+    assert drawn[sr, None] == [{0: 0, 4: 3.5, 6: 4.5, 9: 6, 10: 6}]
+    assert drawn[random, None] == [{0: 0, 5: 6, 10: 6}]
+    texts = [t.get_text() for t in axis.get_legend().get_texts()]
+    assert texts == [f"{plot.NAMES['sr']} (2 seeds)", f"{plot.NAMES['random']} (1 seed)"]
+
+
+def test_releases_by_group_are_means_in_the_networks_order(releasing):
+    names, heights = plot.releases_by_group(releasing)
+    assert names == ["first", "second", "other"]
+    assert heights == {"sr": [0.5, 4.5, 1.0], "random": [6.0, 0.0, 0.0]}
+    (axis,) = plot.draw_releases_by_group(releasing, "title").axes
+    assert [t.get_text() for t in axis.get_xticklabels()] == names
+    assert {c.get_label(): [bar.get_height() for bar in c] for c in axis.containers} == {
+        plot.NAMES[v]: values for v, values in heights.items()
+    }
+
+
+def test_controls_have_lines_and_bars_too(releasing):
+    (axis,) = plot.draw_accuracy(releasing, "title").axes
+    assert plot.COLOURS["random"] in {colour(line) for line in axis.lines}
+    (axis,) = plot.draw_channels(releasing, "title").axes
+    labels = [c.get_label() for c in axis.containers]
+    assert labels == ["dense", "base", "+SP", "+SR", plot.NAMES["random"]]
+
+
+def test_latency_is_dense_and_pruned_with_its_spread():
+    members = [
+        record("base", 0, latency__dense=4.0, latency__pruned=2.0),
+        record("base", 1, latency__dense=6.0, latency__pruned=2.0),
+        record("sr", 0, latency__dense=5.0, latency__pruned=1.5),
+    ]
+    (axis,) = plot.draw_latency(members, "title").axes
+    dense, pruned = (c for c in axis.containers if hasattr(c, "patches"))
+    assert [bar.get_width() for bar in dense] == [5.0, 5.0]
+    assert [bar.get_width() for bar in pruned] == [2.0, 1.5]
+    assert [colour(bar) for bar in pruned] == [plot.COLOURS["base"], plot.COLOURS["sr"]]
+    ((start, end), (one, same)) = (s[:, 0] for s in dense.errorbar[2][0].get_segments())
+    assert (start, end) == (pytest.approx(5 - 2**0.5), pytest.approx(5 + 2**0.5))
+    assert one == same == 5.0
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["base", "+SR"]
+
+
+def test_the_tradeoff_has_a_marker_per_variant_and_a_hollow_one_for_dense():
+    first = [
+        record("base", 0, macs__pruned=250, accuracy__final=80.0),
+        record("base", 1, macs__pruned=350, accuracy__final=84.0),
+        record("sp", 0, macs__pruned=300, accuracy__final=86.0),
+    ]
+    scratch = [record("base", 0, accuracy__dense=None, accuracy__final=70.0)]
+    figure = plot.draw_tradeoff({"first": first, "scratch": scratch})
+    (axis,) = figure.axes
+    drawn = [(c[0].get_marker(), colour(c[0]), points(c[0])) for c in axis.containers]
+    assert drawn == [
+        ("o", plot.COLOURS["base"], [(30.0, 82.0)]),
+        ("o", plot.COLOURS["sp"], [(30.0, 86.0)]),
+        ("s", plot.COLOURS["base"], [(25.0, 70.0)]),
+    ]
+    (dense,) = [line for line in axis.lines if line.get_fillstyle() == "none"]
+    assert points(dense) == [(100, 90.0)]
+    assert dense.get_marker() == "o"
+    # All of it, with its spread, lies within the axes.
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    assert left < 30 - 50**0.5 < 100 < right
+    assert low < 70
+    assert high > 90
+    (legend,) = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == ["base", "+SP", "first", "scratch"]
+
+
+def test_names_with_dollars_are_drawn_as_they_are(tmp_path):
+    made = record("base", 0, data="$x^{", config={"name": "a$b", "stages": {}})
+    assert len(plot.plot([(tmp_path / "r.json", made)], tmp_path)) == 2

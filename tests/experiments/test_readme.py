@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from experiments import table
+from experiments import results, table
+from experiments.config import load
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -105,10 +107,22 @@ def test_the_targets_and_files_it_names_exist():
         assert (ROOT / path).exists(), path
 
 
-def test_its_table_is_generated_from_the_records():
-    shown = re.search(r"<!-- table: .*? -->\n(.*?)<!-- end of table -->", README, re.DOTALL)
-    records = table.read([ROOT / "experiments" / "records"])
-    assert shown[1].strip() == table.markdown(records).strip()
+def test_its_tables_and_the_results_are_generated_from_the_kept_records(tmp_path):
+    records = results.RECORDS
+    shutil.copytree(records, tmp_path / records.relative_to(ROOT))
+    shutil.copytree(results.TEXTS, tmp_path / results.TEXTS.relative_to(ROOT))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    made = results.renew(tmp_path)
+    for name in ("README.md", "RESULTS.md"):
+        assert (tmp_path / name).read_text() == (ROOT / name).read_text(encoding="utf-8"), name
+    for path in made:
+        assert (ROOT / path.relative_to(tmp_path)).exists(), path
+
+
+def test_the_kept_records_are_of_the_configurations_that_are_shipped():
+    configs = {c.name: c for c in map(load, sorted((ROOT / "experiments/configs").glob("*.toml")))}
+    for record in table.read([results.RECORDS]):
+        assert record["config_hash"] == configs[record["config"]["name"]].hash()
 
 
 def test_the_continuous_integration_runs_the_readmes_test_command():

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import published, results, table
 from experiments.run import RunError
-from tests.support.records import record
+from tests.support.records import record, save
 
 OTHER = {"config": {"name": "other", "stages": {"sparse": {}, "prune": {}}}, "config_hash": "f"}
 MADE_UP = "depgraph, vgg16-bn, CIFAR-10 (made-up)"
@@ -100,3 +100,77 @@ def test_machines_versions_and_revisions_are_counted():
 def test_records_that_do_not_fit_together_are_refused():
     with pytest.raises(RunError, match="different configurations"):
         results.results([record("base", 0), record("sp", 0, config_hash="f")], "p", "r")
+
+
+# ---------------------------------------------------------------------- keeping, and writing anew
+
+
+MAIN = {"config": {"name": results.MAIN}, "config_hash": "m"}
+DIGITS = {"config": {"name": "easy"}, "config_hash": "d", "data": "digits"}
+README = """# Title
+<!-- table: digits -->
+old
+<!-- end of table -->
+between
+<!-- table: main -->
+<!-- end of table -->
+after
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A small checkout: kept records, the texts around them, a README with its marks."""
+    texts = tmp_path / results.TEXTS.relative_to(results.ROOT)
+    texts.mkdir(parents=True)
+    (texts / "protocol.md").write_text("how")
+    (texts / "reading.md").write_text("what")
+    (tmp_path / "README.md").write_text(README)
+    runs = [
+        record(v, s, **extra) for v in ("base", "sp") for s in (0, 1) for extra in (MAIN, DIGITS)
+    ]
+    for one in runs:
+        save(tmp_path / "runs" / one["config"]["name"], one)
+    kept = results.keep(
+        table.located([tmp_path / "runs"]), tmp_path / results.RECORDS.relative_to(results.ROOT)
+    )
+    assert [path.name for path in kept] == [f"{results.MAIN}.jsonl", "easy.jsonl"]
+    return tmp_path
+
+
+def test_results_and_readme_are_written_from_the_kept_records(root):
+    made = results.renew(root)
+    records = table.read([root / results.RECORDS.relative_to(results.ROOT)])
+    assert len(records) == 8
+    readme = (root / "README.md").read_text()
+    for extra in (MAIN, DIGITS):
+        name = extra["config"]["name"]
+        part = table.markdown([r for r in records if r["config"]["name"] == name])
+        assert f"-->\n{part}\n<!-- end" in readme
+    assert "old" not in readme
+    assert "\nbetween\n" in readme
+    assert readme.endswith("after\n")
+    text = (root / "RESULTS.md").read_text()
+    pictures = [path for path in made if path.suffix == ".png"]
+    assert len(pictures) == 2
+    for path in pictures:
+        assert f"]({path.relative_to(root).as_posix()})" in text
+    again = {path: path.read_bytes() for path in made if path.suffix == ".md"}
+    results.renew(root)
+    assert again == {path: path.read_bytes() for path in again}
+
+
+def test_a_readme_without_a_place_for_the_table_is_refused_and_left(root):
+    (root / "README.md").write_text("# Title\n")
+    with pytest.raises(RunError, match="no place for the table 'digits'"):
+        results.renew(root)
+    assert (root / "README.md").read_text() == "# Title\n"
+    assert not (root / "RESULTS.md").exists()
+
+
+def test_records_are_kept_beside_those_that_are_kept_already(root):
+    folder = root / results.RECORDS.relative_to(results.ROOT)
+    save(root / "more", record("sr", 0, **DIGITS))
+    results.keep(table.located([root / "more"]), folder)
+    assert [r["variant"] for r in table.read([folder / "easy.jsonl"])].count("sr") == 1
+    assert len(table.read([folder])) == 9

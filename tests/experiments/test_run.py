@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from adapters.base import AdapterError, count_macs, count_parameters
+from adapters.saved import read, save_pruned
 from experiments import data, table, training
 from experiments import run as run_module
 from experiments.__main__ import STOPPED, main
-from experiments.run import RECORD_VERSION, VARIANTS, Request, RunError, load_model, run
+from experiments.run import MODEL, RECORD_VERSION, VARIANTS, Request, RunError, load_model, run
 from experiments.training import Loop, Stopped, accuracy, outputs
 from tests.support import tiny
 from tests.support.tiny import MINIATURE
@@ -106,7 +107,7 @@ def test_a_record_names_and_holds_its_whole_configuration(tiny_runs, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_figures_are_those_of_the_model_on_disk(tiny_runs, variant):
     record, images = tiny_runs.record(variant), digits()
-    model = load_model(tiny_runs.paths[variant].parent / "model.pt")
+    model = load_model(tiny_runs.paths[variant].parent / MODEL)
     example = images.normalize(images.test[:2])
     assert record["macs"]["pruned"] == count_macs(model, example)
     assert record["parameters"]["pruned"] == count_parameters(model)
@@ -213,7 +214,7 @@ def test_the_trace_follows_the_norms_to_zero(tiny_runs):
 def test_a_run_leaves_no_checkpoint_and_nothing_temporary(tiny_runs):
     for variant in VARIANTS:
         files = {p.name for p in tiny_runs.paths[variant].parent.iterdir()}
-        assert files == {"record.json", "model.pt", "trace.pt"}
+        assert files == {"record.json", MODEL, "trace.pt"}
     everything = [p.name for p in tiny_runs.out.rglob("*")]
     assert not [name for name in everything if name.endswith(".tmp")]
 
@@ -247,7 +248,7 @@ def test_the_model_on_disk_gives_the_outputs_of_the_one_trained(tmp_path, loops,
     assert dense.adapter is None
     images = tiny.few_digits()
     probe = images.normalize(images.test)
-    model = load_model(record.parent / "model.pt")
+    model = load_model(record.parent / MODEL)
     assert not model.training
     assert torch.equal(outputs(model, probe), outputs(trained.model, probe))
     state = trained.model.state_dict()
@@ -336,7 +337,7 @@ def test_seeds_end_in_different_models(tmp_path):
     states = []
     for seed in (0, 1):
         record = run(tiny.request(tmp_path, "sp", MINIATURE, seed=seed))
-        states.append(torch.load(record.parent / "model.pt", weights_only=True)["state"])
+        states.append(read(record.parent / MODEL).tensors)
     assert not torch.equal(states[0]["classifier.bias"], states[1]["classifier.bias"])
     assert len(list((tmp_path / "dense").iterdir())) == 2
 
@@ -558,22 +559,17 @@ def test_resuming_what_was_never_started_starts_it(tmp_path, miniature):
 # ---------------------------------------------------------------------- models on disk
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "foreign", "version", "no plan"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "foreign", "no facts"])
 def test_a_damaged_model_file_is_refused_by_name(tiny_runs, tmp_path, damage):
-    path = tmp_path / "model.pt"
-    content = (tiny_runs.paths["sp"].parent / "model.pt").read_bytes()
-    if damage in ("version", "no plan"):
-        path.write_bytes(content)
-        saved = torch.load(path, weights_only=True)
-        if damage == "version":
-            saved["version"] = 99
-        else:
-            del saved["removed"]
-        torch.save(saved, path)
+    path = tmp_path / MODEL
+    whole = tiny_runs.paths["sp"].parent / MODEL
+    content = whole.read_bytes()
+    if damage == "no facts":
+        save_pruned(path, load_model(whole), read(whole).plan)
     elif damage != "missing":
         made = {"empty": b"", "cut": content[:-1000], "foreign": b"hello"}
         path.write_bytes(made[damage])
-    with pytest.raises(RunError, match=r"model\.pt") as caught:
+    with pytest.raises(RunError, match=r"model\.safetensors") as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
 

@@ -145,6 +145,7 @@ CASES = [
         short=14,
         refills_in_group=False,
     ),
+    Case("torch-prune", "torch-prune", {"amount": 0.4}, {"prune": 16}, 0.5, {"amount": 0.99}),
 ]
 
 

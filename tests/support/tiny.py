@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from adapters.saved import read
 from experiments import data, models
 from experiments import run as run_module
 from experiments.config import Config
 from experiments.data import load as load_data  # kept: miniature() puts another in its place
-from experiments.run import Request, run
+from experiments.run import MODEL, Request, run
 from experiments.training import Stopped
 from tests.support.snapshot import difference
 
@@ -179,7 +180,7 @@ def results(record: Path) -> dict[str, Any]:
         del figures[key]
     return {
         "record": figures,
-        "model": torch.load(record.parent / "model.pt", weights_only=True),
+        "model": read(record.parent / MODEL).tensors,
         "trace": torch.load(record.parent / "trace.pt", weights_only=True),
     }
 

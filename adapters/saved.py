@@ -1,0 +1,266 @@
+"""A pruned model on disk: one file of tensors with a description of what was removed.
+
+The file is a safetensors file, whose metadata holds the plan of the removal, facts of the caller's
+and a checksum; nothing in it is code. It is reloaded onto a freshly built dense model, by the same
+removal for every framework:
+
+    save_pruned(path, model, plan)
+    load_pruned(path, build_the_dense_model(), example)
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .base import Adapter, Plan
+
+FORMAT = "decay-pruning model"
+VERSION = 1
+
+
+class SavedModelError(ValueError):
+    """A pruned model cannot be saved or reloaded. The message says why, and what to do."""
+
+
+class DamagedError(SavedModelError):
+    """The file is not what was written."""
+
+
+class VersionError(SavedModelError):
+    """The file is of a later release."""
+
+
+class MismatchError(SavedModelError):
+    """The file is sound, but not of this model."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file holds.
+
+    Attributes:
+        plan: what was removed from the dense model.
+        facts: the caller's own.
+        tensors: parameters and buffers by name, in the names' order, on the host.
+    """
+
+    plan: Plan
+    facts: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def load_into(self, model: nn.Module, example: Tensor) -> nn.Module:
+        """Make a dense model the saved one, in place; see :func:`load_pruned`."""
+        self._check_names(model.state_dict())
+        trial = copy.deepcopy(model)
+        try:
+            Adapter.shrink(trial, example, self.plan)
+        except Exception as cause:  # whatever upstream trips over in a model of another kind
+            raise MismatchError(
+                "what was removed from the saved model cannot be removed from this one "
+                f"({_first_line(cause)}); build the dense model with the same settings, and give "
+                "an example it can take"
+            ) from cause
+        small = trial.state_dict()
+        for name, tensor in self.tensors.items():
+            if small[name].shape != tensor.shape:
+                raise MismatchError(
+                    f"{name!r} has shape {tuple(tensor.shape)} in the file and, after the same "
+                    f"removal, {tuple(small[name].shape)} in this model; build the dense model "
+                    "with the same settings"
+                )
+        trial.load_state_dict(self.tensors)
+        for name, tensor in trial.state_dict().items():
+            if not torch.equal(_bytes(tensor), _bytes(self.tensors[name])):
+                raise MismatchError(
+                    f"this model does not take {name!r} as it is in the file: it shares the "
+                    "tensor with another layer, and the saved model did not, or changes it on "
+                    "loading; build the dense model with the same settings"
+                )
+        Adapter.shrink(model, example, self.plan)
+        model.load_state_dict(self.tensors)
+        return model
+
+    def _check_names(self, dense: Mapping[str, Any]) -> None:
+        missing, extra = sorted(dense.keys() - self.tensors), sorted(self.tensors.keys() - dense)
+        if missing or extra:
+            raise MismatchError(
+                f"the file is of another model: it lacks {missing[:3]} and has {extra[:3]} "
+                f"({len(missing)} and {len(extra)} in all); build the model that was saved"
+            )
+        for name, tensor in self.tensors.items():
+            if dense[name].dtype != tensor.dtype:
+                raise MismatchError(
+                    f"{name!r} is {tensor.dtype} in the file and {dense[name].dtype} in this "
+                    "model; bring the dense model, and the example, to the file's type first, as "
+                    "with model.half()"
+                )
+
+
+def save_pruned(
+    path: Path, model: nn.Module, plan: Plan, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Write a pruned model: parameters, persistent buffers, and what was removed.
+
+    The file appears whole or not at all; one of that name that was there is kept until then. Where
+    tensors are one and the same, one is written. Device and memory layout are not kept.
+
+    Args:
+        path: of the file; missing folders are made.
+        model: physically small.
+        plan: what was removed from the dense model, in order. After several removals: their plans
+            one after the other, each counting positions as they were at its turn.
+        facts: what else a reader should know, such as how the dense model is built: anything that
+            JSON holds.
+
+    Raises:
+        SavedModelError: the model has something that is no tensor, or none that a file can hold,
+            or the plan or the facts are not what they should be; nothing was written.
+        OSError: the file cannot be written; nothing was.
+    """
+    layers = dict(model.named_modules())
+    for name, _ in plan:
+        if name not in layers:
+            raise SavedModelError(f"the plan names {name!r}, which is no layer of the model")
+    tensors: dict[str, Tensor] = {}
+    same: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            raise SavedModelError(
+                f"{name!r} is no tensor with values of its own that a file can hold; only such "
+                "parameters and buffers can be saved"
+            )
+        place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() and first.setdefault(place, name) != name:
+            same[name] = first[place]
+            continue
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    try:
+        listed = [[name, [int(c) for c in channels]] for name, channels in plan]
+        described = {"plan": listed, "facts": dict(facts or {}), "same": same}
+        description = json.dumps(described, allow_nan=False)
+        metadata = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "description": description,
+            "sha256": _checksum(description, tensors),
+        }
+        content = safetensors.torch.save(tensors, metadata)
+    except (KeyError, TypeError, ValueError, RuntimeError) as cause:
+        raise SavedModelError(
+            f"the model cannot be saved ({type(cause).__name__}: {_first_line(cause)}); its "
+            "tensors have to be of a type that safetensors knows, and the facts JSON's own values"
+        ) from cause
+    write(path, lambda file: file.write(content))
+
+
+def read(path: Path) -> Saved:
+    """What a file holds, checked to be what was written.
+
+    Raises:
+        DamagedError: it is cut off, altered, or no such file at all.
+        VersionError: it is of a later release.
+        OSError: it is not there, or cannot be read.
+    """
+    content = path.read_bytes()
+    try:
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"it says to be {metadata['format']!r}")
+        version = int(metadata["version"])
+        if version <= VERSION:
+            tensors = safetensors.torch.load(content)
+            if version < 1 or metadata["sha256"] != _checksum(metadata["description"], tensors):
+                raise ValueError("its checksum is another one")
+            described = json.loads(metadata["description"])
+            for name, other in described["same"].items():
+                tensors[name] = tensors[other]
+            plan = [(name, channels) for name, channels in described["plan"]]
+            return Saved(plan, described["facts"], dict(sorted(tensors.items())))
+    except Exception as cause:  # damage shows in many ways
+        raise DamagedError(
+            f"{path} is damaged, or no pruned model ({type(cause).__name__}: "
+            f"{_first_line(cause)}); save the model anew, or take another copy of the file"
+        ) from cause
+    raise VersionError(
+        f"{path} has version {version}, and this release reads up to {VERSION}; take a later "
+        "release, or save the model with this one"
+    )
+
+
+def load_pruned(path: Path, model: nn.Module, example: Tensor) -> nn.Module:
+    """Make a freshly built dense model the saved one, in place.
+
+    Whatever is refused leaves the model as it was: all is tried on a copy first. The model stays on
+    its device and in its mode; parameters become new objects, so make the optimizer afterwards.
+
+    Args:
+        path: what :func:`save_pruned` wrote.
+        model: built as the dense model of the saved one was; its values do not matter.
+        example: an input batch of any size, on the model's device and of its type.
+
+    Returns:
+        The model.
+
+    Raises:
+        DamagedError, VersionError: see :func:`read`.
+        MismatchError: names, types or shapes are not those of the saved model.
+        OSError: the file is not there, or cannot be read.
+    """
+    return read(path).load_into(model, example)
+
+
+def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Write through a temporary file beside the target, flushed to disk before it takes its name.
+
+    Args:
+        path: the target; missing folders are made.
+        fill: writes the content to an open binary file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        # Temporary files are private; this one takes the permissions of any new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        with os.fdopen(handle, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of the description and of every tensor's name, type, shape and bytes."""
+    made = hashlib.sha256(json.dumps([FORMAT, VERSION, description]).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        made.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        made.update(_bytes(tensor).numpy().data)
+    return made.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """Its bytes in order, on the host: what makes NaNs equal, too."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _first_line(cause: BaseException) -> str:
+    return (str(cause).splitlines() or [""])[0]

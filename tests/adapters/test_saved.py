@@ -1,0 +1,490 @@
+"""Pruned models on disk: what comes back, what is refused, and what a killed process leaves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from adapters import saved
+from adapters.saved import (
+    DamagedError,
+    MismatchError,
+    SavedModelError,
+    VersionError,
+    load_pruned,
+    read,
+    save_pruned,
+)
+from experiments.models import build
+from third_party import dependency
+
+EXAMPLE = torch.zeros(2, 3, 8, 8)
+PLANS = {
+    "vgg-digits": [("features.0", [1, 5, 6]), ("features.7", list(range(0, 64, 3)))],
+    "resnet20": [("conv1", [0, 3]), ("layer2.0.conv1", [7]), ("layer3.0.conv2", [1, 2, 60])],
+}
+ROOT = Path(__file__).parents[2]
+
+
+def dense(name: str, seed: int = 0) -> nn.Module:
+    """A network whose buffers are no longer those of a new one."""
+    model = build(name, 3, 10, seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    model.train()
+    with torch.no_grad():
+        model(torch.randn(8, 3, 8, 8, generator=draw))
+    return model
+
+
+def pruned(name: str, seed: int = 0) -> nn.Module:
+    model = dense(name, seed)
+    dependency.remove(model, EXAMPLE, PLANS[name])
+    return model
+
+
+class Small(nn.Module):
+    """Few bytes, and one of each: convolution, BatchNorm, a buffer, a frozen and a half tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3)
+        self.head = nn.Linear(3, 2)
+        self.register_buffer("scale", torch.tensor([1.5, float("nan")], dtype=torch.bfloat16))
+
+    def forward(self, x):
+        return self.head(self.bn(self.conv(x)).relu().mean((2, 3)))
+
+
+SMALL_PLAN = [("conv", [1])]
+SMALL_EXAMPLE = torch.zeros(2, 1, 2, 2)
+
+
+def small() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Small()
+    dependency.remove(model, SMALL_EXAMPLE, SMALL_PLAN)
+    return model
+
+
+def same_bits(one: nn.Module, other: nn.Module) -> bool:
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(
+        left[n].shape == right[n].shape
+        and left[n].dtype == right[n].dtype
+        and torch.equal(saved._bytes(left[n]), saved._bytes(right[n]))
+        for n in left
+    )
+
+
+def untouched(model: nn.Module):
+    """A snapshot of a model; called, it says that nothing is another object, value or mode."""
+    objects = {n: id(t) for n, t in model.state_dict(keep_vars=True).items()}
+    values, modes = copy.deepcopy(model), {n: m.training for n, m in model.named_modules()}
+
+    def check() -> None:
+        assert {n: id(t) for n, t in model.state_dict(keep_vars=True).items()} == objects
+        assert same_bits(model, values)
+        assert {n: m.training for n, m in model.named_modules()} == modes
+
+    return check
+
+
+# ---------------------------------------------------------------------- what comes back
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_comes_back_bit_for_bit(tmp_path, name, dtype):
+    model = pruned(name).to(dtype)
+    save_pruned(tmp_path / "m", model, PLANS[name])
+    again = build(name, 3, 10, seed=1).to(dtype)
+    assert load_pruned(tmp_path / "m", again, EXAMPLE.to(dtype)) is again
+    assert same_bits(model, again)
+    x = torch.randn(4, 3, 8, 8, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), again.eval()(x))
+
+
+def test_a_reloaded_model_stays_in_its_mode_and_trains(tmp_path):
+    save_pruned(tmp_path / "m", pruned("vgg-digits"), PLANS["vgg-digits"])
+    again = build("vgg-digits", 3, 10)
+    again.features[1].eval()
+    load_pruned(tmp_path / "m", again, EXAMPLE)
+    assert again.training
+    assert not again.features[1].training
+    again.train()(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert all(p.grad is not None for p in again.parameters())
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_memory_layouts_do_not_matter(tmp_path, layout):
+    model = pruned("vgg-digits").to(memory_format=layout)
+    other = torch.contiguous_format if layout is torch.channels_last else torch.channels_last
+    save_pruned(tmp_path / "m", model, PLANS["vgg-digits"])
+    again = build("vgg-digits", 3, 10).to(memory_format=other)
+    assert same_bits(load_pruned(tmp_path / "m", again, EXAMPLE), model)
+
+
+def test_views_of_larger_tensors_are_saved_as_they_look(tmp_path):
+    model = small()
+    pool = torch.randn(4, 6)
+    model.head.weight = nn.Parameter(pool.T[1:3, 1:3])  # strided, and not at its storage's start
+    model.head.bias = nn.Parameter(pool[1, 1:3])  # overlaps with it, and is no tie
+    save_pruned(tmp_path / "m", model, SMALL_PLAN)
+    assert same_bits(load_pruned(tmp_path / "m", Small(), SMALL_EXAMPLE), model)
+
+
+class Tied(nn.Module):
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.inner, self.encode, self.decode = nn.Linear(4, 7), nn.Linear(7, 5), nn.Linear(5, 5)
+        self.last = nn.Linear(5, 5)
+        if tied:
+            self.last.weight = self.decode.weight
+
+    def forward(self, x):
+        return self.last(self.decode(self.encode(self.inner(x).relu()).relu()).relu())
+
+
+def test_tied_weights_are_written_once_and_come_back_tied(tmp_path):
+    plan, example = [("inner", [0, 4])], torch.zeros(2, 4)
+    model = Tied()
+    dependency.remove(model, example, plan)
+    assert model.last.weight is model.decode.weight
+    save_pruned(tmp_path / "m", model, plan)
+    assert len(safetensors.torch.load_file(tmp_path / "m")) == len(model.state_dict()) - 1
+    again = load_pruned(tmp_path / "m", Tied(), example)
+    assert same_bits(again, model)
+    assert again.last.weight is again.decode.weight
+
+
+def test_tied_layers_do_not_take_two_different_tensors(tmp_path):
+    plan, example = [("inner", [0, 4])], torch.zeros(2, 4)
+    model = Tied(tied=False)
+    dependency.remove(model, example, plan)
+    save_pruned(tmp_path / "m", model, plan)
+    again = Tied()
+    check = untouched(again)
+    with pytest.raises(MismatchError, match="shares"):
+        load_pruned(tmp_path / "m", again, example)
+    check()
+
+
+def test_several_removals_are_reloaded_from_their_plans_in_order(tmp_path):
+    model, plans = dense("resnet20"), []
+    for channels in ([0, 3], [0, 1], [11]):
+        plans += [("conv1", channels), ("layer3.1.conv1", channels)]
+        dependency.remove(model, EXAMPLE, plans[-2:])
+    save_pruned(tmp_path / "m", model, plans)
+    assert same_bits(load_pruned(tmp_path / "m", build("resnet20", 3, 10), EXAMPLE), model)
+
+
+def test_facts_and_plan_can_be_read_without_a_model(tmp_path):
+    facts = {"model": "vgg-digits", "classes": 10, "list": [1, None, "ä"]}
+    save_pruned(tmp_path / "new" / "m", pruned("vgg-digits"), PLANS["vgg-digits"], facts)
+    found = read(tmp_path / "new" / "m")
+    assert found.facts == facts
+    assert found.plan == PLANS["vgg-digits"]
+
+
+def test_a_model_on_a_gpu(tmp_path, cuda):
+    model = pruned("resnet20").to(cuda)
+    save_pruned(tmp_path / "m", model, PLANS["resnet20"])
+    on_host = load_pruned(tmp_path / "m", build("resnet20", 3, 10), EXAMPLE)
+    assert same_bits(on_host, model)
+    there = load_pruned(tmp_path / "m", build("resnet20", 3, 10).to(cuda), EXAMPLE.to(cuda))
+    assert same_bits(there, model)
+    assert {t.device.type for t in there.state_dict().values()} == {"cuda"}
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def test_nothing_is_written_where_saving_is_refused(tmp_path):
+    path, model = tmp_path / "m", small()
+    save_pruned(path, model, SMALL_PLAN)
+    before = path.read_bytes()
+    with pytest.raises(SavedModelError, match=r"'stem'.*no layer"):
+        save_pruned(path, model, [("stem", [0])])
+    with pytest.raises(SavedModelError, match="facts"):
+        save_pruned(path, model, SMALL_PLAN, {"when": object()})
+    with pytest.raises(SavedModelError, match="facts"):
+        save_pruned(path, model, SMALL_PLAN, {"accuracy": float("nan")})
+    for odd in (
+        torch.ones(2, dtype=torch.complex128),
+        torch.ones(2, device="meta"),
+        torch.ones(2).to_sparse(),
+    ):
+        twin = copy.deepcopy(model)
+        twin.register_buffer("odd", odd)
+        with pytest.raises(SavedModelError):
+            save_pruned(path, twin, SMALL_PLAN)
+
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"a": 1}
+
+    with pytest.raises(SavedModelError, match="_extra_state"):
+        save_pruned(path, Extra(2, 2), [])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: build("resnet20", 3, 10), "of another model"),
+        (lambda: build("vgg-digits", 3, 7), r"'classifier.\w+' has shape"),
+        (lambda: build("vgg-digits", 3, 10).half(), "torch.float32 in the file"),
+        (lambda: build("vgg-digits", 1, 10), "cannot be removed from this one"),
+        (lambda: pruned("vgg-digits"), r"has shape|cannot be removed"),
+    ],
+)
+def test_a_model_that_the_file_does_not_fit_is_left_as_it_was(tmp_path, other, message):
+    save_pruned(tmp_path / "m", pruned("vgg-digits"), PLANS["vgg-digits"])
+    model = other()
+    model.eval()
+    check = untouched(model)
+    with pytest.raises(MismatchError, match=message):
+        load_pruned(tmp_path / "m", model, EXAMPLE)
+    check()
+
+
+def test_a_plan_beyond_the_layer_is_refused(tmp_path):
+    save_pruned(tmp_path / "m", pruned("vgg-digits"), [("features.0", [1, 5, 32])])
+    model = build("vgg-digits", 3, 10)
+    check = untouched(model)
+    with pytest.raises(MismatchError):
+        load_pruned(tmp_path / "m", model, EXAMPLE)
+    check()
+
+
+def test_a_later_version_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(saved, "VERSION", 2)
+    save_pruned(tmp_path / "m", small(), SMALL_PLAN)
+    monkeypatch.undo()
+    model = Small()
+    check = untouched(model)
+    with pytest.raises(VersionError, match=r"version 2.*up to 1; take a later"):
+        load_pruned(tmp_path / "m", model, SMALL_EXAMPLE)
+    check()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 8, b"\xff" * 64, b"PK\x03\x04 a pickle in a zip", b'{"__metadata__": {}}'],
+)
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "m").write_bytes(content)
+    with pytest.raises(DamagedError, match="damaged, or no pruned model"):
+        read(tmp_path / "m")
+
+
+def test_another_safetensors_file_is_refused(tmp_path):
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "bare")
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "other", {"format": "pt"})
+    for name in ("bare", "other"):
+        with pytest.raises(DamagedError, match="no pruned model"):
+            read(tmp_path / name)
+
+
+def test_a_missing_file_is_reported_as_missing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_pruned(tmp_path / "m", Small(), SMALL_EXAMPLE)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A sound file's bytes, and a place for damaged ones."""
+    path = tmp_path_factory.mktemp("written") / "m"
+    save_pruned(path, small(), SMALL_PLAN, {"note": "ä"})
+    return path.read_bytes(), path
+
+
+def test_wherever_it_is_cut_off_it_is_refused(written):
+    content, path = written
+    path.write_bytes(content)
+    for length in reversed(range(len(content))):
+        os.truncate(path, length)
+        with pytest.raises(DamagedError):
+            read(path)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(DamagedError):
+        read(path)
+
+
+def test_cut_off_files_leave_the_model_as_it_was(written):
+    content, path = written
+    model = Small()
+    check = untouched(model)
+    for length in range(0, len(content), 97):
+        path.write_bytes(content[:length])
+        with pytest.raises(DamagedError):
+            load_pruned(path, model, SMALL_EXAMPLE)
+    check()
+
+
+def test_every_flipped_bit_is_refused(written):
+    content, path = written
+    with path.open("r+b") as file:  # in place: the disk would make it slow
+        file.write(content)
+        for bit in range(8 * len(content)):
+            place, old = bit // 8, content[bit // 8]
+            for value in (old ^ 1 << bit % 8, old):
+                file.seek(place)
+                file.write(bytes([value]))
+                file.flush()
+                if value != old:
+                    with pytest.raises((DamagedError, VersionError)):
+                        read(path)
+    assert read(path).plan == SMALL_PLAN
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_altered_stretches_are_refused(written, data):
+    content, path = written
+    start = data.draw(st.integers(0, len(content) - 1))
+    new = data.draw(st.binary(min_size=1, max_size=40))
+    kept = data.draw(st.integers(start, min(len(content), start + 60)))
+    altered = content[:start] + new + content[kept:]
+    path.write_bytes(altered)
+    try:
+        found = read(path)
+    except (DamagedError, VersionError):
+        return
+    path.write_bytes(content)
+    assert found.plan == read(path).plan
+    again = Small()
+    path.write_bytes(altered)
+    assert same_bits(load_pruned(path, again, SMALL_EXAMPLE), small())
+
+
+def test_nothing_in_the_file_is_code(written):
+    content, _ = written
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert set(header["__metadata__"]) == {"format", "version", "description", "sha256"}
+    assert json.loads(header["__metadata__"]["description"])["plan"] == [["conv", [1]]]
+
+
+# ---------------------------------------------------------------------- a killed process
+
+KILLED = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+from torch import nn
+from adapters import saved
+
+torch.set_num_threads(1)
+folder, mode = Path(sys.argv[1]), sys.argv[2]
+path = folder / "m"
+
+def model(value):
+    size = 30 if mode == "lines" else 300
+    made = nn.Sequential(nn.Linear(size, size), nn.Linear(size, size))
+    for p in made.parameters():
+        nn.init.constant_(p, value)
+    return made
+
+def whole():
+    # The value all tensors have in common with the facts; torn files raise.
+    found = saved.read(path)
+    (value,) = {v for t in found.tensors.values() for v in t.unique().tolist()}
+    assert found.facts == {"value": value}
+    return value
+
+old, new = model(1.0), model(2.0)
+seen, killed = [], 0
+draw = random.Random(0)
+
+def at_line(stop):
+    # Ends the process at the n-th line executed in the module.
+    count = 0
+    def trace(frame, event, _):
+        nonlocal count
+        if frame.f_code.co_filename != saved.__file__:
+            return None
+        count += 1
+        if count == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+    sys.settrace(trace)
+
+def save(value):
+    saved.save_pruned(path, {1.0: old, 2.0: new}[value], [], {"value": value})
+
+started = time.perf_counter()
+save(1.0)
+usual = time.perf_counter() - started
+for turn in range(1, 10_000 if mode == "lines" else int(sys.argv[3]) + 1):
+    if mode == "lines" and whole() != 1.0:
+        save(1.0)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if mode == "lines":
+            at_line(turn)
+            save(2.0)
+            os._exit(0)
+        while True:
+            for value in (2.0, 1.0):
+                save(value)
+                os.write(writer, b".")
+    if mode == "random":
+        for _ in range(draw.randrange(3)):
+            os.read(reader, 1)
+        time.sleep(draw.uniform(0, 1.5 * usual))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    os.close(reader)
+    os.close(writer)
+    seen.append(whole())
+    killed += os.WIFSIGNALED(status)
+    if mode == "lines" and not os.WIFSIGNALED(status):
+        break
+left = len(list(folder.iterdir())) - 1
+print(json.dumps({"seen": seen, "killed": killed, "left": left}))
+"""
+
+
+def killed(folder: Path, *arguments: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_killed_at_every_line_a_save_leaves_the_old_file_or_the_new_one(tmp_path):
+    found = killed(tmp_path, "lines")
+    assert found["killed"] == len(found["seen"]) - 1 > 50
+    switch = found["seen"].index(2.0)
+    assert found["seen"] == [1.0] * switch + [2.0] * (len(found["seen"]) - switch)
+    assert 0 < switch < found["killed"]
+    assert found["left"] > 0  # some were killed with the temporary file half written
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_a_save_leaves_the_old_file_or_the_new_one(tmp_path):
+    found = killed(tmp_path, "random", "100")
+    assert found["killed"] == 100
+    assert set(found["seen"]) == {1.0, 2.0}
+    assert found["left"] > 5
