@@ -27,7 +27,7 @@ recipe = $(or $(if $(filter-out digits,$(DATA)),$(wildcard $(CONFIGS)/$(1)-cifar
 small = $(CONFIGS)/$(FRAMEWORK)-$(if $(filter-out digits,$(DATA)),$(NETWORK),digits).toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint $(BENCHES) compare bench-overhead table plots report results docs clean
+.PHONY: help setup demo test lint $(BENCHES) compare bench-overhead table plots report results notebooks docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1|\2/' \
@@ -79,6 +79,9 @@ results: $(SETUP) ## RESULTS.md and the README's table, anew from the kept recor
 test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones
 	@$(PY) -m pytest -n auto $(FLAGS)
 
+notebooks: $(SETUP) ## the tutorials' notebooks anew from their scripts
+	@$(PY) tutorials/make_notebooks.py
+
 docs: $(SETUP) ## the documentation as HTML in docs/_build; a warning is an error
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@rm -rf docs/tutorials && mkdir -p docs/tutorials && cp tutorials/*.ipynb docs/tutorials/
@@ -91,5 +94,5 @@ lint: $(SETUP) ## ruff (lint and format) and mypy
 	@$(PY) -m mypy
 
 clean: ## remove runs, caches and the environment; downloads in data/ stay
-	rm -rf $(VENV) $(OUT) build dist docs/_build docs/tutorials *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OUT) build dist docs/_build docs/tutorials docs/jupyter_execute *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,7 +2,7 @@
 
 An adapter's author reads this file and one adapter. An adapter is made for one run of one variant
 on one model. The training loop owns batches, loss and progress; it calls the adapter at fixed
-points of every step and knows nothing of the framework behind it:
+points of every step and knows nothing of the framework behind it::
 
     optimizer = adapter.optimizer(stage)
     adapter.begin(stage, optimizer, loss)       once a stage, with the stage's optimizer

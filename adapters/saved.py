@@ -2,7 +2,7 @@
 
 The file is a safetensors file, whose metadata holds the plan of the removal, facts of the caller's
 and a checksum; nothing in it is code. It is reloaded onto a freshly built dense model, by the same
-removal for every framework:
+removal for every framework::
 
     save_pruned(path, model, plan)
     load_pruned(path, build_the_dense_model(), example)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,14 +26,32 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"Decay pruning {release}"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "jupyter_execute"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the tests run the tutorials
+napoleon_use_ivar = True  # attributes are documented by their class alone
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 # Links of the README and the guide lead into the repository, where those files are read first.
 suppress_warnings = ["myst.xref_missing"]
+
+
+def mathml(display: str) -> Callable[[HTML5Translator, nodes.Node], None]:
+    """Formulas as MathML, which browsers show by themselves: the usual renderer needs a network."""
+
+    def visit(translator: HTML5Translator, node: nodes.Node) -> None:
+        made = convert(node.astext(), display=display)
+        translator.body.append(made if display == "inline" else f"<div>{made}</div>")
+        raise nodes.SkipNode
+
+    return visit
+
+
+def setup(app: Sphinx) -> None:
+    """Known to Sphinx by this name."""
+    app.add_html_math_renderer("mathml", (mathml("inline"), None), (mathml("block"), None))

@@ -32,7 +32,7 @@ class Evidence:
         group: (C,) int64, the number of each structure's group.
         resistance: (C,) sum of R_k over the decay steps so far, in units of the loss.
         gradient: (C,) sum of ||g_k|| L_init over the same steps, the bound of ``resistance``.
-        typical: (C,) mean |resistance|, over as many steps, of all structures of the group that
+        typical: (C,) mean ``|resistance|``, over as many steps, of all structures of the group that
             have decayed so far.
         derivative: (C,) mean over samples of the loss's derivative by the structure's gate, or
             ``None`` where no hearing was held.
@@ -98,10 +98,10 @@ class Trajectory(Criterion):
     """Our reading of the paper's two criteria: the gradients seen while the structure decays.
 
     C_rate, the direction: sum R_k / sum(||g_k|| L_init), a gradient-weighted mean cosine in
-    [-1, 1]. C_len, the strength: the structure's mean R over the mean |mean R| of the structures
-    of its group that have decayed so far (itself among them), so that the loss's scale cancels.
-    Both must exceed their thresholds; the strongest C_len goes first. Costs nothing beyond the
-    step.
+    [-1, 1]. C_len, the strength: the structure's mean R over the mean ``|mean R|`` of the
+    structures of its group that have decayed so far (itself among them), so that the loss's scale
+    cancels. Both must exceed their thresholds; the strongest C_len goes first. Costs nothing beyond
+    the step.
 
     Attributes:
         rate: T_rate. The default of 0.05 is ours.

@@ -1,0 +1,83 @@
+"""The tutorials run, each from its source, and leave what they say."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.base import count_macs
+from adapters.saved import read
+from experiments import models
+from tutorials.make_notebooks import SCRIPTS, cells
+
+ROOT = Path(__file__).parents[2]
+PLOTS = {"norms", "channels", "accuracy"}
+SAID = {
+    "core_in_your_own_loop": [
+        r"no step: clock 5, norms unchanged: True",
+        r"refused: the gradient of structure",
+        r"overflow: stepped False, clock 5, the scale is now 512",
+        r"no overflow: stepped True, clock 6",
+        r"pruned (\d+) of \1, decaying 0",
+        r"release of [1-9]",
+    ],
+    "depgraph": [
+        r"base: 3\.\d+ times fewer MACs",
+        r"sr: 3\.\d+ times fewer MACs",
+        r"release: [1-9]",
+        r"reloaded, with the same outputs: True",
+        r"torch\.export: outputs differ by \S+ at most, on 5 images",
+    ],
+    "otov2": [
+        r"refused: target_group_sparsity 0\.999 is impossible",
+        r"release: [1-9]",
+        r"reloaded, with the same outputs: True",
+        r"ONNX: outputs differ",
+    ],
+    "gate_decorator": [
+        r"\d+ selections: ",
+        r"release: [1-9]",
+        r"reloaded, with the same outputs: True",
+        r"ONNX: outputs differ",
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_the_tutorial_runs_and_leaves_what_it_says(script, tmp_path):
+    """Whole, as readers run it; its own assertions check what it claims."""
+    settings = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=settings, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for pattern in SAID[script.stem]:
+        assert re.search(pattern, done.stdout), f"{pattern!r} is not in {done.stdout}"
+
+    out = tmp_path / "runs" / "tutorials"
+    name = script.stem.replace("_", "-").split("-in-")[0]
+    drawn = {p.stem.removeprefix(f"{name}-") for p in out.glob("*.png")}
+    if name == "core":
+        assert drawn == PLOTS - {"accuracy"}
+        return
+    assert drawn == PLOTS
+    assert (out / f"{name}.onnx").stat().st_size > 0
+    example, saved = torch.zeros(2, 1, 8, 8), read(out / f"{name}.safetensors")
+    dense = models.build(saved.facts["network"], in_channels=1, classes=10)
+    before = count_macs(dense, example)
+    assert count_macs(saved.load_into(dense, example), example) < before / 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_what_it_claims_is_asserted(script):
+    """A run proves nothing that the script does not check."""
+    code = [body for kind, body in cells(script.read_text(encoding="utf-8")) if kind == "code"]
+    assert sum(body.count("assert ") for body in code) >= 4

@@ -1,0 +1,335 @@
+# %% [markdown]
+# # The core in your own training loop
+#
+# You have a network, an optimizer and a training loop, and you want no framework. The core,
+# `dpm_core`, needs three things from you: **structure groups** that say what belongs together, your
+# **optimizer**, and your **decision** about what goes. It then works around every
+# `optimizer.step()`; nothing else in the loop changes.
+#
+# The loop here has what real loops have: gradient accumulation, mixed precision, clipping and a
+# learning-rate schedule. Every number is printed by the code, so nothing in the text can be
+# outdated.
+#
+# Run it as a script from the repository, `python tutorials/core_in_your_own_loop.py`, or open the
+# notebook of the same name.
+
+# %%
+import itertools
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, "..")  # the repository, whether this runs in its folder tutorials
+sys.path.insert(0, ".")  # or at its top
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from adapters.base import Adapter, count_macs
+from dpm_core import (
+    DecayPruning,
+    GradientError,
+    Phase,
+    SelfRectifying,
+    Slice,
+    SmoothPruning,
+    StructureGroup,
+)
+from experiments import data, models
+from experiments.training import accuracy, outputs
+from tutorials.shared import draw_channels, draw_norms, norms_now
+
+torch.set_num_threads(1)  # the tensors are small: threads would wait for one another
+torch.manual_seed(0)
+OUT = Path("runs/tutorials")
+OUT.mkdir(parents=True, exist_ok=True)
+
+# %% [markdown]
+# ## Your loop, before any pruning
+#
+# The data is scikit-learn's handwritten digits, the network a small VGG: convolution, BatchNorm and
+# ReLU, six times.
+
+# %%
+images = data.load("digits", Path("data"))
+model = models.build("vgg-digits", in_channels=1, classes=10, seed=0)
+
+BATCH, ACCUMULATE = 32, 2
+batches = (images.batch(BATCH, position, seed=0) for position in itertools.count())
+
+# %% [markdown]
+# One update is one optimizer step. Two batches of 32 are accumulated into it. The forward pass runs
+# in bfloat16 under `torch.autocast`; the parameters stay float32. bfloat16 has float32's range, so
+# no gradient scaler is needed; float16 needs one, and has its section below.
+
+
+# %%
+def accumulate_gradients():
+    """Gradients of the mean loss over ``ACCUMULATE`` batches."""
+    for _ in range(ACCUMULATE):
+        inputs, labels = next(batches)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(inputs)
+        loss = functional.cross_entropy(logits.float(), labels) / ACCUMULATE
+        loss.backward()
+
+
+def update(optimizer, schedule):
+    """One optimizer step."""
+    model.train()
+    optimizer.zero_grad()
+    accumulate_gradients()
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    optimizer.step()
+    schedule.step()
+
+
+# %%
+UPDATES = 240
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=UPDATES)
+for _ in range(UPDATES):
+    update(optimizer, schedule)
+
+dense = accuracy(model, images)
+print(f"dense: {dense:.1f}% of the test images are classified right")
+
+# %% [markdown]
+# ## What belongs together
+#
+# A **structure** is the smallest thing that is removed whole. Here it is an output channel of a
+# convolution *with all that produces it*: a row of the kernel, its bias, and the weight and bias of
+# the BatchNorm behind it. Do not leave BatchNorm out. It undoes any scaling of the row before it,
+# so rows alone would decay without any effect on training.
+#
+# A **slice** is the share of one parameter. A **structure group** is all structures that share the
+# same parameters. In this network every convolution has a group of its own. Where channels are
+# tied, as by a residual connection, several convolutions belong to one group; then let
+# `adapters.depgraph.structure_groups` find the groups.
+
+# %%
+convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+batch_norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+groups = [
+    StructureGroup(
+        name,
+        [
+            Slice.whole(conv.weight),
+            Slice.whole(conv.bias),
+            Slice.whole(norm.weight, batch_norm=True),
+            Slice.whole(norm.bias, batch_norm=True),
+        ],
+    )
+    for (name, conv), norm in zip(convolutions.items(), batch_norms, strict=True)
+]
+print({group.name: f"{group.size} structures" for group in groups})
+
+# %% [markdown]
+# ## Attach, and decide
+#
+# A new optimizer and schedule for the pruning: the decay comes first, where the learning rate is
+# high, and what is left of the training repairs. A decay of 5 to 15% of the updates is a good
+# length.
+#
+# `attach` uses PyTorch's own step hooks. `decay` is your decision: here the half of every group
+# that has the smallest norms.
+
+# %%
+UPDATES = 200
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=UPDATES)
+
+dpm = DecayPruning(groups, SmoothPruning(steps=20), SelfRectifying())
+dpm.attach(optimizer)
+
+goal = sum(group.size // 2 for group in groups)
+dpm.decay({group.name: group.norms().argsort()[: group.size // 2] for group in groups})
+print(f"{dpm.count(Phase.DECAYING)} structures decay, {dpm.count(Phase.ACTIVE)} do not")
+
+# %% [markdown]
+# From now on the same loop prunes. The core counts *optimizer steps*, not batches: with
+# accumulation, a decay of 20 steps takes 40 batches here. Clipping comes before the step and needs
+# no change. After the step, each decaying structure's norm is exactly on its schedule, whatever the
+# optimizer made of it.
+
+# %%
+trace = [norms_now(dpm)]
+for _ in range(5):
+    update(optimizer, schedule)
+    trace.append(norms_now(dpm))
+
+first = dpm.events[0]
+was, now = first.norms[0], dpm.groups[first.group].norms()[first.structures[0]].item()
+print(f"after {dpm.clock} of {dpm.smooth.steps} steps {now / was:.4f} of the first norm is left")
+assert dpm.clock == 5
+assert abs(now / was - (1 - 5 / 20)) < 1e-4
+
+# %% [markdown]
+# ## A step that is skipped
+#
+# Loops skip steps: a loss is not finite, a scaler says so. A skipped step decays nothing. The clock
+# stands still, and so do the norms.
+
+
+# %%
+def unchanged(before):
+    """Whether the clock and all norms are what they were."""
+    return norms_now(dpm) == before
+
+
+before = norms_now(dpm)
+optimizer.zero_grad()
+accumulate_gradients()  # ... and no optimizer.step()
+print(f"no step: clock {dpm.clock}, norms unchanged: {unchanged(before)}")
+assert unchanged(before)
+
+# %% [markdown]
+# If you step on gradients that are not finite, the core refuses before anything has changed,
+# parameters and optimizer included. You can skip the step and go on.
+
+# %%
+convolutions[first.group].weight.grad[first.structures[0]] = torch.nan
+try:
+    optimizer.step()
+except GradientError as refusal:
+    print(f"refused: {refusal}")
+else:
+    raise AssertionError("the step should have been refused")
+optimizer.zero_grad()
+assert unchanged(before)
+
+# %% [markdown]
+# ## float16 on a GPU: the gradient scaler
+#
+# float16 has a small range, so the loss is scaled up before `backward`, and the gradients down
+# before the step. Where they overflow, the scaler leaves the step out and lowers its scale.
+#
+# Two things to know. Call `scaler.unscale_` before you clip, as without the core. And do not make
+# the optimizer with `fused=True`: a fused optimizer is always called and leaves the step out
+# inside, where no hook sees it, so the core refuses the gradients instead.
+#
+# The cell runs on a CPU, with bfloat16. On a GPU, move `model` and `images` there with
+# `.to("cuda")` before the groups are made, and write `"cuda"` and `torch.float16` for `"cpu"` and
+# `torch.bfloat16`.
+
+# %%
+scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+
+def scaled_update(factor=1.0):
+    """One update through the scaler; a factor of infinity makes it overflow."""
+    optimizer.zero_grad()
+    for _ in range(ACCUMULATE):
+        inputs, labels = next(batches)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(inputs)
+        loss = factor * functional.cross_entropy(logits.float(), labels) / ACCUMULATE
+        scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    scaler.step(optimizer)
+    scale = scaler.get_scale()
+    scaler.update()
+    return scaler.get_scale() >= scale  # whether the optimizer has stepped
+
+
+stepped = scaled_update(factor=float("inf"))
+print(f"overflow: stepped {stepped}, clock {dpm.clock}, the scale is now {scaler.get_scale():.0f}")
+assert not stepped
+assert unchanged(before)
+
+stepped = scaled_update()
+schedule.step()  # only after a real step
+trace.append(norms_now(dpm))
+print(f"no overflow: stepped {stepped}, clock {dpm.clock}")
+assert stepped
+assert dpm.clock == 6
+
+# %% [markdown]
+# ## To the end: releases, and what takes their place
+#
+# Three quarters into the decay, Self-Rectifying **releases** structures whose gradients resist:
+# they are ACTIVE again, and safe from then on. The core does not choose what goes in their place:
+# that is your decision, too. Read `dpm.events` after each update, and **refill** with the smallest
+# norms that are available in the same group.
+
+
+# %%
+def refill(events):
+    """Decay others in place of those that were released."""
+    for event in events:
+        if event.kind == "release":
+            ranking = dpm.groups[event.group].norms()
+            ranking[~dpm.available(event.group)] = torch.inf
+            smallest = ranking.argsort()[: len(event.structures)]
+            dpm.decay({event.group: smallest}, wave=event.wave + 1)
+
+
+seen = len(dpm.events)
+while dpm.clock < UPDATES:
+    update(optimizer, schedule)
+    new, seen = dpm.events[seen:], len(dpm.events)
+    refill(new)
+    if dpm.clock <= 60:
+        trace.append(norms_now(dpm))
+
+print(f"pruned {dpm.count(Phase.PRUNED)} of {goal}, decaying {dpm.count(Phase.DECAYING)}")
+assert dpm.count(Phase.PRUNED) == goal
+assert dpm.count(Phase.DECAYING) == 0
+
+# %% [markdown]
+# The events, summed up over the groups. `wave` is 0 for first decisions and 1 for structures that
+# decay in place of released ones.
+
+# %%
+happened = Counter()
+for event in dpm.events:
+    happened[event.step, event.kind, event.wave] += len(event.structures)
+for (step, kind, wave), structures in sorted(happened.items()):
+    print(f"step {step:3d}, wave {wave}: {kind:7s} of {structures} structures")
+
+# %%
+figure = draw_norms(trace, dpm.events)
+figure.savefig(OUT / "core-norms.png")
+
+# %% [markdown]
+# Pruned structures are exactly zero, and held there while training goes on. Released ones train
+# like all others: their lines leave the schedule at the triangles.
+#
+# ## Make the network smaller
+#
+# A zero structure does nothing, so it can be removed: the outputs stay what they are. Here
+# torch-pruning's dependency graph also takes away the inputs that the next layers no longer need.
+
+# %%
+dpm.detach()
+example = images.normalize(images.test[:64])
+zeroed, macs = outputs(model, example), count_macs(model, example)
+widths = models.build("vgg-digits", in_channels=1, classes=10)  # only to compare with
+
+plan = [
+    (name, (dpm.phases(name) == Phase.PRUNED).nonzero().flatten().tolist()) for name in dpm.groups
+]
+Adapter.shrink(model, example, plan)
+
+difference = (outputs(model, example) - zeroed).abs().max().item()
+share = count_macs(model, example) / macs
+print(f"{share:.1%} of the computation is left; outputs differ by {difference:.1e} at most")
+print(f"accuracy: {dense:.1f}% dense, {accuracy(model, images):.1f}% pruned")
+assert difference < 1e-3
+assert share < 0.5
+assert accuracy(model, images) > 90
+
+# %%
+figure = draw_channels(widths, model)
+figure.savefig(OUT / "core-channels.png")
+
+# %% [markdown]
+# ## Where to go from here
+#
+# - A checkpoint needs `dpm.state_dict()` besides the model's and the optimizer's.
+# - `SelfRectifying(Hearing())` looks at what each structure would do if it came back. It needs
+#   owners in the groups, and `attach(optimizer, model=model, loss=closure)`.
+# - `depgraph.py`, beside this file, saves, reloads and exports the small network.
