@@ -282,11 +282,15 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     """
     training = {m: m.training for m in model.modules()}
     counter = FlopCounterMode(display=False)
+    # Attention's fast path is one operation to the counter, which it does not know.
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
         with torch.no_grad(), counter:
             model(example[:1])
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in training.items():
             module.training = mode
     return int(counter.get_total_flops()) // 2

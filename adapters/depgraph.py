@@ -34,6 +34,8 @@ class DepGraphOptions:
             learning, ``mean`` without, as upstream's own recipes have it.
         reg: upstream's ``reg``, the strength of sparse learning.
         ignored: names of layers that are left as they are, besides those that make the output.
+        skip_unsupported: leave all groups as they are in which a channel of zeros does not equal a
+            removed one, such as a transformer's embedding, instead of refusing the model.
     """
 
     speed_up: float | None = None
@@ -43,6 +45,7 @@ class DepGraphOptions:
     normalizer: str | None = None
     reg: float = 5e-4
     ignored: tuple[str, ...] = ()
+    skip_unsupported: bool = False
 
     def __post_init__(self) -> None:
         if (self.speed_up is None) == (self.ratio is None):
@@ -73,6 +76,9 @@ class DepGraph(Adapter):
         self._stage = ""
         self._pruner: Any = None
         self._groups: dict[str, UpstreamGroup] = {}
+        if options.skip_unsupported:
+            refused = dependency.unsupported(self._new_pruner(context.model))
+            self._ignored = sorted({*self._ignored, *refused})
 
     # ------------------------------------------------------------------ the target
 
@@ -120,7 +126,9 @@ class DepGraph(Adapter):
         try:
             groups = dependency.groups(self._new_pruner(model))
         except UnsupportedLayerError as cause:
-            raise AdapterError(str(cause)) from cause
+            raise AdapterError(
+                f"{cause}, or set `skip_unsupported` to leave out all groups of that kind"
+            ) from cause
         if not groups:
             raise AdapterError("no group of layers is left to prune; shorten `ignored`")
         if self.options.speed_up is not None:
@@ -231,7 +239,11 @@ class DepGraph(Adapter):
 
 
 def structure_groups(
-    model: nn.Module, example: Tensor, ignored: tuple[str, ...] = ()
+    model: nn.Module,
+    example: Tensor,
+    ignored: tuple[str, ...] = (),
+    *,
+    skip_unsupported: bool = False,
 ) -> list[StructureGroup]:
     """Every structure group of a model, for use of the core without this adapter.
 
@@ -239,19 +251,26 @@ def structure_groups(
         model: stays in its mode.
         example: an input batch on the model's device.
         ignored: names of layers to leave out, besides those that make the output.
+        skip_unsupported: leave out, too, the groups whose channels cannot be decayed.
 
     Raises:
         UnsupportedLayerError: naming a layer whose channels cannot be decayed.
     """
-    left = sorted({*ignored, *dependency.output_layers(model, example)})
-    made = dependency.pruner(
-        model,
-        example,
-        ratio=0.5,
-        steps=1,
-        global_pruning=True,
-        normalizer="mean",
-        reg=0.0,
-        ignored=left,
-    )
+
+    def pruner(left: set[str]) -> Any:
+        return dependency.pruner(
+            model,
+            example,
+            ratio=0.5,
+            steps=1,
+            global_pruning=True,
+            normalizer="mean",
+            reg=0.0,
+            ignored=sorted(left),
+        )
+
+    left = {*ignored, *dependency.output_layers(model, example)}
+    made = pruner(left)
+    if skip_unsupported:
+        made = pruner({*left, *dependency.unsupported(made)})
     return [structure_group(g) for g in dependency.groups(made)]

@@ -76,8 +76,16 @@ def hold(
                     "its closure is at fault. Lower the learning rate or check the closure"
                 )
             reached = bool(gates) and loss.requires_grad
+            size = gates[0][1].shape[0] if gates else 0
+            # The loss is a mean over samples; a sample's own loss counts in full, and from the
+            # start, or a large batch's derivatives would vanish in half precision.
             found = (
-                torch.autograd.grad(loss, [g for _, g, _ in gates], allow_unused=True)
+                torch.autograd.grad(
+                    loss,
+                    [g for _, g, _ in gates],
+                    torch.full_like(loss, size),
+                    allow_unused=True,
+                )
                 if reached
                 else ()
             )
@@ -87,16 +95,13 @@ def hold(
                     "must run the model that the groups were made from and return its loss, not "
                     "detached"
                 )
-            size = gates[0][1].shape[0]
             per_sample = [
                 torch.zeros(size, len(numbers), dtype=torch.float64, device=loss.device)
                 for numbers in gated
             ]
             for (number, _, index), derivative in zip(gates, found, strict=True):
                 if derivative is not None:
-                    # The loss is a mean over samples; a sample's own loss counts in full.
-                    at_positions = derivative.double()[:, index] * size
-                    per_sample[number] += at_positions.sum(2)
+                    per_sample[number] += derivative.double()[:, index].sum(2)
             batch = torch.cat(per_sample, dim=1)
             sums.append(torch.stack([batch.sum(0), batch.square().sum(0)]))
             samples += size
@@ -129,12 +134,13 @@ def _gates(
                     f"{tuple(output.shape)}, which has not the batch in dimension 0, or no "
                     f"position {highest} in dimension {dim}; correct the owner's index or dim"
                 )
-            z = output.new_ones(output.shape[0], output.shape[along])
+            wide = torch.promote_types(output.dtype, torch.float32)  # the derivative's, too
+            z = output.new_ones(output.shape[0], output.shape[along], dtype=wide)
             z[:, here.reshape(-1)] = value
             z.requires_grad_()
             gates.append((number, z, here))
             shape = [output.shape[d] if d in (0, along) else 1 for d in range(output.dim())]
-            return output * z.view(shape)
+            return (output * z.view(shape)).to(output.dtype)
 
         return multiply
 

@@ -78,8 +78,9 @@ class DecayPruning:
     so, and pruned structures are held at exactly zero. Structures that are ACTIVE get what the
     optimizer gave them, bit for bit. A step loops over no structures and waits for the device at
     most once, and not at all while nothing decays. A parameter without a gradient in a step
-    counts as one with a gradient of zero. A step that is skipped, as by a gradient scaler, decays
-    nothing.
+    counts as one with a gradient of zero. A step that a gradient scaler skips decays nothing and
+    is not counted; to learn of it from a fused optimizer, which skips and unscales by itself, takes
+    that one wait in idle steps, too.
 
     Args:
         groups: the structure groups, on one device.
@@ -142,6 +143,7 @@ class DecayPruning:
         self._handles: list[RemovableHandle] = []
         self._room: Room | None = None
         self._plan: _Plan | None = None
+        self._skipped = False
         self._refresh()
 
     # ------------------------------------------------------------------ attachment
@@ -297,8 +299,12 @@ class DecayPruning:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        self._plan = None
+        self._plan, self._skipped = None, False
+        # What a gradient scaler tells an optimizer that skips and unscales by itself.
+        overflow = getattr(optimizer, "found_inf", None)
+        scale = getattr(optimizer, "grad_scale", None)
         if self._decaying is None:
+            self._skipped = overflow is not None and bool(_to_host(torch.as_tensor(overflow)))
             return
         if kwargs.get("closure") is not None or any(callable(a) for a in args):
             raise AttachmentError(
@@ -312,8 +318,20 @@ class DecayPruning:
         found = [table.square_norms(gradients)]
         if self.rectify is not None:
             found.append(table.dots(table.parameters(), gradients))
+        scaled = overflow is not None or scale is not None
+        if scaled:
+            base = torch.zeros_like(found[0])
+            found += [base + (1.0 if scale is None else scale)]
+            found += [base + (0.0 if overflow is None else overflow)]
         # The only wait for the device in a step.
         host = _to_host(torch.stack(found))[:, decaying.local].double()
+        if scaled:
+            *rows, unit, skipped = host
+            self._skipped = bool(skipped[0])
+            if self._skipped:
+                return
+            # Squares, and products with what is not scaled.
+            host = torch.stack([row / unit ** (2 - i) for i, row in enumerate(rows)])
         numbers, ledger = decaying.numbers, self._ledger
         if not bool(torch.isfinite(host).all()):
             bad = numbers[~torch.isfinite(host).all(0)]
@@ -327,7 +345,7 @@ class DecayPruning:
         plan = _Plan(
             decaying=numbers,
             gradient=ledger.gradient[numbers] + host[0].sqrt() * initial,
-            resistance=ledger.resistance[numbers] - (host[1] * stretch if len(found) > 1 else 0),
+            resistance=ledger.resistance[numbers] - (host[1] * stretch if len(host) > 1 else 0),
             release=torch.zeros(numbers.numel(), dtype=torch.bool),
         )
         if self.rectify is not None:
@@ -424,6 +442,8 @@ class DecayPruning:
     def _after_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if self._skipped:
+            return
         self.clock += 1
         plan, self._plan = self._plan, None
         if plan is not None:

@@ -52,7 +52,9 @@ def renew(root: Path = ROOT) -> list[Path]:
     for title, members in table.sections([record for _, record in runs]):
         start = plot.stem(members)
         links[title] = [
-            path.relative_to(root).as_posix() for path in pictures if path.name.startswith(start)
+            path.relative_to(root).as_posix()
+            for path in pictures
+            if path.name.startswith(f"{start}-")
         ]
     text = results(
         [record for _, record in runs],

@@ -5,11 +5,15 @@ mode (``graph._trace``); pruners share dictionaries given as mutable defaults
 (``BasePruner.__init__``), so fresh ones are passed; groups kept across a removal go stale, so they
 are kept as (root, indices) and fetched anew; the graph follows gradients (``graph._trace``) and
 silently misses layers that are frozen, so all train while it is built; the layers that produce the
-network's output have to be named by the caller.
+network's output have to be named by the caller. Attention heads (``BasePruner._prune``): a group of
+them is handed out rooted at the inputs of the layer behind; a step in which global ranking has no
+head to remove fails; heads are counted as removed even where the removal is then refused, as that
+of a layer's last ones is.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .attention import SplitAttention
 from .groups import BATCH_NORMS, Share, UnsupportedLayerError, UpstreamGroup
 from .upstreams import require
 
@@ -82,7 +87,12 @@ def pruner(
     reg: float,
     ignored: Sequence[str],
 ) -> tp.pruner.GroupNormPruner:
-    """Upstream's GroupNormPruner with the group magnitude (p = 2), free of shared defaults."""
+    """Upstream's GroupNormPruner with the group magnitude (p = 2), free of shared defaults.
+
+    The attentions that are :class:`~third_party.attention.SplitAttention` lose whole heads, as
+    large a share as ``ratio``; they are ranked among one another.
+    """
+    heads = {part: a.heads for a in _attentions(model) for part in (a.query, a.key, a.value)}
     with modes_kept(model), _all_trainable(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return tp.pruner.GroupNormPruner(
@@ -97,8 +107,38 @@ def pruner(
             root_module_types=list(ROOTS),
             in_channel_groups={},
             out_channel_groups={},
-            num_heads={},
+            num_heads=heads,
+            prune_num_heads=True,
+            prune_head_dims=False,
+            head_pruning_ratio=ratio,
         )
+
+
+def _attentions(model: nn.Module) -> list[SplitAttention]:
+    return [m for m in model.modules() if isinstance(m, SplitAttention)]
+
+
+def _attention_of(made: tp.pruner.GroupNormPruner, group: Any) -> SplitAttention | None:
+    """The attention whose heads a group holds, if it holds any."""
+    values = {a.value: a for a in _attentions(made.model)}
+    for item in group.items:
+        module, produced = item.dep.target.module, item.dep.handler
+        if module in values and made.DG.is_out_channel_pruning_fn(produced):
+            return values[module]
+    return None
+
+
+def _count_heads(made: tp.pruner.GroupNormPruner) -> None:
+    """Tell upstream how many heads there are, and not to ask for none in the next step."""
+    left = 0
+    for attention in _attentions(made.model):
+        for part in (attention.query, attention.key, attention.value):
+            made.num_heads[part] = made.out_channel_groups[part] = attention.heads
+        if attention.value not in made.ignored_layers and attention.value.out_features > 1:
+            left += attention.heads
+    ratios, step = made.per_step_head_pruning_ratio, made.current_step + 1
+    if made.global_pruning and left <= int(made.initial_total_heads * (1 - ratios[step])):
+        ratios[step] = 0.0
 
 
 def run(
@@ -113,8 +153,12 @@ def run(
     left: dict[str, list[int]] = {}
     removed: dict[str, list[int]] = {}
     while not reached() and made.current_step < made.iterative_steps:
+        _count_heads(made)
         for group in made.step(interactive=True):
             root, here = group[0].dep.target.module, sorted(group[0].idxs)
+            attention = _attention_of(made, group)
+            if attention is not None:  # inputs and values are counted alike
+                root = attention.value
             name = names[root]
             before = left.setdefault(name, list(range(made.DG.get_out_channels(root))))
             removed.setdefault(name, []).extend(before[i] for i in here)
@@ -133,12 +177,64 @@ def remove(model: nn.Module, example: Tensor, plan: Plan) -> None:
 
 def removing(model: nn.Module, example: Tensor, plan: Plan) -> Iterator[str]:
     """:func:`remove`, item by item: tells each root's name when its channels are gone."""
-    built = graph(model, example)
+    yield from _removing(graph(model, example), model, plan)
+
+
+def _removing(built: tp.DependencyGraph, model: nn.Module, plan: Plan) -> Iterator[str]:
     for name, channels in plan:
         layer = model.get_submodule(name)
         prune = built.get_pruner_of_module(layer).prune_out_channels
         built.get_pruning_group(layer, prune, list(channels)).prune()
         yield name
+
+
+def survivors(model: nn.Module, example: Tensor, plan: Plan) -> dict[str, list[Tensor]]:
+    """What :func:`remove` would leave of every parameter, whatever upstream does inside.
+
+    It is tried on a copy in which every element of a parameter is its own position.
+
+    Args:
+        model: left as it is.
+        example: an input batch on the model's device.
+        plan: what would be removed.
+
+    Returns:
+        By the parameter's name (each of them, where layers share one): for each of its dimensions
+        the positions that stay, (N,) on the host.
+
+    Raises:
+        UnsupportedLayerError: what stays of a parameter is not whole rows and columns of it.
+    """
+    trial = copy.deepcopy(model)
+    built = graph(trial, example)  # first: with positions for weights the forward pass overflows
+    shapes = {n: p.shape for n, p in trial.named_parameters(remove_duplicate=False)}
+    for parameter in trial.parameters():
+        parameter.grad = None
+        codes = torch.arange(parameter.numel(), dtype=torch.float64)  # exact to 2^53
+        parameter.data = codes.view(parameter.shape).to(parameter.device)
+    for _ in _removing(built, trial, plan):
+        pass
+    named = trial.named_parameters(remove_duplicate=False)
+    return {n: _positions(n, p.detach().cpu().long(), shapes[n]) for n, p in named}
+
+
+def _positions(name: str, codes: Tensor, shape: torch.Size) -> list[Tensor]:
+    """Positions along each dimension, of positions in the flattened tensor."""
+    if codes.dim() == len(shape) and codes.numel():
+        strides = [shape[d + 1 :].numel() for d in range(len(shape))]
+        index = []
+        for d, stride in enumerate(strides):
+            line = codes.movedim(d, 0).reshape(codes.shape[d], -1)[:, 0]
+            index.append(line // stride % shape[d])
+        expected = torch.zeros((), dtype=torch.int64)
+        for positions, stride in zip(index, strides, strict=True):
+            expected = expected[..., None] + positions * stride
+        if torch.equal(expected, codes):
+            return index
+    raise UnsupportedLayerError(
+        f"what the removal leaves of {name!r}, {tuple(codes.shape)} of {tuple(shape)}, is nothing, "
+        "or is not whole rows and columns of it; leave the channels out of the plan that lead there"
+    )
 
 
 def importance(made: tp.pruner.GroupNormPruner, group: UpstreamGroup) -> Tensor:
@@ -148,6 +244,8 @@ def importance(made: tp.pruner.GroupNormPruner, group: UpstreamGroup) -> Tensor:
     with torch.no_grad():
         full = made.DG.get_pruning_group(layer, prune, list(range(group.channels)))
         scores: Tensor = made.importance(full)
+    if group.consecutive:
+        return scores.detach().view(-1, group.repeats).mean(1).cpu()
     return scores.detach().view(group.repeats, -1).mean(0).cpu()
 
 
@@ -165,46 +263,75 @@ def groups(made: tp.pruner.GroupNormPruner) -> list[UpstreamGroup]:
     for group in made.DG.get_all_groups(
         ignored_layers=made.ignored_layers, root_module_types=made.root_module_types
     ):
-        root = group[0].dep.target.module
-        repeats = max(
-            [1]
-            + [
-                (
-                    made.out_channel_groups
-                    if made.DG.is_out_channel_pruning_fn(item.dep.handler)
-                    else made.in_channel_groups
-                ).get(item.dep.target.module, 1)
-                for item in group.items
-            ]
-        )
-        made_group = UpstreamGroup(names[root], len(group[0].idxs), repeats)
-        producers: list[tuple[nn.Module, int, list[list[int]]]] = []
-        norms: list[tuple[nn.Module, int, list[list[int]]]] = []
-        for item in group.items:
-            module = item.dep.target.module
-            if not made.DG.is_out_channel_pruning_fn(item.dep.handler):
-                continue
-            if module in names and not _can_speak(module):
-                continue
-            if module not in names and not isinstance(module, nn.Parameter):
-                continue  # an operation between layers
-            kind = _kind(module, names, made_group.root)
-            if kind is None:
-                continue
-            dims, batch_norm = kind
-            index = _rows(item.idxs, item.root_idxs, made_group)
-            for attribute, dim in dims.items():
-                parameter = getattr(module, attribute)
-                if parameter is not None:
-                    made_group.shares.append(
-                        Share(f"{names[module]}.{attribute}", parameter, dim, batch_norm, index)
-                    )
-            (norms if batch_norm else producers).append(
-                (module, -1 if isinstance(module, nn.Linear) else 1, index)
-            )
-        made_group.owners = norms or producers
-        found.append(made_group)
+        found.append(_table(made, group, names))
     return found
+
+
+def unsupported(made: tp.pruner.GroupNormPruner) -> dict[str, str]:
+    """Roots of the groups that :func:`groups` refuses, and why."""
+    names = {m: n for n, m in made.model.named_modules()}
+    refused = {}
+    for group in made.DG.get_all_groups(
+        ignored_layers=made.ignored_layers, root_module_types=made.root_module_types
+    ):
+        try:
+            _table(made, group, names)
+        except UnsupportedLayerError as cause:
+            refused[names[group[0].dep.target.module]] = str(cause)
+    return refused
+
+
+def _table(
+    made: tp.pruner.GroupNormPruner, group: Any, names: Mapping[nn.Module, str]
+) -> UpstreamGroup:
+    """One group as index tables."""
+    root = group[0].dep.target.module
+    repeats = max(
+        [1]
+        + [
+            (
+                made.out_channel_groups
+                if made.DG.is_out_channel_pruning_fn(item.dep.handler)
+                else made.in_channel_groups
+            ).get(item.dep.target.module, 1)
+            for item in group.items
+        ]
+    )
+    attention = _attention_of(made, group)
+    if attention is not None:
+        root = attention.value
+        prune = made.DG.get_pruner_of_module(root).prune_out_channels
+        group = made.DG.get_pruning_group(root, prune, list(range(root.out_features)))
+        repeats = attention.head_dim
+    made_group = UpstreamGroup(names[root], len(group[0].idxs), repeats, attention is not None)
+    producers: list[tuple[nn.Module, int, list[list[int]]]] = []
+    norms: list[tuple[nn.Module, int, list[list[int]]]] = []
+    for item in group.items:
+        module = item.dep.target.module
+        if not made.DG.is_out_channel_pruning_fn(item.dep.handler):
+            continue
+        if module in names and not _can_speak(module):
+            continue
+        if module not in names and not isinstance(module, nn.Parameter):
+            continue  # an operation between layers
+        kind = _kind(module, names, made_group.root)
+        if kind is None:
+            continue
+        dims, batch_norm = kind
+        index = _rows(item.idxs, item.root_idxs, made_group)
+        for attribute, dim in dims.items():
+            parameter = getattr(module, attribute)
+            if parameter is not None:
+                made_group.shares.append(
+                    Share(f"{names[module]}.{attribute}", parameter, dim, batch_norm, index)
+                )
+        (norms if batch_norm else producers).append(
+            (module, -1 if isinstance(module, nn.Linear) else 1, index)
+        )
+    if attention is not None:  # without its values a head says nothing, whatever it looks at
+        producers = [p for p in producers if p[0] is attention.value]
+    made_group.owners = norms or producers
+    return made_group
 
 
 def heard_without_norm(made: tp.pruner.GroupNormPruner) -> set[str]:
@@ -295,7 +422,7 @@ def _rows(positions: Sequence[int], roots: Sequence[int], group: UpstreamGroup) 
     """Positions of one layer by structure, each with equally many."""
     rows: list[list[int]] = [[] for _ in range(group.structures)]
     for position, root in zip(positions, roots, strict=True):
-        rows[root % group.structures].append(position)
+        rows[group.structure_of(root)].append(position)
     if len({len(r) for r in rows}) != 1:
         raise UnsupportedLayerError(
             f"the group of {group.root!r} gives its structures unequal shares of a layer; name it "

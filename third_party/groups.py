@@ -32,8 +32,10 @@ class UpstreamGroup:
     Attributes:
         root: the name of the layer that the group is named after.
         channels: the root's number of output channels.
-        repeats: channels that go together: structure k is made of the root's channels k,
-            k + channels / repeats, and so on, ``repeats`` of them.
+        repeats: how many of the root's channels make up a structure.
+        consecutive: which those are. False: structure k is made of the channels k,
+            k + channels / repeats, and so on, as in a grouped convolution; True: of ``repeats`` in
+            a row, as an attention head is.
         shares: parameters whose output positions belong to the structures.
         owners: (module, dim, index): modules whose output carries the structures.
     """
@@ -41,6 +43,7 @@ class UpstreamGroup:
     root: str
     channels: int
     repeats: int = 1
+    consecutive: bool = False
     shares: list[Share] = field(default_factory=list)
     owners: list[tuple[nn.Module, int, list[list[int]]]] = field(default_factory=list)
 
@@ -49,13 +52,18 @@ class UpstreamGroup:
         """How many structures the group holds."""
         return self.channels // self.repeats
 
+    def structure_of(self, channel: int) -> int:
+        """The structure that one of the root's channels belongs to."""
+        return channel // self.repeats if self.consecutive else channel % self.structures
+
     def channels_of(self, structures: Sequence[int]) -> list[int]:
         """The root's channels that make up some structures, sorted."""
-        return sorted(k + r * self.structures for k in structures for r in range(self.repeats))
+        step, stride = (self.repeats, 1) if self.consecutive else (1, self.structures)
+        return sorted(k * step + r * stride for k in structures for r in range(self.repeats))
 
     def structures_of(self, channels: Sequence[int]) -> list[int]:
         """The structures that some of the root's channels make up, sorted."""
-        found = sorted({c % self.structures for c in channels})
+        found = sorted({self.structure_of(c) for c in channels})
         if self.channels_of(found) != sorted(channels):
             raise UnsupportedLayerError(
                 f"upstream removes channels of {self.root!r} that are not whole structures"

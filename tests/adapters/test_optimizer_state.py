@@ -1,0 +1,562 @@
+"""Optimizers over a removal: the small model trains on as the large one with zeros would."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
+
+from adapters.optimizer_state import CarryOver, CarryOverError, remove
+from experiments.models import build
+from third_party import dependency
+from third_party.groups import UnsupportedLayerError
+
+EXAMPLE = torch.zeros(2, 3, 8, 8)
+PLANS = {
+    "vgg-digits": [
+        ("features.0", [1, 5, 6]),
+        ("features.7", list(range(0, 64, 3))),
+        ("features.17", list(range(5, 128, 2))),
+    ],
+    "resnet20": [
+        ("conv1", [0, 3, 15]),
+        ("layer1.1.conv1", [4]),
+        ("layer2.0.conv1", [7, 8]),
+        ("layer3.0.conv2", [1, 2, 60]),
+    ],
+}
+LATER = {
+    "vgg-digits": [("features.0", [0, 28]), ("features.7", [3, 4, 5])],
+    "resnet20": [("conv1", [2]), ("layer3.0.conv2", [0, 59])],
+}
+# Adam divides by the size of past gradients. With its usual epsilon (1e-8), in float32, that blows
+# rounding up to full steps where a gradient is zero but for rounding, as those of biases before a
+# BatchNorm are: two such computations then differ for a reason that has nothing to do with removal.
+EPS = {torch.float32: 1e-3, torch.float64: 1e-8}
+RATE = {torch.float32: 2e-4, torch.float64: 2e-3}
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": lambda p, lr, eps: SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
+    "nesterov": lambda p, lr, eps: SGD(p, 0.05, momentum=0.9, weight_decay=1e-2, nesterov=True),
+    "adam": lambda p, lr, eps: Adam(p, lr, eps=eps, weight_decay=1e-2),
+    "amsgrad": lambda p, lr, eps: Adam(p, lr, eps=eps, weight_decay=1e-2, amsgrad=True),
+    "adamw": lambda p, lr, eps: AdamW(p, lr, eps=eps, weight_decay=0.1),
+}
+OTHERS: dict[str, Callable[..., Optimizer]] = {
+    "rmsprop": lambda p, lr, eps: RMSprop(p, lr=2e-4, momentum=0.9, centered=True),
+    "adagrad": lambda p, lr, eps: Adagrad(p, lr=1e-2),
+    "adadelta": lambda p, lr, eps: Adadelta(p, lr=0.5),
+    "nadam": lambda p, lr, eps: NAdam(p, lr=2e-3, weight_decay=1e-2),
+}
+
+
+def train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    steps: range,
+    after: Callable[[], object] = lambda: None,
+) -> list[float]:
+    """Losses of some steps, each on a batch of its own."""
+    losses = []
+    model.train()
+    for step in steps:
+        draw = torch.Generator().manual_seed(step)
+        x = torch.randn(16, 3, 8, 8, generator=draw, dtype=torch.float64)
+        y = torch.randint(10, (16,), generator=draw)
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x.to(next(model.parameters()).dtype)), y)
+        loss.backward()
+        optimizer.step()
+        after()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+class Masked:
+    """The large model with zeros: what a removal takes away stays, and is kept at zero."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.stays = {n: [torch.arange(k) for k in p.shape] for n, p in model.named_parameters()}
+
+    def prune(self, stays: dict[str, list[torch.Tensor]]) -> None:
+        """By positions in the model that a removal would have left so far."""
+        self.stays = {
+            n: [before[now] for before, now in zip(self.stays[n], index, strict=True)]
+            for n, index in stays.items()
+        }
+        self.zero()
+
+    @torch.no_grad()
+    def zero(self) -> None:
+        for name, p in self.model.named_parameters():
+            gone = torch.ones(len(p), dtype=torch.bool)
+            gone[self.stays[name][0]] = False
+            p[gone] = 0
+
+    def left(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
+        for dim, index in enumerate(self.stays[name]):
+            tensor = tensor.index_select(dim, index)
+        return tensor
+
+    def differences(self, small: nn.Module) -> dict[str, float]:
+        """Largest difference of each parameter to the small model's."""
+        mine = dict(self.model.named_parameters())
+        return {
+            n: float((self.left(mine[n], n) - p).detach().abs().max())
+            for n, p in small.named_parameters()
+        }
+
+
+def trained(name: str, kind: str, dtype: torch.dtype) -> tuple[nn.Module, Optimizer]:
+    """A model after some steps; the same arguments give the same bits."""
+    model = build(name, 3, 10, seed=0).to(dtype)
+    make = {**OPTIMIZERS, **OTHERS}[kind]
+    optimizer = make(model.parameters(), RATE[dtype], EPS[dtype])
+    train(model, optimizer, range(5))
+    return model, optimizer
+
+
+def pruned(
+    name: str, kind: str, dtype: torch.dtype
+) -> tuple[Masked, Optimizer, nn.Module, Optimizer]:
+    """The model with zeros and the small one, each with its optimizer."""
+    large, of_large = trained(name, kind, dtype)
+    small, of_small = trained(name, kind, dtype)
+    stays = dependency.survivors(large, EXAMPLE.to(dtype), PLANS[name])
+    masked = Masked(large)
+    masked.prune(stays)
+    Masked(small).prune(stays)
+    remove(small, EXAMPLE.to(dtype), PLANS[name], of_small)
+    return masked, of_large, small, of_small
+
+
+def assert_same(masked: Masked, small: nn.Module, within: float = 1e-5) -> None:
+    assert max(masked.differences(small).values()) <= within
+    large = dict(masked.model.named_buffers())
+    for name, buffer in small.named_buffers():
+        if not name.endswith("num_batches_tracked"):
+            kept = masked.left(large[name], name.rpartition(".")[0] + ".weight")
+            assert float((kept - buffer).abs().max()) <= within, name
+
+
+# ---------------------------------------------------------------------- training goes on
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_ten_steps_of_the_small_model_are_those_of_the_one_with_zeros(name, kind, dtype):
+    masked, of_large, small, of_small = pruned(name, kind, dtype)
+    anew = copy.deepcopy(small)
+    of_anew = OPTIMIZERS[kind](anew.parameters(), RATE[dtype], EPS[dtype])
+    ones = train(masked.model, of_large, range(5, 15), masked.zero)
+    others = train(small, of_small, range(5, 15))
+    assert max(abs(a - b) for a, b in zip(ones, others, strict=True)) <= 1e-5
+    assert_same(masked, small)
+    # Without the state it would have been seen.
+    train(anew, of_anew, range(5, 15))
+    assert max(masked.differences(anew).values()) > 1e-3
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("kind", OTHERS)
+def test_optimizers_nobody_has_thought_of_go_on_as_well(name, kind):
+    masked, of_large, small, of_small = pruned(name, kind, torch.float64)
+    train(masked.model, of_large, range(5, 15), masked.zero)
+    train(small, of_small, range(5, 15))
+    assert_same(masked, small)
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_several_removals_in_one_training(name, kind):
+    dtype = torch.float64
+    masked, of_large, small, of_small = pruned(name, kind, dtype)
+    start = 5
+    for plan in (LATER[name], LATER[name], LATER[name]):
+        steps = range(start, start + 4)
+        train(masked.model, of_large, steps, masked.zero)
+        train(small, of_small, steps)
+        assert_same(masked, small)
+        stays = dependency.survivors(small, EXAMPLE.to(dtype), plan)
+        for model in (masked, Masked(small)):  # at zero in the small one, too, before they go
+            model.prune(stays)
+        remove(small, EXAMPLE.to(dtype), plan, of_small)
+        start += 4
+    train(masked.model, of_large, range(start, start + 10), masked.zero)
+    train(small, of_small, range(start, start + 10))
+    assert_same(masked, small)
+    assert len(of_small.state) == len(list(small.parameters()))
+
+
+SCHEDULERS = {
+    "step": lambda o: StepLR(o, 3, 0.5),
+    "cosine": lambda o: CosineAnnealingLR(o, 20),
+    "one-cycle": lambda o: OneCycleLR(o, 0.05, total_steps=20),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_scheduler_and_step_hooks_go_on(kind):
+    name, dtype = "vgg-digits", torch.float64
+    runs = []
+    for small in (False, True):
+        model = build(name, 3, 10, seed=0).to(dtype)
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+        scheduler = SCHEDULERS[kind](optimizer)
+        calls: list[int] = []
+        optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append(1))
+        train(model, optimizer, range(5), scheduler.step)
+        masked = Masked(model)
+        masked.prune(dependency.survivors(model, EXAMPLE.to(dtype), PLANS[name]))
+        if small:
+            remove(model, EXAMPLE.to(dtype), PLANS[name], optimizer)
+        rates = []
+
+        def after(masked=masked, small=small, scheduler=scheduler, rates=rates) -> None:
+            if not small:
+                masked.zero()
+            scheduler.step()
+            rates.append(scheduler.get_last_lr())
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(model, optimizer, range(5, 15), after)
+        assert len(calls) == 15
+        runs.append((masked, model, rates, scheduler.state_dict()))
+    (masked, _, rates, state), (_, small_model, small_rates, small_state) = runs
+    assert_same(masked, small_model)
+    assert rates == small_rates
+    assert len({r for [r] in rates}) > 1
+    assert {k: v for k, v in state.items() if k != "anneal_func"} == {
+        k: v for k, v in small_state.items() if k != "anneal_func"
+    }
+
+
+def test_parameter_groups_keep_their_settings_and_order():
+    model = build("resnet20", 3, 10, seed=0)
+    decayed = [(n, p) for n, p in model.named_parameters() if p.dim() > 1]
+    plain = [(n, p) for n, p in model.named_parameters() if p.dim() == 1]
+    extra = nn.Parameter(torch.ones(3))  # not the model's
+    optimizer = AdamW(
+        [
+            {"params": decayed, "lr": 1e-3, "weight_decay": 0.1},
+            {"params": [*plain, ("extra", extra)], "lr": 1e-4, "weight_decay": 0.0},
+        ]
+    )
+    (extra.sum() * 2).backward()
+    train(model, optimizer, range(2))
+    before = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    groups = optimizer.param_groups
+    remove(model, EXAMPLE, PLANS["resnet20"], optimizer)
+    assert optimizer.param_groups is groups
+    assert [{k: v for k, v in g.items() if k != "params"} for g in groups] == before
+    now = dict(model.named_parameters())
+    assert [id(p) for p in groups[0]["params"]] == [id(now[n]) for n, _ in decayed]
+    assert [id(p) for p in groups[1]["params"]] == [*(id(now[n]) for n, _ in plain), id(extra)]
+    for p in now.values():
+        assert optimizer.state[p]["exp_avg"].shape == p.shape
+    # What it saves is for an optimizer of the small model.
+    twin = AdamW([{"params": g["params"]} for g in groups])
+    twin.load_state_dict(optimizer.state_dict())
+    for p in now.values():
+        assert torch.equal(twin.state[p]["exp_avg_sq"], optimizer.state[p]["exp_avg_sq"])
+
+
+def test_parameters_without_state_yet_are_replaced_as_well():
+    name, dtype = "resnet20", torch.float64
+    runs = []
+    for small in (False, True):
+        model = build(name, 3, 10, seed=0).to(dtype)
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+        for p in model.layer2.parameters():  # not in the first steps
+            p.requires_grad_(False)
+        train(model, optimizer, range(3))
+        for p in model.layer2.parameters():
+            p.requires_grad_(True)
+        assert len(optimizer.state) < len(list(model.parameters()))
+        masked = Masked(model)
+        masked.prune(dependency.survivors(model, EXAMPLE.to(dtype), PLANS[name]))
+        if small:
+            remove(model, EXAMPLE.to(dtype), PLANS[name], optimizer)
+            assert len(optimizer.state) < len(list(model.parameters()))
+        train(model, optimizer, range(3, 13), (lambda: None) if small else masked.zero)
+        runs.append((masked, model))
+    assert_same(runs[0][0], runs[1][1])
+
+
+def test_a_new_optimizer_has_nothing_to_carry_and_goes_on():
+    model = build("vgg-digits", 3, 10, seed=0)
+    optimizer = Adam(model.parameters())
+    remove(model, EXAMPLE, PLANS["vgg-digits"], optimizer)
+    assert not optimizer.state
+    train(model, optimizer, range(2))
+    assert len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_frozen_parameters_stay_frozen():
+    model = build("vgg-digits", 3, 10, seed=0)
+    frozen = {"features.0.weight", "features.3.weight", "classifier.bias"}
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, range(2))
+    remove(model, EXAMPLE, PLANS["vgg-digits"], optimizer)
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
+    before = model.get_parameter("features.0.weight").clone()
+    train(model, optimizer, range(2, 5))
+    assert torch.equal(model.get_parameter("features.0.weight"), before)
+
+
+def test_states_take_the_layout_of_their_parameters_and_keep_their_type():
+    model = build("vgg-digits", 3, 10, seed=0).to(memory_format=torch.channels_last)
+    optimizer = Adam(model.parameters())
+    train(model, optimizer, range(2))
+    for state in optimizer.state.values():
+        state["exp_avg"] = state["exp_avg"].double()
+    carried = CarryOver(model, optimizer)
+    dependency.remove(model, EXAMPLE, PLANS["vgg-digits"])
+    model.to(memory_format=torch.channels_last)
+    carried.finish(EXAMPLE, PLANS["vgg-digits"])
+    for p in model.parameters():
+        assert optimizer.state[p]["exp_avg_sq"].stride() == p.stride()
+        assert optimizer.state[p]["exp_avg"].dtype == torch.float64
+        assert optimizer.state[p]["step"] == 2
+
+
+def test_half_precision():
+    model = build("vgg-digits", 3, 10, seed=0).to(torch.bfloat16)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, range(2))
+    before = optimizer.state[model.features[3].weight]["momentum_buffer"]
+    kept = [c for c in range(32) if c not in (1, 5, 6)]
+    remove(model, EXAMPLE.bfloat16(), PLANS["vgg-digits"], optimizer)
+    after = optimizer.state[model.features[3].weight]["momentum_buffer"]
+    assert torch.equal(after, before[:, kept])
+    train(model, optimizer, range(2, 4))
+
+
+def test_on_a_gpu(cuda):
+    model = build("resnet20", 3, 10, seed=0)
+    optimizer = Adam(model.parameters())
+    train(model, optimizer, range(2))
+    model.to(cuda)
+    for state in optimizer.state.values():
+        state.update({k: v.to(cuda) for k, v in state.items() if v.dim()})
+    host = {n: optimizer.state[p]["exp_avg"].cpu() for n, p in model.named_parameters()}
+    stays = dependency.survivors(model, EXAMPLE.to(cuda), PLANS["resnet20"])
+    remove(model, EXAMPLE.to(cuda), PLANS["resnet20"], optimizer)
+    for name, p in model.named_parameters():
+        found, expected = optimizer.state[p]["exp_avg"], host[name]
+        assert found.device == p.device
+        for dim, index in enumerate(stays[name]):
+            expected = expected.index_select(dim, index)
+        assert torch.equal(found.cpu(), expected)
+
+
+# ---------------------------------------------------------------------- somebody else removes
+
+
+def test_before_and_after_somebody_elses_removal():
+    name, dtype = "resnet20", torch.float64
+    _, _, small, of_small = pruned(name, "adamw", dtype)
+    other, of_other = trained(name, "adamw", dtype)
+    Masked(other).prune(dependency.survivors(other, EXAMPLE.to(dtype), PLANS[name]))
+    carried = CarryOver(other, of_other)
+    dependency.remove(other, EXAMPLE.to(dtype), PLANS[name])
+    carried.finish(EXAMPLE.to(dtype), PLANS[name])
+    train(small, of_small, range(5, 8))
+    train(other, of_other, range(5, 8))
+    for one, two in zip(small.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_plan_that_is_not_what_was_removed_is_refused():
+    model, optimizer = trained("resnet20", "sgd", torch.float32)
+    held = [id(p) for p in optimizer.param_groups[0]["params"]]
+    carried = CarryOver(model, optimizer)
+    dependency.remove(model, EXAMPLE, PLANS["resnet20"])
+    with pytest.raises(CarryOverError, match="something besides this plan; make a new optimizer"):
+        carried.finish(EXAMPLE, LATER["resnet20"])
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == held
+    carried.finish(EXAMPLE, PLANS["resnet20"])  # it can still be put right
+    train(model, optimizer, range(5, 7))
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+class Odd(Optimizer):
+    """Keeps whatever a test wants."""
+
+    def __init__(self, params, made: Callable[[torch.Tensor], object]) -> None:
+        super().__init__(params, {})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["odd"] = made(p)
+
+    def step(self, closure=None):
+        return None
+
+
+def snapshot(model: nn.Module, optimizer: Optimizer):
+    """Called later, it says that model and optimizer are what they were."""
+    ids = [id(p) for p in model.parameters()]
+    held = [[id(p) for p in g["params"]] for g in optimizer.param_groups]
+    values = copy.deepcopy(model.state_dict())
+    state = {id(p): dict(s) for p, s in optimizer.state.items()}
+
+    def check() -> None:
+        assert [id(p) for p in model.parameters()] == ids
+        assert [[id(p) for p in g["params"]] for g in optimizer.param_groups] == held
+        now = model.state_dict()
+        assert now.keys() == values.keys()
+        assert all(torch.equal(now[n], values[n]) for n in values)
+        assert state.keys() == {id(p) for p in optimizer.state}
+        for p, s in optimizer.state.items():
+            assert all(s[k] is state[id(p)][k] for k in s)
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda p: torch.zeros(len(p)) if p.dim() > 1 else p.clone(),  # as of a factored state
+        lambda p: torch.zeros(p.numel()) if p.dim() > 1 else p.clone(),
+        lambda p: [p.clone()],
+        lambda p: {"of": p.clone()},
+    ],
+)
+def test_states_that_structures_cannot_be_taken_out_of_are_refused(made):
+    model = build("resnet20", 3, 10, seed=0)
+    optimizer = Odd(model.parameters(), made)
+    check = snapshot(model, optimizer)
+    with pytest.raises(
+        CarryOverError, match=r"Odd's state 'odd' of 'conv1.weight'.*Make a new optimizer"
+    ):
+        remove(model, EXAMPLE, PLANS["resnet20"], optimizer)
+    with pytest.raises(CarryOverError):
+        CarryOver(model, optimizer)
+    check()
+
+
+def test_adafactor_is_refused():
+    model, _ = trained("resnet20", "sgd", torch.float32)
+    optimizer = torch.optim.Adafactor(model.parameters())
+    train(model, optimizer, range(2))
+    check = snapshot(model, optimizer)
+    with pytest.raises(CarryOverError, match=r"Adafactor's state 'row_var' of 'conv1.weight'"):
+        remove(model, EXAMPLE, PLANS["resnet20"], optimizer)
+    check()
+
+
+def test_single_values_are_kept():
+    kept = (None, 3, 0.5, True, "warm", torch.tensor(7.0))
+    for value in kept:
+        model = build("resnet20", 3, 10, seed=0)
+        optimizer = Odd(model.parameters(), lambda p, value=value: value)
+        remove(model, EXAMPLE, PLANS["resnet20"], optimizer)
+        assert len(optimizer.state) == len(list(model.parameters()))
+        assert all(optimizer.state[p]["odd"] is value for p in model.parameters())
+
+
+def test_an_optimizer_that_keeps_parameters_elsewhere_is_refused():
+    model = build("resnet20", 3, 10, seed=0)
+    optimizer = torch.optim.LBFGS(model.parameters())
+    check = snapshot(model, optimizer)
+    with pytest.raises(CarryOverError, match=r"LBFGS keeps tensors .*'_params'.*new optimizer"):
+        remove(model, EXAMPLE, PLANS["resnet20"], optimizer)
+    check()
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 7), nn.Linear(7, 5)
+        self.third, self.last = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.last.weight = self.third.weight
+
+    def forward(self, x):
+        return self.last(self.third(self.second(self.first(x).relu()).relu()).relu())
+
+
+def test_a_parameter_of_two_layers_goes_on_as_one_or_is_refused():
+    model, example = Tied(), torch.randn(8, 4)
+    optimizer = Adam(model.parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(example).square().sum().backward()
+        optimizer.step()
+    check = snapshot(model, optimizer)
+    with pytest.raises(CarryOverError, match=r"'third.weight' and 'last.weight' are one"):
+        remove(model, example, [("second", [1])], optimizer)
+    check()
+    remove(model, example, [("first", [0, 2])], optimizer)
+    assert model.last.weight is model.third.weight
+    assert len(optimizer.state) == len(list(model.parameters()))
+    model(example).square().sum().backward()
+    optimizer.step()
+
+
+# ---------------------------------------------------------------------- which positions stay
+
+
+class Odds(nn.Module):
+    """Concatenation, groups, a depthwise and a transposed convolution, flattening."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(2, 4, 1), nn.Conv2d(2, 6, 1)
+        self.depthwise = nn.Conv2d(10, 10, 3, padding=1, groups=10)
+        self.up, self.act = nn.ConvTranspose2d(10, 6, 2), nn.PReLU(6)
+        self.head = nn.Linear(6 * 9, 3)
+
+    def forward(self, x):
+        x = self.depthwise(torch.cat([self.left(x), self.right(x)], 1))
+        return self.head(self.act(self.up(x)).flatten(1))
+
+
+def test_positions_are_those_that_upstream_leaves():
+    model, example = Odds(), torch.randn(2, 2, 2, 2)
+    plan = [("left", [1]), ("right", [0, 5]), ("up", [2])]
+    values = {n: p.detach().clone() for n, p in model.named_parameters()}
+    stays = dependency.survivors(model, example, plan)
+    assert all(torch.equal(p, values[n]) for n, p in model.named_parameters())
+    dependency.remove(model, example, plan)
+    for name, p in model.named_parameters():
+        expected = values[name]
+        for dim, index in enumerate(stays[name]):
+            expected = expected.index_select(dim, index)
+        assert torch.equal(p, expected), name
+    assert stays["depthwise.weight"][0].tolist() == [0, 2, 3, 5, 6, 7, 8]
+    assert stays["head.weight"][1].tolist() == [i for i in range(54) if i // 9 != 2]
+
+
+def test_what_is_no_block_of_rows_and_columns_is_refused():
+    shape = torch.Size([3, 4])
+    codes = torch.arange(12).view(shape)
+    rows, columns = torch.tensor([0, 2]), torch.tensor([1, 3])
+    found = dependency._positions("p", codes[rows][:, columns], shape)
+    assert [i.tolist() for i in found] == [[0, 2], [1, 3]]
+    assert dependency._positions("p", torch.tensor(0), torch.Size([])) == []
+    torn = torch.tensor([[0, 1], [4, 6]])
+    for bad in (torn, codes.flatten(), codes[:0]):
+        with pytest.raises(UnsupportedLayerError, match="'p'"):
+            dependency._positions("p", bad, shape)
+
+
+def test_a_layer_of_which_nothing_would_stay_is_refused_before_anything_changes():
+    model, optimizer = trained("vgg-digits", "sgd", torch.float32)
+    check = snapshot(model, optimizer)
+    with pytest.raises(UnsupportedLayerError, match="is nothing"):
+        remove(model, EXAMPLE, [("features.3", list(range(32)))], optimizer)
+    check()
