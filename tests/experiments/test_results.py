@@ -105,8 +105,8 @@ def test_records_that_do_not_fit_together_are_refused():
 # ---------------------------------------------------------------------- keeping, and writing anew
 
 
-MAIN = {"config": {"name": results.MAIN}, "config_hash": "m"}
-DIGITS = {"config": {"name": "easy"}, "config_hash": "d", "data": "digits"}
+MAIN = {"config": {"name": results.SHOWN["main"]}, "config_hash": "m"}
+DIGITS = {"config": {"name": results.SHOWN["digits"]}, "config_hash": "d", "data": "digits"}
 README = """# Title
 <!-- table: digits -->
 old
@@ -134,7 +134,7 @@ def root(tmp_path):
     kept = results.keep(
         table.located([tmp_path / "runs"]), tmp_path / results.RECORDS.relative_to(results.ROOT)
     )
-    assert [path.name for path in kept] == [f"{results.MAIN}.jsonl", "easy.jsonl"]
+    assert {path.name for path in kept} == {f"{name}.jsonl" for name in results.SHOWN.values()}
     return tmp_path
 
 
@@ -172,5 +172,5 @@ def test_records_are_kept_beside_those_that_are_kept_already(root):
     folder = root / results.RECORDS.relative_to(results.ROOT)
     save(root / "more", record("sr", 0, **DIGITS))
     results.keep(table.located([root / "more"]), folder)
-    assert [r["variant"] for r in table.read([folder / "easy.jsonl"])].count("sr") == 1
+    assert [r["variant"] for r in table.read([folder / "depgraph-digits.jsonl"])].count("sr") == 1
     assert len(table.read([folder])) == 9
