@@ -48,8 +48,9 @@ def parser() -> argparse.ArgumentParser:
     many.add_argument("--jobs", type=count, help="runs at a time (default: one per core)")
     _common(many)
 
-    small = commands.add_parser("export", help="a run's pruned model as ONNX")
+    small = commands.add_parser("export", help="a run's pruned model as ONNX, or by torch.export")
     small.add_argument("model", type=Path, help="a run's model.safetensors")
+    small.add_argument("--kind", choices=("onnx", "torch"), default="onnx")
 
     for name, what in (
         ("table", "table of finished runs"),
@@ -192,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.command == "export":
             from .export import export  # only now: onnxruntime takes a while to load
 
-            print(export(args.model))
+            print(export(args.model, args.kind))
         elif args.command == "results":
             from . import results  # only now, and below: matplotlib takes a second to load
 

@@ -1,4 +1,4 @@
-"""A pruned model as ONNX, checked before it is kept."""
+"""A pruned model as ONNX or as a program of torch.export, checked before it is kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCE = 1e-4
 
 
 def onnx(model: nn.Module, example: Tensor, path: Path) -> float:
-    """Write a model as ONNX, with a batch of any size, and compare the two.
+    """Write a model as ONNX, for a batch of any size, and compare both.
 
     Args:
         model: stays in its mode; exported as it evaluates.
@@ -52,24 +52,57 @@ def onnx(model: nn.Module, example: Tensor, path: Path) -> float:
         raise RunError(f"PyTorch cannot write this model as ONNX: {reason}") from cause
     session = onnxruntime.InferenceSession(made.getvalue(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"images": example.cpu().numpy()})
-    difference = float((torch.from_numpy(found) - expected).abs().max())
-    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
-        raise RunError(
-            f"ONNX gives outputs that are off by {difference:.1e}; {path} was not written. The "
-            "model has an operation that this exporter renders differently"
-        )
+    difference = _difference("ONNX", torch.from_numpy(found), expected, path)
     write(path, lambda file: file.write(made.getvalue()))
     return difference
 
 
-def export(path: Path) -> Path:
-    """Write a run's pruned model as ONNX beside its file.
+def program(model: nn.Module, example: Tensor, path: Path) -> float:
+    """Write a model as a program of ``torch.export``, for a batch of any size, and compare both.
+
+    Args, returns and raises as :func:`onnx`; ``torch.export.load(path).module()`` reads it.
+    """
+    expected, made = outputs(model, example), io.BytesIO()
+    try:
+        with evaluating(model):
+            found = torch.export.export(
+                model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+            )
+            torch.export.save(found, made)
+    except Exception as cause:  # the exporter's own errors have no base in common
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+        raise RunError(f"PyTorch cannot export this model: {reason}") from cause
+    made.seek(0)
+    with torch.no_grad():
+        again = torch.export.load(made).module()(example)
+    difference = _difference("the exported program", again.cpu(), expected.cpu(), path)
+    write(path, lambda file: file.write(made.getvalue()))
+    return difference
+
+
+def _difference(what: str, found: Tensor, expected: Tensor, path: Path) -> float:
+    difference = float((found - expected).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise RunError(
+            f"{what} gives outputs that are off by {difference:.1e}; {path} was not written. The "
+            "model has an operation that this exporter renders differently"
+        )
+    return difference
+
+
+KINDS = {"onnx": (onnx, ".onnx"), "torch": (program, ".pt2")}
+
+
+def export(path: Path, kind: str = "onnx") -> Path:
+    """Write a run's pruned model beside its file, as ONNX or as a program of ``torch.export``.
 
     Args:
         path: a run's ``model.safetensors``.
+        kind: one of :data:`KINDS`.
 
     Raises:
-        RunError: the file is no model, or ONNX does not give its outputs.
+        RunError: the file is no model, or what was exported does not give its outputs.
     """
-    onnx(load_model(path), load_example(path), path.with_suffix(".onnx"))
-    return path.with_suffix(".onnx")
+    maker, suffix = KINDS[kind]
+    maker(load_model(path), load_example(path), path.with_suffix(suffix))
+    return path.with_suffix(suffix)

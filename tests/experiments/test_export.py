@@ -111,6 +111,27 @@ def test_a_runs_model_is_exported_beside_it(tmp_path, monkeypatch):
     with tiny.one_thread():
         record = run(tiny.request(tmp_path, "sp", tiny.MINIATURE))
         made = export.export(record.parent / MODEL)
-    assert made == record.parent / "model.onnx"
+        program = export.export(record.parent / MODEL, "torch")
+    assert (made, program) == (record.parent / "model.onnx", record.parent / "model.pt2")
     session = onnxruntime.InferenceSession(str(made), providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape[1:] == [1, 8, 8]
+
+
+@pytest.mark.parametrize("name", ["vgg-digits", "resnet20"])
+def test_a_program_gives_the_models_outputs_for_any_batch(tmp_path, name):
+    model = models.build(name, 3, 10, seed=0).eval()
+    example = torch.randn(2, 3, 32, 32)
+    assert export.program(model, example, tmp_path / "model.pt2") < 1e-4
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    larger = torch.randn(5, 3, 32, 32)
+    assert torch.allclose(again(larger), outputs(model, larger), atol=1e-5)
+
+
+def test_a_program_that_cannot_be_exported_is_refused_and_not_written(tmp_path):
+    class Branching(nn.Module):
+        def forward(self, images):
+            return images * 2 if images.sum() > 0 else images
+
+    with pytest.raises(RunError, match="PyTorch cannot export this model"):
+        export.program(Branching(), torch.randn(2, 3), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
