@@ -64,3 +64,30 @@ def test_the_demo_compares_every_framework_on_digits():
     assert sorted(c.framework for c in found) == sorted(ADAPTERS)
     assert {c.data.name for c in found} == {"digits"}
     assert words[words.index("--seeds") + 1] == "0-4"
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        ((), "depgraph-digits"),
+        (("FRAMEWORK=otov2", "DATA=digits"), "otov2-digits"),
+        (("FRAMEWORK=depgraph-sparse", "DATA=cifar10"), "depgraph-sparse-vgg-slim"),
+        (("FRAMEWORK=gate-decorator", "DATA=folder:/my pets (2)"), "gate-decorator-vgg-slim"),
+    ],
+)
+def test_a_comparison_is_of_its_framework_with_the_controls(words, path):
+    made = planned("compare", "SEEDS=0-4", *words)
+    (config,) = configurations(made)
+    assert config == f"experiments/configs/{path}.toml"
+    assert (ROOT / config).exists()
+    assert made[made.index("--variants") + 1] == "base,sp,sr,random,least-resistant"
+    assert made[made.index("--seeds") + 1] == "0-4"
+    data = [word.removeprefix("DATA=") for word in words if word.startswith("DATA=")]
+    assert [made[made.index("--data") + 1]] == data if data else "--data" not in made
+
+
+def test_tables_show_the_kept_records_where_nothing_has_run(tmp_path):
+    for target in ("table", "report"):
+        assert "experiments/records" in planned(target, f"OUT={tmp_path / 'none'}")
+        assert "experiments/records" not in planned(target, f"OUT={tmp_path}")
+        assert str(tmp_path) in planned(target, f"OUT={tmp_path}")

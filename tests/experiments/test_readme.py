@@ -93,7 +93,7 @@ def test_the_commands_run(tmp_path):
         assert done.returncode == 0, f"{command}: {done.stderr}"
         if "-n" not in words and "plots" not in words:
             last = done.stdout.strip().splitlines()[-1]
-            assert last.endswith(".json"), command
+            assert last.endswith((".json", "report.html")), command
             assert Path(last).exists(), command
 
 

@@ -508,3 +508,10 @@ def test_the_table_of_real_runs_shows_what_their_records_say(tiny_runs):
         macs = 100 * made["macs"]["pruned"] / made["macs"]["dense"]
         assert rows[name][1] == f"{macs:.1f}"
         assert rows[name][3] == f"{made['accuracy']['final']:.2f}"
+
+
+def test_the_report_is_a_command_and_its_page_is_named(tmp_path, capsys):
+    save(tmp_path, record("sp", 1))
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.html")
+    assert (tmp_path / "out" / "report.html").read_text().startswith("<!DOCTYPE html>")
