@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,18 @@ import torch
 
 from dpm_core import Phase
 from experiments import overhead
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests before may have loaded PyTorch's compiler, which hooks every module's registrations.
+
+    torch-kirigami, with which the benchmark compares, refuses to work beside such hooks.
+    """
+    for kind in ("buffer", "module", "parameter"):
+        name = f"torch.nn.modules.module._global_{kind}_registration_hooks"
+        monkeypatch.setattr(name, OrderedDict())
+
 
 TINY = ["--models", "vgg-digits", "--image-size", "8", "--channels", "1", "--batch", "4"]
 TINY += ["--repeats", "2", "--device", "cpu", "--threads", "1"]
