@@ -19,7 +19,8 @@ CONFIGS := experiments/configs
 FRAMEWORKS := $(patsubst %-digits.toml,%,$(notdir $(wildcard $(CONFIGS)/*-digits.toml)))
 BENCHES := $(addprefix bench-,$(FRAMEWORKS))
 RECORDS ?=
-SHOWN = $(or $(RECORDS),$(if $(wildcard $(OUT)),$(OUT),experiments/records))
+ran = $(shell find '$(OUT)' -name record.json -print -quit 2>/dev/null)
+SHOWN = $(or $(RECORDS),$(if $(ran),$(OUT),experiments/records))
 digits = $(CONFIGS)/$(1)-digits.toml
 recipe = $(or $(if $(filter-out digits,$(DATA)),$(wildcard $(CONFIGS)/$(1)-cifar10.toml)),$(call digits,$(1)))
 
@@ -33,7 +34,7 @@ help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1|\2/' \
 	  | while IFS='|' read -r name what; do printf '  %-22s %s\n' "$$name" "$$what"; done
 	@for name in $(BENCHES); do \
-	  printf '  %-22s %s\n' $$name 'one run: VARIANT=base|sp|sr SEED= DATA= CONFIG='; done
+	  printf '  %-22s %s\n' $$name 'one run: VARIANT=base|sp|sr|random|least-resistant SEED= DATA= CONFIG='; done
 
 setup: $(VENV)/.installed ## make the environment in .venv, once
 
@@ -67,13 +68,13 @@ bench-overhead: $(SETUP) ## what attaching costs a training step, and the decay 
 table: $(SETUP) ## the table of the runs in OUT=runs, or of the kept records: RECORDS=
 	@$(PY) -m experiments table $(SHOWN) --out $(OUT)
 
-report: $(SETUP) ## one page to look at, $(OUT)/report.html: tables, plots, latency
+report: $(SETUP) ## one page to look at, report.html in OUT: tables, plots, latency
 	@$(PY) -m experiments report $(SHOWN) --out $(OUT)
 
 plots: $(SETUP) ## the plots of all finished runs in OUT=runs
 	@$(PY) -m experiments plots --out $(OUT)
 
-results: $(SETUP) ## RESULTS.md and the README's table, anew from the kept records
+results: $(SETUP) ## RESULTS.md and the README's tables, anew from the kept records
 	@$(PY) -m experiments results
 
 test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones

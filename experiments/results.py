@@ -80,7 +80,7 @@ def tables(records: Sequence[Record]) -> dict[str, str]:
 
 
 def embedded(text: str, name: str, content: str) -> str:
-    """A text with new content between its marks ``<!-- table: name -->`` and ``<!-- end -->``.
+    """A text with new content between ``<!-- table: name -->`` and ``<!-- end of table -->``.
 
     Raises:
         RunError: the marks are not there.

@@ -89,5 +89,8 @@ def test_a_comparison_is_of_its_framework_with_the_controls(words, path):
 def test_tables_show_the_kept_records_where_nothing_has_run(tmp_path):
     for target in ("table", "report"):
         assert "experiments/records" in planned(target, f"OUT={tmp_path / 'none'}")
+        assert "experiments/records" in planned(target, f"OUT={tmp_path}")
+    (tmp_path / "record.json").touch()
+    for target in ("table", "report"):
         assert "experiments/records" not in planned(target, f"OUT={tmp_path}")
         assert str(tmp_path) in planned(target, f"OUT={tmp_path}")
