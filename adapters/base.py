@@ -26,12 +26,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpm_core import (
     DecayPruning,
     Event,
     Owner,
+    Phase,
     SelfRectifying,
     Slice,
     SmoothPruning,
@@ -40,6 +42,10 @@ from dpm_core import (
 from third_party.groups import UpstreamGroup
 
 Variant = Literal["base", "sp", "sr"]
+Loss = Callable[[], Tensor]
+"""Runs the model on the next training batch and returns the mean loss."""
+State = Mapping[str, Any]
+"""What :meth:`Adapter.state_dict` gave."""
 Plan = list[tuple[str, list[int]]]
 """What is removed: (layer's name, positions of its output in the dense model), in order."""
 
@@ -68,7 +74,7 @@ class Stage:
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
-    def new_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+    def new_optimizer(self, model: nn.Module) -> Optimizer:
         """PyTorch's own optimizer, for all parameters of a model."""
         if self.kind == "sgd":
             return torch.optim.SGD(
@@ -125,8 +131,10 @@ class Adapter(ABC):
         removed: what :meth:`remove` took away, or ``None`` before.
         pruned: how many structures that were.
 
-    Abstract are :meth:`check`, :meth:`begin`, :meth:`due` and :meth:`remove`; an adapter with
-    progress of its own extends :meth:`state_dict` and :meth:`load_state_dict`.
+    Abstract are :meth:`check`, :meth:`begin` and :meth:`remove`. What stands here of
+    :meth:`settled` and :meth:`due` is that of a framework that decides once. An adapter that makes
+    something in :meth:`begin`, the core above all, extends :meth:`load_state_dict`; one with
+    progress of its own :meth:`state_dict`, too.
     """
 
     Options: ClassVar[type]
@@ -148,8 +156,8 @@ class Adapter(ABC):
     def attach_core(
         self,
         groups: Iterable[StructureGroup],
-        optimizer: torch.optim.Optimizer,
-        loss: Callable[[], Tensor],
+        optimizer: Optimizer,
+        loss: Loss,
     ) -> DecayPruning:
         """Let the core follow an optimizer's steps, with Self-Rectifying in ``sr``."""
         rectify = self.context.rectify if self.context.variant == "sr" else None
@@ -171,14 +179,36 @@ class Adapter(ABC):
             AdapterError: with cause and remedy.
         """
 
-    def optimizer(self, stage: str) -> torch.optim.Optimizer:
+    def check_length(self) -> None:
+        """For :meth:`check`: refuse a stage 'prune' that is too short for the decay.
+
+        Raises:
+            AdapterError: with both lengths.
+        """
+        needed, given = self.context.decay_steps(), self.context.stages["prune"].steps
+        if needed > given:
+            raise AdapterError(
+                f"the decay takes up to {needed} steps, but the stage 'prune' has {given}; give it "
+                "more epochs or shorten smooth.steps"
+            )
+
+    def check_ignored(self, names: Iterable[str]) -> None:
+        """Refuse to ignore what is not there.
+
+        Raises:
+            AdapterError: naming what is no layer of the model.
+        """
+        known = dict(self.context.model.named_modules())
+        for name in names:
+            if name not in known:
+                raise AdapterError(f"ignored names {name!r}, which is no layer of the model")
+
+    def optimizer(self, stage: str) -> Optimizer:
         """A new optimizer of the model's present parameters, for a stage."""
         return self.context.stages[stage].new_optimizer(self.context.model)
 
     @abstractmethod
-    def begin(
-        self, stage: str, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
-    ) -> None:
+    def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """A stage starts, or goes on with a new optimizer after a removal or a resume.
 
         Args:
@@ -206,11 +236,13 @@ class Adapter(ABC):
 
     def settled(self) -> bool:
         """Whether nothing is left of what is to go: it is zero, or removed."""
-        return self.removed is not None
+        if self.removed is not None or self.dpm is None:
+            return self.removed is not None
+        return self.dpm.count(Phase.DECAYING) == 0
 
-    @abstractmethod
     def due(self) -> bool:
-        """Whether the removal is to follow now."""
+        """Whether the removal is to follow now: decided, and no structure decays any more."""
+        return self.decided and self.removed is None and (self.dpm is None or self.settled())
 
     @abstractmethod
     def remove(self) -> None:
@@ -246,13 +278,7 @@ class Adapter(ABC):
         if self.removed is not None:
             self.shrink(self.context.model, self.context.example, self.removed)
 
-    def load_state_dict(
-        self,
-        state: Mapping[str, Any],
-        stage: str,
-        optimizer: torch.optim.Optimizer,
-        loss: Callable[[], Tensor],
-    ) -> None:
+    def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Take up a run in the middle of a stage; replaces :meth:`begin`.
 
         An adapter makes anew what its :meth:`begin` makes, the core above all, and then calls this.

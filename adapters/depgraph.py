@@ -7,18 +7,19 @@ the same target; what it removed there decays in the real model and is removed a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dpm_core import DecayPruning, Phase, StructureGroup
 from third_party import dependency
 from third_party.groups import UnsupportedLayerError, UpstreamGroup
 
-from .base import Adapter, AdapterError, Context, Plan, count_macs, structure_group
+from .base import Adapter, AdapterError, Context, Loss, Plan, State, count_macs, structure_group
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,7 @@ class DepGraph(Adapter):
 
     def __init__(self, context: Context, options: DepGraphOptions) -> None:
         super().__init__(context, options)
-        known = dict(context.model.named_modules())
-        for name in options.ignored:
-            if name not in known:
-                raise AdapterError(f"ignored names {name!r}, which is no layer of the model")
+        self.check_ignored(options.ignored)
         self._ignored = sorted(
             {*options.ignored, *dependency.output_layers(context.model, context.example)}
         )
@@ -116,12 +114,7 @@ class DepGraph(Adapter):
 
     def check(self) -> None:
         """Refuse too short a stage, odd layers, and a speed-up beyond one channel per group."""
-        needed, given = self.context.decay_steps(), self.context.stages["prune"].steps
-        if needed > given:
-            raise AdapterError(
-                f"the decay takes up to {needed} steps, but the stage 'prune' has {given}; give it "
-                "more epochs or shorten smooth.steps"
-            )
+        self.check_length()
         model = copy.deepcopy(self.context.model)
         try:
             groups = dependency.groups(self._new_pruner(model))
@@ -144,9 +137,7 @@ class DepGraph(Adapter):
 
     # ------------------------------------------------------------------ the run
 
-    def begin(
-        self, stage: str, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
-    ) -> None:
+    def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Sparse learning starts, or the decision falls; after the removal there is no more."""
         self._stage = stage
         if self.removed is not None:
@@ -161,7 +152,7 @@ class DepGraph(Adapter):
         dpm = self._attach(optimizer, loss)
         dpm.decay({root: self._groups[root].structures_of(c) for root, c in plan})
 
-    def _attach(self, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> DecayPruning:
+    def _attach(self, optimizer: Optimizer, loss: Loss) -> DecayPruning:
         self._pruner = self._new_pruner(self.context.model)
         self._groups = {g.root: g for g in dependency.groups(self._pruner)}
         return self.attach_core(map(structure_group, self._groups.values()), optimizer, loss)
@@ -191,16 +182,6 @@ class DepGraph(Adapter):
             lowest = score.argsort(stable=True)[: len(event.structures)]
             self.dpm.decay({event.group: lowest}, wave=event.wave + 1)
 
-    def settled(self) -> bool:
-        """Whether what goes is removed or, in ``sp`` and ``sr``, zero."""
-        if self.removed is not None or self.dpm is None:
-            return self.removed is not None
-        return self.dpm.count(Phase.DECAYING) == 0
-
-    def due(self) -> bool:
-        """Whether the decision has fallen and no structure is decaying any more."""
-        return self.decided and self.removed is None and (self.dpm is None or self.settled())
-
     def remove(self) -> None:
         """Upstream removes: by its own ranking in ``base``, what is zero in ``sp`` and ``sr``."""
         if self.dpm is None:
@@ -222,13 +203,7 @@ class DepGraph(Adapter):
         """With the stage, which upstream's regularizer depends on."""
         return {**super().state_dict(), "stage": self._stage}
 
-    def load_state_dict(
-        self,
-        state: Mapping[str, Any],
-        stage: str,
-        optimizer: torch.optim.Optimizer,
-        loss: Callable[[], Tensor],
-    ) -> None:
+    def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Take up where :meth:`state_dict` was called."""
         self._stage = state["stage"]
         if self.removed is None and stage == "sparse":

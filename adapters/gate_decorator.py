@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dpm_core import Owner, Phase, Slice, StructureGroup
 from third_party import gate_decorator as method
 
-from .base import Adapter, AdapterError, Context
+from .base import Adapter, AdapterError, Context, Loss, State
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class GateDecorator(Adapter):
 
     # ------------------------------------------------------------------ the run
 
-    def optimizer(self, stage: str) -> torch.optim.Optimizer:
+    def optimizer(self, stage: str) -> Optimizer:
         """One for all ticks and tocks, and one for fine-tuning. The first puts the gates in."""
         settings = self.context.stages[stage]
         if self.removed is not None:
@@ -136,9 +137,7 @@ class GateDecorator(Adapter):
             self._made = self._decorated(self.context.model)
         return settings.new_optimizer(self.context.model)
 
-    def begin(
-        self, stage: str, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
-    ) -> None:
+    def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Ticks and tocks begin, or fine-tuning."""
         self._optimizer = optimizer
         if self.removed is None and self.context.variant != "base":
@@ -259,13 +258,7 @@ class GateDecorator(Adapter):
         if self.removed is None:
             self._made = self._decorated(self.context.model)
 
-    def load_state_dict(
-        self,
-        state: Mapping[str, Any],
-        stage: str,
-        optimizer: torch.optim.Optimizer,
-        loss: Callable[[], Tensor],
-    ) -> None:
+    def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Take up where :meth:`state_dict` was called."""
         self.begin(stage, optimizer, loss)
         self._steps, self._tuned_from = state["steps"], state["tuned_from"]

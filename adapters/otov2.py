@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dpm_core import DecayPruning, Phase, StructureGroup
 from third_party import otov2
 from third_party.groups import UnsupportedLayerError
 
-from .base import Adapter, AdapterError, Context, structure_group
+from .base import Adapter, AdapterError, Context, Loss, State, structure_group
 
 
 @dataclass(frozen=True)
@@ -166,14 +167,14 @@ class OTOv2(Adapter):
 
     # ------------------------------------------------------------------ the run
 
-    def optimizer(self, stage: str) -> torch.optim.Optimizer:
+    def optimizer(self, stage: str) -> Optimizer:
         """DHSPG; the stage's own optimizer once the model is small."""
         if self.removed is not None:
             return super().optimizer(stage)
         settings, o = self.context.stages[stage], self.options
         self._made = otov2.graph(self.context.model, self.context.example)
         kind = otov2.DHSPG if self.context.variant == "base" else otov2.DeferringDHSPG
-        made: torch.optim.Optimizer = kind(
+        made: Optimizer = kind(
             self._made,
             variant=settings.kind,
             lr=settings.learning_rate,
@@ -191,9 +192,7 @@ class OTOv2(Adapter):
         )
         return made
 
-    def begin(
-        self, stage: str, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
-    ) -> None:
+    def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Decays follow the optimizer's steps; in ``base`` there is nothing to do."""
         if self.removed is not None:
             return
@@ -346,13 +345,7 @@ class OTOv2(Adapter):
         own = {"done": self._done, "goal": self._goal, "round": self._round}
         return {**super().state_dict(), **own}
 
-    def load_state_dict(
-        self,
-        state: Mapping[str, Any],
-        stage: str,
-        optimizer: torch.optim.Optimizer,
-        loss: Callable[[], Tensor],
-    ) -> None:
+    def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Take up where :meth:`state_dict` was called."""
         self.begin(stage, optimizer, loss)
         self._done, self._goal, self._round = state["done"], state["goal"], state["round"]

@@ -8,18 +8,19 @@ docs/write-an-adapter.md builds this file step by step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.optim import Optimizer
 
 from dpm_core import Phase, Slice, StructureGroup
 from third_party.groups import UnsupportedLayerError
 
-from .base import Adapter, AdapterError, Context
+from .base import Adapter, AdapterError, Context, Loss, State
 from .depgraph import structure_groups
 
 
@@ -53,10 +54,7 @@ class TorchPrune(Adapter):
 
     def __init__(self, context: Context, options: TorchPruneOptions) -> None:
         super().__init__(context, options)
-        known = dict(context.model.named_modules())
-        for name in options.ignored:
-            if name not in known:
-                raise AdapterError(f"ignored names {name!r}, which is no layer of the model")
+        self.check_ignored(options.ignored)
 
     def _groups(self) -> list[StructureGroup]:
         model, example = self.context.model, self.context.example
@@ -72,12 +70,7 @@ class TorchPrune(Adapter):
 
     def check(self) -> None:
         """Refuse too short a stage, odd layers, and an amount that takes all of a layer or none."""
-        needed, given = self.context.decay_steps(), self.context.stages["prune"].steps
-        if needed > given:
-            raise AdapterError(
-                f"the decay takes up to {needed} steps, but the stage 'prune' has {given}; give it "
-                "more epochs or shorten smooth.steps"
-            )
+        self.check_length()
         groups, amount = self._groups(), self.options.amount
         if not groups:
             raise AdapterError("no group of layers is left to prune; shorten `ignored`")
@@ -94,9 +87,7 @@ class TorchPrune(Adapter):
                 "Raise amount"
             )
 
-    def begin(
-        self, stage: str, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]
-    ) -> None:
+    def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """The decision falls; after the removal there is no more."""
         if self.removed is not None:
             return
@@ -116,16 +107,6 @@ class TorchPrune(Adapter):
             instead = masked(group, len(event.structures), self.options.n, free)
             self.dpm.decay({event.group: instead}, wave=event.wave + 1)
 
-    def settled(self) -> bool:
-        """Whether what goes is removed or, in ``sp`` and ``sr``, zero."""
-        if self.removed is not None or self.dpm is None:
-            return self.removed is not None
-        return self.dpm.count(Phase.DECAYING) == 0
-
-    def due(self) -> bool:
-        """Whether the decision has fallen and no structure is decaying any more."""
-        return self.decided and self.removed is None and (self.dpm is None or self.settled())
-
     def remove(self) -> None:
         """Remove what upstream masks in ``base``, and what is zero in ``sp`` and ``sr``."""
         if self.dpm is None:
@@ -141,13 +122,7 @@ class TorchPrune(Adapter):
         self.shrink(self.context.model, self.context.example, self.removed)
         self.pruned = sum(len(structures) for structures in gone.values())
 
-    def load_state_dict(
-        self,
-        state: Mapping[str, Any],
-        stage: str,
-        optimizer: torch.optim.Optimizer,
-        loss: Callable[[], Tensor],
-    ) -> None:
+    def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Take up where :meth:`state_dict` was called."""
         if state["dpm"] is not None:
             self.attach_core(self._groups(), optimizer, loss)

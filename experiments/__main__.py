@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -107,39 +108,42 @@ def _compare(args: argparse.Namespace) -> None:
         if variant in variants
     ]
     records = compare(jobs, at_once=args.jobs)
-    print(table.markdown(table.read(records)), end="\n\n")
-    _plots(records, args.out)
-    print(_figures(records, args.out))
+    runs = table.located(records)
+    made = [record for _, record in runs]
+    print(table.markdown(made), end="\n\n")
+    _plots(runs, args.out)
+    print(_figures(made, args.out))
 
 
-def _figures(paths: list[Path], out: Path) -> Path:
+def _figures(records: list[table.Record], out: Path) -> Path:
     """Write the table's figures as JSON, in full precision."""
-    found = [{"title": t, "rows": table.rows(m)} for t, m in table.sections(table.read(paths))]
+    found = [{"title": t, "rows": table.rows(m)} for t, m in table.sections(records)]
     save_json(out / "table.json", found)
     return out / "table.json"
 
 
-def _plots(paths: list[Path], out: Path) -> None:
-    from . import plot
+def _plots(runs: list[tuple[Path, table.Record]], out: Path) -> None:
+    from . import plot  # only now, as in other commands: matplotlib takes a second to load
 
-    for made in plot.plot(table.located(paths), out / "plots"):
+    for made in plot.plot(runs, out / "plots"):
         print(made)
 
 
-def _show(command: str, paths: list[Path], out: Path) -> None:
+def _show(command: str, runs: list[tuple[Path, table.Record]], out: Path) -> None:
     if command == "table":
-        print(table.markdown(table.read(paths)), end="\n\n")
-        print(_figures(paths, out))
+        records = [record for _, record in runs]
+        print(table.markdown(records), end="\n\n")
+        print(_figures(records, out))
     elif command == "plots":
-        _plots(paths, out)
+        _plots(runs, out)
     elif command == "report":
         from .report import report
 
-        print(report(table.located(paths), out / "report.html"))
+        print(report(runs, out / "report.html"))
     else:
         from .results import keep
 
-        for path in keep(table.located(paths)):
+        for path in keep(runs):
             print(path)
 
 
@@ -172,6 +176,7 @@ def device(name: str) -> torch.device:
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; prints what it made, or one clear error."""
     args = parser().parse_args(arguments)
+    os.environ.setdefault("MPLBACKEND", "agg")  # files only, whatever the machine has for a screen
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
     try:
@@ -195,12 +200,12 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(export(args.model, args.kind))
         elif args.command == "results":
-            from . import results  # only now, and below: matplotlib takes a second to load
+            from . import results
 
             for path in results.renew():
                 print(path)
         else:
-            _show(args.command, args.paths or [args.out], args.out)
+            _show(args.command, table.located(args.paths or [args.out]), args.out)
     except Stopped:
         print("stopped; the same command with --resume goes on", file=sys.stderr)
         return STOPPED

@@ -58,7 +58,7 @@ class Data(_Table):
 
 
 class Compute(_Table):
-    """How the arithmetic is done. The GPU's settings; a CPU takes them, but seldom gains."""
+    """How the arithmetic is done. Meant for GPUs; a CPU takes the settings, too."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
     """``bfloat16``: forward passes of training under autocast; parameters stay float32."""

@@ -114,7 +114,7 @@ class Images:
         return cached[1]
 
     def _augment(self, images: Tensor, draw: torch.Generator) -> Tensor:
-        """Mirror and crop in one gather, which costs a sixth of doing it one after the other."""
+        """Mirror and crop in one gather, which is cheaper than one after the other."""
         if not (self.flip or self.pad):
             return images
         n, channels, height, width = images.shape

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import write
-from .run import RunError, load_example, load_model
+from .run import RunError, load_model
 from .training import evaluating, outputs
 
 TOLERANCE = 1e-4
@@ -104,5 +104,5 @@ def export(path: Path, kind: str = "onnx") -> Path:
         RunError: the file is no model, or what was exported does not give its outputs.
     """
     maker, suffix = KINDS[kind]
-    maker(load_model(path), load_example(path), path.with_suffix(suffix))
+    maker(*load_model(path), path.with_suffix(suffix))
     return path.with_suffix(suffix)

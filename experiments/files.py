@@ -10,13 +10,17 @@ import torch
 
 from adapters.saved import write
 
-__all__ = ["save_json", "save_tensors", "write"]
+__all__ = ["save_json", "save_tensors", "save_text", "write"]
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write text as UTF-8, atomically."""
+    write(path, lambda file: file.write(text.encode()))
 
 
 def save_json(path: Path, content: Any) -> None:
     """Write JSON, indented, atomically."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write(path, lambda file: file.write(text.encode()))
+    save_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def save_tensors(path: Path, content: Any) -> None:

@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")  # files only, whatever the machine has for a screen
-
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
@@ -21,16 +18,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from . import table
-from .files import write
+from .files import save_text, write
 from .run import CONTROLS, RunError, Variant
-from .table import ORDER, Record, sections
+from .table import NAMES, ORDER, Record, dense, left, sections, summary
 
 Samples = Mapping[str, Mapping[str, Any]]
 """Sampled norms by variant, see :func:`sample_norms`."""
 
 RELEASING: tuple[Variant, ...] = ("sr", *CONTROLS)
-NAMES: Mapping[str, str] = {**table.NAMES}
 mpl.rcParams["text.parse_math"] = False  # names are names, dollars and all
 # Okabe and Ito's colours, which the colour-blind tell apart; the controls' lines are broken too.
 COLOURS = {
@@ -80,7 +75,7 @@ def plot(
     """
     made = []
     for title, members in sections([record for _, record in runs]):
-        name = stem(members)
+        name = f"{members[0]['config']['name']}-{plain(members[0]['data'])}"
         if "accuracy" in kinds:
             made.append(_save(draw_accuracy(members, title), out / f"{name}-accuracy.png"))
         if "channels" in kinds:
@@ -88,11 +83,6 @@ def plot(
         if "norms" in kinds and (samples := find_norms(runs, members)):
             made.append(_save(draw_norms(samples, title), out / f"{name}-norms.png"))
     return made
-
-
-def stem(members: Sequence[Record]) -> str:
-    """How the names of a section's pictures begin."""
-    return f"{members[0]['config']['name']}-{plain(members[0]['data'])}"
 
 
 def plain(label: str) -> str:
@@ -257,8 +247,7 @@ def keep_norms(runs: Sequence[tuple[Path, Record]], path: Path) -> Path | None:
     ]
     if not entries:
         return None
-    text = '{"norms": [\n' + ",\n".join(entries) + "\n]}\n"
-    write(path, lambda file: file.write(text.encode()))
+    save_text(path, '{"norms": [\n' + ",\n".join(entries) + "\n]}\n")
     return path
 
 
@@ -408,8 +397,8 @@ def draw_channels(
         for variant, runs in by_variant(members).items()
     }
     figure, axis = _layered(layers, size)
-    dense = [members[0]["channels"][layer][0] for layer in layers]
-    axis.bar(range(len(layers)), dense, width=0.86, color=DENSE, label="dense")
+    whole = [members[0]["channels"][layer][0] for layer in layers]
+    axis.bar(range(len(layers)), whole, width=0.86, color=DENSE, label="dense")
     _grouped(axis, kept)
     axis.set_ylabel("output channels")
     if title:
@@ -539,7 +528,7 @@ def draw_latency(
             [statistics.fmean(v) for v in values],
             height=0.36,
             color=[DENSE if kind == "dense" else COLOURS[v] for v in grouped],
-            xerr=[spread(v) for v in values],
+            xerr=[summary(v)["spread"] or 0.0 for v in values],
             error_kw={"ecolor": mpl.rcParams["text.color"], "elinewidth": 1, "capsize": 3},
         )
     axis.set_yticks(range(len(grouped)), [NAMES[v] for v in grouped])
@@ -548,11 +537,6 @@ def draw_latency(
     if title:
         axis.set_title(f"Latency\n{title}", fontsize=10)
     return figure
-
-
-def spread(values: Sequence[float]) -> float:
-    """The standard deviation of a sample; 0 for a single value, which has none."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def draw_tradeoff(
@@ -577,10 +561,10 @@ def draw_tradeoff(
             aside = ScaledTranslation(
                 (i - (len(grouped) - 1) / 2) * 4 / 72, 0, figure.dpi_scale_trans
             )
-            macs = [100 * r["macs"]["pruned"] / r["macs"]["dense"] for r in runs]
-            final = [r["accuracy"]["final"] for r in runs]
-            place = statistics.fmean(macs), statistics.fmean(final)
-            off = spread(macs), spread(final)
+            macs = summary([left(r, "macs") for r in runs])
+            final = summary([r["accuracy"]["final"] for r in runs])
+            place = (macs["mean"] or 0.0, final["mean"] or 0.0)
+            off = (macs["spread"] or 0.0, final["spread"] or 0.0)
             # A transform of its own leaves these out of the axes' limits.
             corners = [[m + sign * d for m, d in zip(place, off, strict=True)] for sign in (-1, 1)]
             axis.update_datalim(corners)
@@ -598,9 +582,8 @@ def draw_tradeoff(
                 transform=axis.transData + aside,
             )
             used[variant] = None
-        dense = {r["seed"]: d for r in members if (d := r["accuracy"]["dense"]) is not None}
-        if dense:
-            mean = statistics.fmean(dense.values())
+        if before := dense(members):
+            mean = statistics.fmean(before)
             axis.plot(100, mean, marker, color=ink, fillstyle="none", markersize=8)
     variants = [v for v in ORDER if v in used]
     handles = [

@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
 from . import plot, table
-from .files import write
-from .plot import COLOURS, NAMES
-from .table import ORDER, Record
+from .files import save_text
+from .plot import COLOURS
+from .table import NAMES, ORDER, Record, dense, left, summary
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -101,7 +101,7 @@ def report(runs: Sequence[tuple[Path, Record]], out: Path) -> Path:
             legend=_legend(records),
             sections="\n".join(parts),
         )
-    write(out, lambda file: file.write(content.encode()))
+    save_text(out, content)
     return out
 
 
@@ -248,14 +248,7 @@ def _colour(drawn: str) -> str:
 
 
 def _figure(values: Sequence[float], digits: int) -> str:
-    text = f"{statistics.fmean(values):.{digits}f}"
-    return f"{text} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else text
-
-
-def _dense(members: Sequence[Record]) -> list[float]:
-    """The dense networks' accuracies; variants of a seed share one."""
-    found = {m["seed"]: d for m in members if (d := m["accuracy"]["dense"]) is not None}
-    return list(found.values())
+    return table.figure(summary(values), digits)
 
 
 def _links(sections: Sequence[tuple[str, list[Record]]]) -> str:
@@ -284,20 +277,19 @@ def _overview(page: _Page, sections: Sequence[tuple[str, list[Record]]]) -> str:
     for _, members in sections:
         first, grouped = members[0], plot.by_variant(members)
         name = first["config"]["name"]
-        dense = _dense(members)
-        macs = [100 * m["macs"]["pruned"] / m["macs"]["dense"] for m in members]
+        before = dense(members)
         body.append(
             [
                 name,
                 f"{first['framework']}, {first['model']}, {first['data']}",
-                _figure(dense, 2) if dense else "-",
+                _figure(before, 2) if before else "-",
                 *(
                     _figure([m["accuracy"]["final"] for m in grouped[v]], 2)
                     if v in grouped
                     else "-"
                     for v in variants
                 ),
-                f"{statistics.fmean(macs):.1f}",
+                f"{statistics.fmean(left(m, 'macs') for m in members):.1f}",
             ]
         )
         by_data.setdefault(first["data"], {})[name] = members
@@ -307,7 +299,7 @@ def _overview(page: _Page, sections: Sequence[tuple[str, list[Record]]]) -> str:
     for data, named in by_data.items():
         points = [
             f"{name}, {NAMES[v]}: {_figure([r['accuracy']['final'] for r in runs], 2)}% at "
-            f"{_figure([100 * r['macs']['pruned'] / r['macs']['dense'] for r in runs], 1)}% of MACs"
+            f"{_figure([left(r, 'macs') for r in runs], 1)}% of MACs"
             for name, members in named.items()
             for v, runs in plot.by_variant(members).items()
         ]
@@ -442,13 +434,13 @@ def _releases(page: _Page, members: Sequence[Record]) -> list[str]:
 
 def _channels(page: _Page, members: Sequence[Record]) -> str:
     kept = _ends(members, lambda r: sum(width for _, width in r["channels"].values()), 0)
-    dense = sum(width for width, _ in members[0]["channels"].values())
+    whole = sum(width for width, _ in members[0]["channels"].values())
     return page.figure(
         plot.draw_channels(members, size=SIZE),
         "Channels per layer",
         "Output channels of each layer before (pale) and after pruning (coloured): mean over "
         "seeds. The figures are in the table below.",
-        f"Bar chart of output channels per layer. All layers together: dense {dense}; {kept}.",
+        f"Bar chart of output channels per layer. All layers together: dense {whole}; {kept}.",
     )
 
 
@@ -457,13 +449,13 @@ def _channel_table(members: Sequence[Record]) -> str:
     body = [
         [
             layer,
-            str(dense),
+            str(whole),
             *(
                 f"{statistics.fmean(r['channels'][layer][1] for r in runs):.1f}"
                 for runs in grouped.values()
             ),
         ]
-        for layer, (dense, _) in members[0]["channels"].items()
+        for layer, (whole, _) in members[0]["channels"].items()
     ]
     made = _table(
         ["layer", "dense", *(NAMES[v] for v in grouped)],
@@ -484,14 +476,14 @@ def _measured(members: Sequence[Record]) -> str:
 
 def _latency(page: _Page, members: Sequence[Record]) -> str:
     shown = _ends(members, lambda r: r["latency"]["pruned"], 2)
-    dense = _figure([r["latency"]["dense"] for r in members], 2)
+    before = _figure([r["latency"]["dense"] for r in members], 2)
     return page.figure(
         plot.draw_latency(members, size=SIZE),
         "Latency, dense and pruned",
         "Pale: dense; coloured: pruned. Median time of a forward pass, measured side by side in "
         f"each run: {_measured(members)}. "
         "Mean and spread over seeds.",
-        f"Bar chart of milliseconds per forward pass. Dense {dense}; pruned: {shown}.",
+        f"Bar chart of milliseconds per forward pass. Dense {before}; pruned: {shown}.",
     )
 
 

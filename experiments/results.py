@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from . import plot, published, table
-from .files import write
+from .files import save_text
 from .published import Published
 from .run import RunError
 from .table import Record, grid
@@ -47,28 +47,29 @@ def renew(root: Path = ROOT) -> list[Path]:
     """
     records, texts = root / RECORDS.relative_to(ROOT), root / TEXTS.relative_to(ROOT)
     runs = table.located([records])
-    pictures = plot.plot(runs, records / "plots", kinds=("accuracy", "norms"))
-    links: dict[str, list[str]] = {}
-    for title, members in table.sections([record for _, record in runs]):
-        start = plot.stem(members)
-        links[title] = [
-            path.relative_to(root).as_posix()
-            for path in pictures
-            if path.name.startswith(f"{start}-")
-        ]
+    kept = [record for _, record in runs]
+    pictures = {
+        title: plot.plot(
+            [run for run in runs if any(run[1] is m for m in members)],
+            records / "plots",
+            kinds=("accuracy", "norms"),
+        )
+        for title, members in table.sections(kept)
+    }
+    links = {t: [p.relative_to(root).as_posix() for p in made] for t, made in pictures.items()}
     text = results(
-        [record for _, record in runs],
+        kept,
         (texts / "protocol.md").read_text(encoding="utf-8"),
         (texts / "reading.md").read_text(encoding="utf-8"),
         links,
     )
     readme = root / "README.md"
     shown = readme.read_text(encoding="utf-8")
-    for name, part in tables([record for _, record in runs]).items():
+    for name, part in tables(kept).items():
         shown = embedded(shown, name, part)
-    for path, content in ((root / "RESULTS.md", text), (readme, shown)):
-        write(path, lambda file, content=content: file.write(content.encode()))  # type: ignore[misc]
-    return [root / "RESULTS.md", readme, *pictures]
+    save_text(root / "RESULTS.md", text)
+    save_text(readme, shown)
+    return [root / "RESULTS.md", readme, *(p for made in pictures.values() for p in made)]
 
 
 def tables(records: Sequence[Record]) -> dict[str, str]:

@@ -34,8 +34,6 @@ VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
 CONTROLS: tuple[Control, ...] = ("random", "least-resistant")
 """``sr`` with the releases of a control: as many on the same schedule, but other ones."""
 RECORD_VERSION = 3
-
-
 LATENCY_BATCH = 128
 MODEL = "model.safetensors"
 
@@ -139,7 +137,6 @@ def run(request: Request) -> Path:
 
     p = loop.progress
     kept = _widths(model)
-    loading, training = loop.seconds_loading, loop.seconds_training
     assert adapter.removed is not None
     save_pruned(
         folder / MODEL,
@@ -204,7 +201,7 @@ def run(request: Request) -> Path:
                 ),
             },
             "seconds": p.seconds,
-            "loading": loading / training if training else 0.0,
+            "loading": loop.seconds_loading / max(loop.seconds_training, 1e-9),
         },
     )
     checkpoint_path.unlink(missing_ok=True)
@@ -232,39 +229,24 @@ def finished(request: Request) -> bool:
     return True
 
 
-def load_model(path: Path) -> nn.Module:
+def load_model(path: Path) -> tuple[nn.Module, torch.Tensor]:
     """The pruned model of a run, rebuilt from its file alone, in eval mode.
 
     Args:
         path: a run's ``model.safetensors``.
 
+    Returns:
+        The model, and an example of what it takes: random images, (4, C, H, W).
+
     Raises:
         RunError: the file is not there, damaged, or of another version.
     """
-    return _rebuilt(path)[0]
-
-
-def load_example(path: Path, batch: int = 4) -> torch.Tensor:
-    """Random images of the size that a run's model was trained on: (batch, C, H, W).
-
-    Args:
-        path: a run's ``model.safetensors``.
-        batch: how many.
-
-    Raises:
-        RunError: as :func:`load_model`.
-    """
-    _, example = _rebuilt(path)
-    draw = torch.Generator().manual_seed(0)
-    return torch.randn(batch, *example.shape[1:], generator=draw)
-
-
-def _rebuilt(path: Path) -> tuple[nn.Module, torch.Tensor]:
     try:
         saved = read(path)
         facts = saved.facts
         model = models.build(facts["model"], facts["in_channels"], facts["classes"])
-        example = torch.zeros(2, facts["in_channels"], facts["image_size"], facts["image_size"])
+        shape = (4, facts["in_channels"], facts["image_size"], facts["image_size"])
+        example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return saved.load_into(model, example).eval(), example
     except OSError as cause:
         raise RunError(f"{path} cannot be read ({cause.strerror})") from cause

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from . import published
-from .files import write
+from .files import save_text
 from .pairs import Difference, difference
 from .run import CONTROLS, RECORD_VERSION, VARIANTS, RunError, Variant
 
@@ -190,12 +190,8 @@ def keep(records: Sequence[Record], folder: Path) -> list[Path]:
         compact = (json.dumps(r, separators=(",", ":"), allow_nan=False) for r in ordered)
         made[path] = "".join(f"{line}\n" for line in compact)
     for path, text in made.items():
-        _save(path, text)
+        save_text(path, text)
     return list(made)
-
-
-def _save(path: Path, text: str) -> None:
-    write(path, lambda file: file.write(text.encode()))
 
 
 # ---------------------------------------------------------------------- figures
@@ -228,6 +224,30 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     return list(found.items())
 
 
+def summary(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and spread: the standard deviation of a sample, ``None`` for a single value."""
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "spread": spread}
+
+
+def figure(found: dict[str, float | None], digits: int) -> str:
+    """A :func:`summary` as text: ``mean ± spread``."""
+    mean, spread = found["mean"], found["spread"]
+    text = f"{mean:.{digits}f}"
+    return text if spread is None else f"{text} ± {spread:.{digits}f}"
+
+
+def dense(members: Sequence[Record]) -> list[float]:
+    """Accuracies of a section's dense networks, by seed: the runs of a seed share one."""
+    found = {m["seed"]: d for m in members if (d := m["accuracy"]["dense"]) is not None}
+    return [found[seed] for seed in sorted(found)]
+
+
+def left(record: Record, what: str) -> float:
+    """What is left of a record's ``macs`` or ``parameters``, in percent of the dense network's."""
+    return float(100 * record[what]["pruned"] / record[what]["dense"])
+
+
 def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One row per variant of a section, as numbers.
 
@@ -236,7 +256,7 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     over the seeds they share, in points (the fields of :class:`~experiments.pairs.Difference`);
     ``None`` without any. ``published`` is the counterpart's accuracy, in percent.
     """
-    table = []
+    table, benchmark = [], _benchmark(records)
     for variant in ORDER:
         runs = [r for r in records if r["variant"] == variant]
         if not runs:
@@ -246,19 +266,15 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             "at_removal": [r["accuracy"]["at_removal"] for r in runs],
             "at_removal_reestimated": [r["accuracy"]["at_removal_reestimated"] for r in runs],
             "final": [r["accuracy"]["final"] for r in runs],
-            "macs": [100 * r["macs"]["pruned"] / r["macs"]["dense"] for r in runs],
-            "parameters": [
-                100 * r["parameters"]["pruned"] / r["parameters"]["dense"] for r in runs
-            ],
+            "macs": [left(r, "macs") for r in runs],
+            "parameters": [left(r, "parameters") for r in runs],
             "released": [r["structures"]["released"] for r in runs],
             "decayed": [r["structures"]["decayed"] for r in runs],
         }
         for name, values in columns.items():
-            spread = statistics.stdev(values) if len(values) > 1 else None
-            row[name] = {"mean": statistics.fmean(values), "spread": spread}
+            row[name] = summary(values)
         found = None if variant == "base" else _minus(records, variant, "base")
         row["difference"] = found and asdict(found)
-        benchmark = _benchmark(records)
         row["published"] = benchmark and benchmark.top1(*_counterpart(records), variant)
         table.append(row)
     return table
@@ -339,11 +355,10 @@ def grid(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _training(members: Sequence[Record]) -> str:
-    dense = {m["seed"]: d for m in members if (d := m["accuracy"]["dense"]) is not None}
-    steps = members[0]["steps"]
-    if not dense:
+    steps, accuracies = members[0]["steps"], dense(members)
+    if not accuracies:
         return f"from scratch, {steps['total']:,} steps"
-    accuracy = statistics.fmean(dense[seed] for seed in sorted(dense))
+    accuracy = statistics.fmean(accuracies)
     return f"dense {accuracy:.2f}% after {steps['dense']:,} steps, then {steps['total']:,} steps"
 
 
@@ -356,11 +371,11 @@ def _cells(row: dict[str, Any], start: float | None) -> list[str]:
         NAMES[row["variant"]],
         f"{row['macs']['mean']:.1f}",
         f"{row['parameters']['mean']:.1f}",
-        _figure(row["final"], 2),
+        figure(row["final"], 2),
         _interval(found) if found else "-",
         _points(found["detectable"]) if found else "-",
-        _figure(row["at_removal"], 1),
-        _figure(row["at_removal_reestimated"], 1),
+        figure(row["at_removal"], 1),
+        figure(row["at_removal_reestimated"], 1),
         f"{released:.1f} of {decayed:.0f}" if decayed else "-",
         _paper(row, start),
         str(pairs) if pairs == seeds else f"{pairs} of {seeds}",
@@ -415,9 +430,3 @@ def _signed(value: float) -> str:
 
 def _points(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _figure(value: dict[str, float | None], digits: int) -> str:
-    mean, spread = value["mean"], value["spread"]
-    text = f"{mean:.{digits}f}"
-    return text if spread is None else f"{text} ± {spread:.{digits}f}"

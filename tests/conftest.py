@@ -15,6 +15,7 @@ hypothesis.settings.load_profile("suite")
 # machine by a factor of ten.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
+os.environ["MPLBACKEND"] = "agg"  # pictures are drawn into files, on no screen
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -118,20 +118,22 @@ def _attentions(model: nn.Module) -> list[SplitAttention]:
     return [m for m in model.modules() if isinstance(m, SplitAttention)]
 
 
-def _attention_of(made: tp.pruner.GroupNormPruner, group: Any) -> SplitAttention | None:
+def _attention_of(
+    made: tp.pruner.GroupNormPruner, group: Any, attentions: Sequence[SplitAttention]
+) -> SplitAttention | None:
     """The attention whose heads a group holds, if it holds any."""
-    values = {a.value: a for a in _attentions(made.model)}
-    for item in group.items:
+    values = {a.value: a for a in attentions}
+    for item in group.items if values else ():
         module, produced = item.dep.target.module, item.dep.handler
         if module in values and made.DG.is_out_channel_pruning_fn(produced):
             return values[module]
     return None
 
 
-def _count_heads(made: tp.pruner.GroupNormPruner) -> None:
+def _count_heads(made: tp.pruner.GroupNormPruner, attentions: Sequence[SplitAttention]) -> None:
     """Tell upstream how many heads there are, and not to ask for none in the next step."""
     left = 0
-    for attention in _attentions(made.model):
+    for attention in attentions:
         for part in (attention.query, attention.key, attention.value):
             made.num_heads[part] = made.out_channel_groups[part] = attention.heads
         if attention.value not in made.ignored_layers and attention.value.out_features > 1:
@@ -149,14 +151,14 @@ def run(
     Returns:
         What was removed, by the channels' positions before the run.
     """
-    names = {m: n for n, m in made.model.named_modules()}
+    names, attentions = {m: n for n, m in made.model.named_modules()}, _attentions(made.model)
     left: dict[str, list[int]] = {}
     removed: dict[str, list[int]] = {}
     while not reached() and made.current_step < made.iterative_steps:
-        _count_heads(made)
+        _count_heads(made, attentions)
         for group in made.step(interactive=True):
             root, here = group[0].dep.target.module, sorted(group[0].idxs)
-            attention = _attention_of(made, group)
+            attention = _attention_of(made, group, attentions)
             if attention is not None:  # inputs and values are counted alike
                 root = attention.value
             name = names[root]
@@ -258,31 +260,34 @@ def groups(made: tp.pruner.GroupNormPruner) -> list[UpstreamGroup]:
     Raises:
         UnsupportedLayerError: naming the layer that cannot be set to zero, and why.
     """
-    names = {m: n for n, m in made.model.named_modules()}
-    found = []
-    for group in made.DG.get_all_groups(
-        ignored_layers=made.ignored_layers, root_module_types=made.root_module_types
-    ):
-        found.append(_table(made, group, names))
-    return found
+    names, attentions = {m: n for n, m in made.model.named_modules()}, _attentions(made.model)
+    return [_table(made, group, names, attentions) for group in _all_groups(made)]
 
 
 def unsupported(made: tp.pruner.GroupNormPruner) -> dict[str, str]:
     """Roots of the groups that :func:`groups` refuses, and why."""
-    names = {m: n for n, m in made.model.named_modules()}
+    names, attentions = {m: n for n, m in made.model.named_modules()}, _attentions(made.model)
     refused = {}
-    for group in made.DG.get_all_groups(
-        ignored_layers=made.ignored_layers, root_module_types=made.root_module_types
-    ):
+    for group in _all_groups(made):
         try:
-            _table(made, group, names)
+            _table(made, group, names, attentions)
         except UnsupportedLayerError as cause:
             refused[names[group[0].dep.target.module]] = str(cause)
     return refused
 
 
+def _all_groups(made: tp.pruner.GroupNormPruner) -> Iterator[Any]:
+    """Upstream's groups, but for those of ignored layers."""
+    return made.DG.get_all_groups(  # type: ignore[no-any-return]
+        ignored_layers=made.ignored_layers, root_module_types=made.root_module_types
+    )
+
+
 def _table(
-    made: tp.pruner.GroupNormPruner, group: Any, names: Mapping[nn.Module, str]
+    made: tp.pruner.GroupNormPruner,
+    group: Any,
+    names: Mapping[nn.Module, str],
+    attentions: Sequence[SplitAttention],
 ) -> UpstreamGroup:
     """One group as index tables."""
     root = group[0].dep.target.module
@@ -297,7 +302,7 @@ def _table(
             for item in group.items
         ]
     )
-    attention = _attention_of(made, group)
+    attention = _attention_of(made, group, attentions)
     if attention is not None:
         root = attention.value
         prune = made.DG.get_pruner_of_module(root).prune_out_channels
@@ -342,9 +347,7 @@ def heard_without_norm(made: tp.pruner.GroupNormPruner) -> set[str]:
     """
     names = {m: n for n, m in made.model.named_modules()}
     heard = set()
-    for group in made.DG.get_all_groups(
-        ignored_layers=made.ignored_layers, root_module_types=made.root_module_types
-    ):
+    for group in _all_groups(made):
         nodes = {
             item.dep.target
             for item in group.items

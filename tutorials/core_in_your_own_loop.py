@@ -37,8 +37,8 @@ from dpm_core import (
     StructureGroup,
 )
 from experiments import data, models
-from experiments.training import accuracy, outputs
-from tutorials.shared import draw_channels, draw_norms, norms_now
+from experiments.training import accuracy, norms_now, outputs
+from tutorials.shared import draw_channels, draw_norms
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for one another
 torch.manual_seed(0)

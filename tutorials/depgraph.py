@@ -31,8 +31,8 @@ from adapters.saved import load_pruned, read, save_pruned
 from dpm_core import SelfRectifying, SmoothPruning
 from experiments import data, models
 from experiments.export import onnx
-from experiments.training import accuracy, outputs, reestimated
-from tutorials.shared import draw_channels, draw_norms, norms_now
+from experiments.training import accuracy, norms_now, outputs, reestimated
+from tutorials.shared import draw_channels, draw_norms
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for one another
 OUT = Path("runs/tutorials")

@@ -45,32 +45,14 @@ OUT.mkdir(parents=True, exist_ok=True)
 # %% [markdown]
 # ## A trained network
 #
-# The loop trains a network without any adapter, too. `save` and `stop` are for checkpoints, which
-# are not needed here.
+# The loop trains a network without any adapter, too.
 
 # %%
 images = data.load("digits", Path("data"))
 example = images.normalize(images.test[:64])
 dense = models.build("vgg-digits", in_channels=1, classes=10, seed=0)
-
-
-def train(model, name, stage, adapter=None):
-    """Train for one stage, and say where the run stands in the end."""
-    loop = Loop(
-        model=model,
-        images=images,
-        seed=0,
-        stages=[(name, stage)],
-        adapter=adapter,
-        curve=Curve(every=10, until=1000),
-        save=lambda _: None,
-        stop=lambda: False,
-    )
-    loop.run()
-    return loop.progress
-
-
-train(dense, "dense", Stage(epochs=15, batch=64, learning_rate=0.1, milestones=(8, 12)))
+stage = Stage(epochs=15, batch=64, learning_rate=0.1, milestones=(8, 12))
+Loop(model=dense, images=images, seed=0, stages=[("dense", stage)]).run()
 print(f"dense: {accuracy(dense, images):.1f}%, {count_macs(dense, example) / 1e6:.2f} M MACs")
 
 # %% [markdown]
@@ -104,7 +86,17 @@ adapter = GateDecorator(context, options)
 adapter.check()  # refuses what cannot work, before any training
 
 # %%
-progress = train(model, "prune", stage, adapter)
+loop = Loop(
+    model=model,
+    images=images,
+    seed=0,
+    stages=[("prune", stage)],
+    adapter=adapter,
+    curve=Curve(every=10, until=1000),
+)
+loop.run()
+
+progress = loop.progress
 
 selections = Counter()
 for event in adapter.dpm.events:

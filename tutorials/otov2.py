@@ -98,8 +98,7 @@ else:
 # ## Train
 #
 # The loop asks the adapter for its optimizer, and calls it around each step. It follows the norms
-# of what decays, and takes the accuracy every ten steps once the framework has begun. `save` and
-# `stop` are for checkpoints, which are not needed here.
+# of what decays, and takes the accuracy every ten steps once the framework has begun.
 
 # %%
 loop = Loop(
@@ -109,8 +108,6 @@ loop = Loop(
     stages=[("prune", stage)],
     adapter=adapter,
     curve=Curve(every=10, until=plan.steps),
-    save=lambda _: None,
-    stop=lambda: False,
 )
 loop.run()
 

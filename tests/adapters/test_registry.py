@@ -93,7 +93,7 @@ BAD = {
     "the protocol itself": (
         "offered:Mine",
         "from adapters.base import Adapter as Mine",
-        "does not define Options, begin, check, due, remove, stages",
+        "does not define Options, begin, check, remove, stages",
     ),
 }
 

@@ -107,7 +107,7 @@ def test_a_record_names_and_holds_its_whole_configuration(tiny_runs, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_figures_are_those_of_the_model_on_disk(tiny_runs, variant):
     record, images = tiny_runs.record(variant), digits()
-    model = load_model(tiny_runs.paths[variant].parent / MODEL)
+    model, _ = load_model(tiny_runs.paths[variant].parent / MODEL)
     example = images.normalize(images.test[:2])
     assert record["macs"]["pruned"] == count_macs(model, example)
     assert record["parameters"]["pruned"] == count_parameters(model)
@@ -248,7 +248,7 @@ def test_the_model_on_disk_gives_the_outputs_of_the_one_trained(tmp_path, loops,
     assert dense.adapter is None
     images = tiny.few_digits()
     probe = images.normalize(images.test)
-    model = load_model(record.parent / MODEL)
+    model, _ = load_model(record.parent / MODEL)
     assert not model.training
     assert torch.equal(outputs(model, probe), outputs(trained.model, probe))
     state = trained.model.state_dict()
@@ -565,7 +565,7 @@ def test_a_damaged_model_file_is_refused_by_name(tiny_runs, tmp_path, damage):
     whole = tiny_runs.paths["sp"].parent / MODEL
     content = whole.read_bytes()
     if damage == "no facts":
-        save_pruned(path, load_model(whole), read(whole).plan)
+        save_pruned(path, load_model(whole)[0], read(whole).plan)
     elif damage != "missing":
         made = {"empty": b"", "cut": content[:-1000], "foreign": b"hello"}
         path.write_bytes(made[damage])
