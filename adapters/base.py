@@ -13,15 +13,19 @@ points of every step and knows nothing of the framework behind it::
         optimizer.step()
         adapter.after_step()
         if adapter.due():                       also asked once before the first step
-            adapter.remove()                    then a new optimizer, and begin() again
+            adapter.remove()                    then begin() again, with the same optimizer, or,
+                                                as the adapter says, with a new one
         if adapter.settled():                   at the first time, what is lost is measured
+
+A framework that prunes in rounds removes several times; :attr:`Adapter.complete` says when that is
+over.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -47,7 +51,11 @@ Loss = Callable[[], Tensor]
 State = Mapping[str, Any]
 """What :meth:`Adapter.state_dict` gave."""
 Plan = list[tuple[str, list[int]]]
-"""What is removed: (layer's name, positions of its output in the dense model), in order."""
+"""What is removed: (layer's name, positions of its output as they are at its turn), in order.
+
+The positions are those in the dense model for all that is removed at once. After several removals
+their plans stand one after the other.
+"""
 
 
 class AdapterError(ValueError):
@@ -128,11 +136,12 @@ class Adapter(ABC):
         context: what the adapter was made from.
         dpm: the core at work, or ``None`` before it is needed and for ``base``.
         decided: whether the framework has begun to take structures out.
-        removed: what :meth:`remove` took away, or ``None`` before.
+        removed: what :meth:`remove` has taken away, or ``None`` before.
         pruned: how many structures that were.
 
     Abstract are :meth:`check`, :meth:`begin` and :meth:`remove`. What stands here of
-    :meth:`settled` and :meth:`due` is that of a framework that decides once. An adapter that makes
+    :meth:`settled` and :meth:`due` is that of a framework that decides once; one that removes
+    several times has :attr:`complete` and :meth:`numbers` of its own, too. An adapter that makes
     something in :meth:`begin`, the core above all, extends :meth:`load_state_dict`; one with
     progress of its own :meth:`state_dict`, too.
     """
@@ -143,6 +152,12 @@ class Adapter(ABC):
     """Training stages the framework knows, in order, and whether each is required."""
     channels_last: ClassVar[bool] = True
     """Whether the framework can do with parameters that are not contiguous."""
+    carries_optimizer: ClassVar[bool] = True
+    """Whether a stage's optimizer goes on over a removal, its state sliced with what is removed.
+
+    By :mod:`adapters.optimizer_state`. False where the removal changes parameters besides, or where
+    another optimizer follows: then a new one is made.
+    """
 
     def __init__(self, context: Context, options: Any) -> None:
         self.context = context
@@ -162,7 +177,27 @@ class Adapter(ABC):
         """Let the core follow an optimizer's steps, with Self-Rectifying in ``sr``."""
         rectify = self.context.rectify if self.context.variant == "sr" else None
         self.dpm = DecayPruning(groups, self.context.smooth, rectify)
+        self._seen = 0
         return self.dpm.attach(optimizer, model=self.context.model, loss=loss)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the model has its final size: no removal is to follow."""
+        return self.removed is not None
+
+    def numbers(self, group: str) -> Sequence[int]:
+        """By the present numbers of a group's structures, those they had in the dense model."""
+        assert self.dpm is not None
+        return range(self.dpm.groups[group].size)
+
+    def events(self) -> list[Event]:
+        """What the present core has reported, structures by their numbers in the dense model."""
+        found = []
+        for event in self.dpm.events if self.dpm is not None else []:
+            numbers = self.numbers(event.group)
+            structures = tuple(numbers[k] for k in event.structures)
+            found.append(replace(event, structures=structures))
+        return found
 
     def new_events(self) -> list[Event]:
         """What the core has reported since the last call; nothing without a core."""
@@ -209,11 +244,12 @@ class Adapter(ABC):
 
     @abstractmethod
     def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
-        """A stage starts, or goes on with a new optimizer after a removal or a resume.
+        """A stage starts, or goes on after a removal.
 
         Args:
             stage: one of :attr:`stages`.
-            optimizer: what :meth:`optimizer` gave.
+            optimizer: what :meth:`optimizer` gave; after a removal the same one, of the parameters
+                that the model has now, where :attr:`carries_optimizer` says so.
             loss: runs the model on the next training batch and returns the mean loss; for
                 hearings. Each call uses up one training step of the stage.
         """
@@ -236,17 +272,20 @@ class Adapter(ABC):
 
     def settled(self) -> bool:
         """Whether nothing is left of what is to go: it is zero, or removed."""
-        if self.removed is not None or self.dpm is None:
-            return self.removed is not None
+        if self.complete or self.dpm is None:
+            return self.complete
         return self.dpm.count(Phase.DECAYING) == 0
 
     def due(self) -> bool:
         """Whether the removal is to follow now: decided, and no structure decays any more."""
-        return self.decided and self.removed is None and (self.dpm is None or self.settled())
+        return self.decided and not self.complete and (self.dpm is None or self.settled())
 
     @abstractmethod
     def remove(self) -> None:
-        """Make the model physically smaller, in place, and say in :attr:`removed` what went."""
+        """Make the model physically smaller, in place, and say in :attr:`removed` what went.
+
+        The core, if there is one, is detached first. A further removal adds to :attr:`removed`.
+        """
 
     @staticmethod
     def shrink(model: nn.Module, example: Tensor, plan: Plan) -> None:
@@ -260,7 +299,7 @@ class Adapter(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides model and optimizer."""
-        at_work = self.dpm is not None and self.removed is None
+        at_work = self.dpm is not None and not self.complete
         return {
             "decided": self.decided,
             "removed": self.removed,

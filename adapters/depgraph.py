@@ -2,12 +2,17 @@
 
 ``base`` is upstream's own pruning of the model. For ``sp`` and ``sr`` upstream prunes a copy, to
 the same target; what it removed there decays in the real model and is removed at the end.
+
+In rounds (iterative pruning) that happens several times in one training: every round prunes the
+model as it is then a part of the way, by upstream's ranking at that time. Ours: equal factors of
+the MACs or the channels in every round; and a structure that was released is immune for the rest of
+its round, not in the next one, which decides anew.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpm_core import DecayPruning, Phase, StructureGroup
+from dpm_core import Phase, StructureGroup
 from third_party import dependency
 from third_party.groups import UnsupportedLayerError, UpstreamGroup
 
@@ -37,6 +42,10 @@ class DepGraphOptions:
         ignored: names of layers that are left as they are, besides those that make the output.
         skip_unsupported: leave all groups as they are in which a channel of zeros does not equal a
             removed one, such as a transformer's embedding, instead of refusing the model.
+        rounds: how many times the stage ``prune`` prunes and removes; the last round meets the
+            target.
+        round_epochs: epochs from the start of a round to that of the next; the first starts with
+            the stage.
     """
 
     speed_up: float | None = None
@@ -47,6 +56,8 @@ class DepGraphOptions:
     reg: float = 5e-4
     ignored: tuple[str, ...] = ()
     skip_unsupported: bool = False
+    rounds: int = 1
+    round_epochs: int = 1
 
     def __post_init__(self) -> None:
         if (self.speed_up is None) == (self.ratio is None):
@@ -57,6 +68,8 @@ class DepGraphOptions:
             raise AdapterError(f"ratio is {self.ratio}; give above 0, below 1")
         if self.steps < 1 or self.reg < 0:
             raise AdapterError("give steps of at least 1 and reg of at least 0")
+        if self.rounds < 1 or self.round_epochs < 1:
+            raise AdapterError("give rounds and round_epochs of at least 1")
 
 
 class DepGraph(Adapter):
@@ -74,9 +87,18 @@ class DepGraph(Adapter):
         self._stage = ""
         self._pruner: Any = None
         self._groups: dict[str, UpstreamGroup] = {}
+        self._done = 0  # steps of the stage ``prune``, hearings' batches among them
+        self._round = 0  # rounds that are over: their removal is done
+        self._chosen = False  # whether the present round's decision has fallen
+        self._left: dict[str, list[int]] = {}  # by group, what is left of the dense model's numbers
         if options.skip_unsupported:
             refused = dependency.unsupported(self._new_pruner(context.model))
             self._ignored = sorted({*self._ignored, *refused})
+        # The model is the dense one, in a resumed run, too: it is made smaller later.
+        self._macs = count_macs(context.model, context.example)
+        self._counts: dict[str, int] = {}
+        if options.ratio is not None and options.rounds > 1:
+            self._counts = dependency.counts(self._new_pruner(context.model))
 
     # ------------------------------------------------------------------ the target
 
@@ -85,7 +107,7 @@ class DepGraph(Adapter):
         return dependency.pruner(
             model,
             self.context.example,
-            ratio=1.0 if o.ratio is None else o.ratio,
+            ratio=1.0 if o.ratio is None else self._ratio(o.ratio),
             steps=o.steps if o.ratio is None else 1,
             global_pruning=o.global_pruning,
             normalizer=o.normalizer or ("max" if "sparse" in self.context.stages else "mean"),
@@ -93,10 +115,21 @@ class DepGraph(Adapter):
             ignored=self._ignored,
         )
 
+    def _way(self) -> float:
+        """How much of the way to the target the model has gone after the present round."""
+        rounds: int = self.options.rounds
+        return (self._round + 1) / rounds
+
+    def _ratio(self, target: float) -> float:
+        """Share of the dense model's channels that are gone after the present round."""
+        way = self._way()
+        return target if way == 1 else 1 - (1 - target) ** way
+
     def _prune(self, model: nn.Module) -> Plan:
-        """Upstream's own pruning of ``model``, to the target."""
+        """Upstream's own pruning of ``model``, to the present round's target."""
         made, example = self._new_pruner(model), self.context.example
-        goal = None if self.options.ratio else count_macs(model, example) / self.options.speed_up
+        dependency.count_from(made, self._counts)
+        goal = None if self.options.ratio else self._macs / self.options.speed_up ** self._way()
 
         def reached() -> bool:
             return goal is not None and count_macs(model, example) <= goal
@@ -114,7 +147,7 @@ class DepGraph(Adapter):
 
     def check(self) -> None:
         """Refuse too short a stage, odd layers, and a speed-up beyond one channel per group."""
-        self.check_length()
+        self._check_rounds()
         model = copy.deepcopy(self.context.model)
         try:
             groups = dependency.groups(self._new_pruner(model))
@@ -135,27 +168,77 @@ class DepGraph(Adapter):
                     f"every group it is {limit:.1f}. Lower speed_up"
                 )
 
+    def _check_rounds(self) -> None:
+        o, stage, needed = self.options, self.context.stages["prune"], self.context.decay_steps()
+        apart, last = o.round_epochs * stage.steps_per_epoch, self._start_of(o.rounds - 1)
+        if o.rounds > 1 and needed > apart:
+            raise AdapterError(
+                f"the decay takes up to {needed} steps, but the next round starts {apart} steps "
+                "after it; raise round_epochs or shorten smooth.steps"
+            )
+        if o.rounds > 1 and last + max(needed, 1) > stage.steps:
+            raise AdapterError(
+                f"the last of {o.rounds} rounds starts after {last} steps and its decay takes up "
+                f"to {needed}, but the stage 'prune' has {stage.steps}; give it more epochs or "
+                "shorten smooth.steps, or lower rounds or round_epochs"
+            )
+        if o.rounds > 1 and o.ratio is not None and dependency.has_heads(self.context.model):
+            raise AdapterError(
+                "upstream counts a ratio of attention heads within one step only; with rounds give "
+                "speed_up"
+            )
+        self.check_length()
+
     # ------------------------------------------------------------------ the run
 
+    @property
+    def complete(self) -> bool:
+        """Whether the last round's removal is done."""
+        rounds: int = self.options.rounds
+        return self._round == rounds
+
+    def numbers(self, group: str) -> Sequence[int]:
+        """By the present numbers of a group's structures, those they had in the dense model."""
+        return self._left.get(group, range(self._groups[group].structures))
+
+    def _start_of(self, number: int) -> int:
+        """The step of the stage ``prune`` with which a round starts, counted from 0."""
+        epochs: int = number * self.options.round_epochs
+        return epochs * self.context.stages["prune"].steps_per_epoch
+
     def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
-        """Sparse learning starts, or the decision falls; after the removal there is no more."""
+        """Sparse learning starts, or a round; after the last removal there is no more."""
         self._stage = stage
-        if self.removed is not None:
+        if self.complete:
             return
         if stage == "sparse":
             self._pruner = self._new_pruner(self.context.model)
             return
-        self.decided = True
-        if self.context.variant == "base":
-            return
-        plan = self._prune(copy.deepcopy(self.context.model))
-        dpm = self._attach(optimizer, loss)
-        dpm.decay({root: self._groups[root].structures_of(c) for root, c in plan})
+        if self.context.variant != "base":
+            self._attach(optimizer, loss)
+        self._decide()
 
-    def _attach(self, optimizer: Optimizer, loss: Loss) -> DecayPruning:
+    def _attach(self, optimizer: Optimizer, loss: Loss) -> None:
+        """Let a core follow the model as it is; its clock goes on from that of the round before."""
+
+        def counted() -> Tensor:
+            self._done += 1
+            return loss()
+
+        clock = 0 if self.dpm is None else self.dpm.clock
         self._pruner = self._new_pruner(self.context.model)
         self._groups = {g.root: g for g in dependency.groups(self._pruner)}
-        return self.attach_core(map(structure_group, self._groups.values()), optimizer, loss)
+        groups = map(structure_group, self._groups.values())
+        self.attach_core(groups, optimizer, counted).clock = clock
+
+    def _decide(self) -> None:
+        """The present round's decision falls, if it is time."""
+        if self.complete or self._chosen or self._done < self._start_of(self._round):
+            return
+        self.decided = self._chosen = True
+        if self.dpm is not None:
+            plan = self._prune(copy.deepcopy(self.context.model))
+            self.dpm.decay({root: self._groups[root].structures_of(c) for root, c in plan})
 
     def before_step(self, step: int) -> None:
         """Upstream's regularizer is brought up to date once an epoch."""
@@ -173,6 +256,9 @@ class DepGraph(Adapter):
 
     def after_step(self) -> None:
         """Decay upstream's next-ranked structures of the same group for released ones."""
+        if self._stage != "prune":
+            return
+        self._done += 1
         for event in self.new_events():
             if event.kind != "release":
                 continue
@@ -181,32 +267,58 @@ class DepGraph(Adapter):
             score[~self.dpm.available(event.group)] = torch.inf
             lowest = score.argsort(stable=True)[: len(event.structures)]
             self.dpm.decay({event.group: lowest}, wave=event.wave + 1)
+        self._decide()
+
+    def settled(self) -> bool:
+        """Whether nothing is left of what is to go in all rounds."""
+        if self.complete or self.dpm is None:
+            return self.complete
+        last = self._chosen and self._round == self.options.rounds - 1
+        return last and self.dpm.count(Phase.DECAYING) == 0
+
+    def due(self) -> bool:
+        """Whether the removal of the present round is to follow now."""
+        return self._chosen and (self.dpm is None or self.dpm.count(Phase.DECAYING) == 0)
 
     def remove(self) -> None:
         """Upstream removes: by its own ranking in ``base``, what is zero in ``sp`` and ``sr``."""
         if self.dpm is None:
             groups = dependency.groups(self._new_pruner(self.context.model))
             self._groups = {g.root: g for g in groups}
-            self.removed = self._prune(self.context.model)
+            plan = self._prune(self.context.model)
         else:
             gone = {r: (self.dpm.phases(r) == Phase.PRUNED).nonzero()[:, 0] for r in self._groups}
             plan = [(r, self._groups[r].channels_of(k.tolist())) for r, k in gone.items()]
             self.dpm.detach()
-            self.removed = [(root, channels) for root, channels in plan if channels]
-            self.shrink(self.context.model, self.context.example, self.removed)
-        self.pruned = sum(len(self._groups[r].structures_of(c)) for r, c in self.removed)
+            plan = [(root, channels) for root, channels in plan if channels]
+            self.shrink(self.context.model, self.context.example, plan)
+        for root, channels in plan:
+            structures = set(self._groups[root].structures_of(channels))
+            numbers = enumerate(self.numbers(root))
+            self._left[root] = [n for k, n in numbers if k not in structures]
+            self.pruned += len(structures)
+        self.removed = [*(self.removed or []), *plan]
+        self._round, self._chosen = self._round + 1, False
         self._pruner = None
 
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """With the stage, which upstream's regularizer depends on."""
-        return {**super().state_dict(), "stage": self._stage}
+        """With the stage, which upstream's regularizer depends on, and the rounds."""
+        return {
+            **super().state_dict(),
+            "stage": self._stage,
+            "done": self._done,
+            "round": self._round,
+            "chosen": self._chosen,
+            "left": dict(self._left),
+        }
 
     def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Take up where :meth:`state_dict` was called."""
-        self._stage = state["stage"]
-        if self.removed is None and stage == "sparse":
+        self._stage, self._done = state["stage"], state["done"]
+        self._round, self._chosen, self._left = state["round"], state["chosen"], state["left"]
+        if stage == "sparse":
             self._pruner = self._new_pruner(self.context.model)
         elif state["dpm"] is not None:
             self._attach(optimizer, loss)

@@ -76,6 +76,7 @@ class GateDecorator(Adapter):
 
     Options: ClassVar[type] = GateDecoratorOptions
     stages: ClassVar[Mapping[str, bool]] = {"prune": True}
+    carries_optimizer: ClassVar[bool] = False  # melting merges gates, and fine-tuning has its own
 
     def __init__(self, context: Context, options: GateDecoratorOptions) -> None:
         super().__init__(context, options)

@@ -74,6 +74,7 @@ class OTOv2(Adapter):
     Options: ClassVar[type] = OTOv2Options
     stages: ClassVar[Mapping[str, bool]] = {"prune": True}
     channels_last: ClassVar[bool] = False  # upstream takes views of its parameters
+    carries_optimizer: ClassVar[bool] = False  # DHSPG is of the full size, and all is trained then
 
     def __init__(self, context: Context, options: OTOv2Options) -> None:
         super().__init__(context, options)

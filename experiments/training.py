@@ -17,6 +17,7 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from adapters.base import Adapter, AdapterError
+from adapters.optimizer_state import CarryOver
 from dpm_core import DecayPruning, Phase
 
 from .config import Compute, Curve, Stage
@@ -103,14 +104,17 @@ class Progress:
         total: training steps done in all stages.
         decided_at: ``total`` when the framework began to take structures out; ``None`` before.
         zero_at: ``total`` when nothing was left of what goes; ``None`` before.
-        removed_at: ``total`` at the removal; ``None`` before.
+        removed_at: ``total`` at the latest removal; ``None`` before.
         seconds: spent so far.
-        found: figures measured when nothing was left, and at the removal.
+        found: figures measured when nothing was left, and at removals: of several, the largest
+            difference.
         curve: (steps since the decision, test accuracy in %), one more when nothing is left.
-        events: what the core reported until the removal.
+        events: what the core reported until the latest removal, structures by their numbers in the
+            dense model.
         heard: batches that hearings used up until then.
-        trace: norms of the structures that ever decayed, by the core's clock, group and
-            structure; :data:`POINTS` or more in the time that a decay takes.
+        trace: norms of the structures that ever decayed, or since the latest removal did, by the
+            core's clock, group and number in the dense model; :data:`POINTS` or more in the time
+            that a decay takes.
     """
 
     stage: int = 0
@@ -183,7 +187,7 @@ class Loop:
             self.progress.stage += 1
             self.progress.step = 0
             self.optimizer = None
-        if self.adapter is not None and self.adapter.removed is None:
+        if self.adapter is not None and not self.adapter.complete:
             raise AdapterError(
                 "training ended before the removal was due; give the stages more epochs, or "
                 "shorten smooth.steps"
@@ -275,7 +279,8 @@ class Loop:
             self._measure_curve()
         if self.adapter.due():
             self._remove(self.adapter)
-            self._begin(name)
+            assert self.optimizer is not None
+            self.adapter.begin(name, self.optimizer, self.next_loss)
             self._forward = self._compiled()
         if p.decided_at is None:
             return
@@ -301,27 +306,45 @@ class Loop:
 
     def _remove(self, adapter: Adapter) -> None:
         p, probe = self.progress, self.images.normalize(self.images.test[:64])
+        if adapter.dpm is not None:
+            p.events += [asdict(e) for e in adapter.events()]
+            p.heard += adapter.dpm.heard
         # What is not zero yet, as in DepGraph's base, is cut off: there is nothing to compare.
-        zero = adapter.settled()
+        zero = adapter.dpm is not None or adapter.settled()
         before = outputs(self.model, probe)
+        self._shrink(adapter)
+        p.removed_at = p.total
+        found = p.found.get("output_difference")
+        if zero:
+            found = max(float((outputs(self.model, probe) - before).abs().max()), found or 0.0)
+        p.found["output_difference"] = found
+
+    def _shrink(self, adapter: Adapter) -> None:
+        """Make the model smaller; the optimizer goes on with what stays, where the adapter can."""
+        assert self.optimizer is not None
+        if not adapter.carries_optimizer:
+            adapter.remove()
+            self.lay_out()
+            self.optimizer = self.new_optimizer()
+            return
+        carried, before = CarryOver(self.model, self.optimizer), len(adapter.removed or [])
         adapter.remove()
         self.lay_out()
-        p.removed_at = p.total
-        if adapter.dpm is not None:
-            p.events, p.heard = [asdict(e) for e in adapter.dpm.events], adapter.dpm.heard
-        p.found["output_difference"] = (
-            float((outputs(self.model, probe) - before).abs().max()) if zero else None
-        )
+        assert adapter.removed is not None
+        carried.finish(adapter.context.example, adapter.removed[before:])
 
     def _follow_norms(self, adapter: Adapter) -> None:
         p, dpm = self.progress, adapter.dpm
-        if dpm is None or adapter.removed is not None or p.decided_at is None:
+        if dpm is None or adapter.complete or p.decided_at is None:
             return
         happened = bool(dpm.events) and dpm.events[-1].step == dpm.clock
         on_grid = dpm.clock % max(1, dpm.smooth.steps // POINTS) == 0
         if not happened and not (on_grid and dpm.count(Phase.DECAYING)):
             return
-        p.trace.append(norms_now(dpm))
+        clock, norms = norms_now(dpm)
+        of = {group: adapter.numbers(group) for group in norms}
+        renumbered = {g: {of[g][k]: n for k, n in by.items()} for g, by in norms.items()}
+        p.trace.append((clock, renumbered))
 
     def _save_or_stop(self) -> None:
         now = time.perf_counter()

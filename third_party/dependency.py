@@ -143,6 +143,27 @@ def _count_heads(made: tp.pruner.GroupNormPruner, attentions: Sequence[SplitAtte
         ratios[step] = 0.0
 
 
+def has_heads(model: nn.Module) -> bool:
+    """Whether a pruner would take attention heads of this model."""
+    return bool(_attentions(model))
+
+
+def counts(made: tp.pruner.GroupNormPruner) -> dict[str, int]:
+    """How many structures there are, by upstream's scopes of ranking, of which a ratio is a share.
+
+    Upstream counts them in a pruner's first step. Here that is one of a ratio of zero, which
+    removes nothing.
+    """
+    for _ in made._prune():
+        raise RuntimeError("torch-pruning removes structures at a ratio of zero")
+    return dict(made._scope_initial_channels)
+
+
+def count_from(made: tp.pruner.GroupNormPruner, before: Mapping[str, int]) -> None:
+    """Let a pruner of a model that was pruned before take its ratio of what :func:`counts` gave."""
+    made._scope_initial_channels.update(before)
+
+
 def run(
     made: tp.pruner.GroupNormPruner, reached: Callable[[], bool], progress: Callable[[], object]
 ) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 
 import pytest
 import torch
@@ -75,36 +76,48 @@ def test_all_variants_meet_the_same_target(case):
 @cases
 @pytest.mark.parametrize("variant", ["sp", "sr"])
 def test_the_smaller_model_gives_the_zeroed_models_outputs(case, variant):
-    # Stop at the removal: the steps after it change the model.
+    # At each removal: the steps after it change the model.
     drive = Drive(case, case.adapter(case.build(), variant))
     adapter, seen = drive.adapter, []
     shrink = type(adapter).remove
 
     def remove() -> None:
-        assert adapter.settled()
-        before = outputs(copy.deepcopy(adapter.context.model))
+        assert adapter.dpm.count(Phase.DECAYING) == 0
+        assert adapter.settled() == (len(seen) == case.removals - 1)
+        large = copy.deepcopy(adapter.context.model)
         shrink(adapter)
-        seen.append((before, outputs(copy.deepcopy(adapter.context.model))))
+        small = copy.deepcopy(adapter.context.model)
+        assert count_macs(small, EXAMPLE) < count_macs(large, EXAMPLE)
+        seen.append((outputs(large), outputs(small)))
 
     adapter.remove = remove
     drive.run()
-    ((before, after),) = seen
-    assert not torch.equal(before, torch.zeros_like(before))
-    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
-    assert count_macs(drive.model, EXAMPLE) < count_macs(drive.before_removal, EXAMPLE)
+    assert len(seen) == case.removals
+    for before, after in seen:
+        assert not torch.equal(before, torch.zeros_like(before))
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
 
 
 @cases
 def test_sp_decays_before_it_removes(case):
     adapter = case.adapter(case.build(), "sp", smooth=SmoothPruning(6))
     drive = Drive(case, adapter).run()
-    decayed = [e for e in adapter.dpm.events if e.kind == "decay"]
-    pruned = [e for e in adapter.dpm.events if e.kind == "prune"]
+    events = list(itertools.chain(*drive.events))
+    decayed = [e for e in events if e.kind == "decay"]
+    pruned = [e for e in events if e.kind == "prune"]
     assert sum(len(e.structures) for e in decayed) == adapter.pruned
     started = {(e.group, k): e.step for e in decayed for k in e.structures}
     ended = {(e.group, k): e.step for e in pruned for k in e.structures}
     assert ended == {which: step + 6 for which, step in started.items()}
     assert drive.before_removal is not None
+
+
+def of_kind(events: list) -> tuple[list, list, list]:
+    """The structures that were released, that decayed in their place, and that decayed at all."""
+    released = [(e.group, k) for e in events if e.kind == "release" for k in e.structures]
+    refilled = [(e.group, k) for e in events if e.kind == "decay" and e.wave for k in e.structures]
+    decayed = [(e.group, k) for e in events if e.kind == "decay" for k in e.structures]
+    return released, refilled, decayed
 
 
 @cases
@@ -121,16 +134,18 @@ def test_sp_decays_before_it_removes(case):
 def test_released_structures_stay_and_others_go_in_their_place(case, criterion):
     rectify = SelfRectifying(criterion, max_share=0.4)
     adapter = case.adapter(case.build(), "sr", rectify=rectify)
-    Drive(case, adapter).run()
-    events = adapter.dpm.events
-    released = [(e.group, k) for e in events if e.kind == "release" for k in e.structures]
-    refilled = [(e.group, k) for e in events if e.kind == "decay" and e.wave for k in e.structures]
-    decayed = [(e.group, k) for e in events if e.kind == "decay" for k in e.structures]
-    assert released
-    assert len(decayed) == len(released) + adapter.pruned
-    if case.refills_in_group:
-        assert sorted(g for g, _ in released) == sorted(g for g, _ in refilled)
-    assert not set(released) & set(refilled)
+    drive = Drive(case, adapter).run()
+    assert len(drive.events) == case.removals
+    went = 0
+    for events in drive.events:
+        released, refilled, decayed = of_kind(events)
+        assert released
+        went += len(decayed) - len(released)
+        if case.refills_in_group:
+            assert sorted(g for g, _ in released) == sorted(g for g, _ in refilled)
+        assert not set(released) & set(refilled)
+    assert went == adapter.pruned
+    released, refilled, _ = of_kind(adapter.dpm.events)
     for group, k in released:
         assert adapter.dpm.phases(group)[k] == Phase.ACTIVE
     for group, k in refilled:

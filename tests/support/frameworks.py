@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from adapters import registry
 from adapters.base import Adapter, Context, Stage
-from dpm_core import SelfRectifying, SmoothPruning, Trajectory
+from adapters.optimizer_state import CarryOver
+from dpm_core import Event, SelfRectifying, SmoothPruning, Trajectory
 
 CLASSES = 5
 
@@ -75,6 +76,7 @@ class Case:
     momentum: float = 0.9
     refills_in_group: bool = True
     """Whether a released structure is replaced in its own group, so that all sizes are the same."""
+    removals: int = 1
     build: Callable[[], nn.Module] = small_resnet
 
     def adapter(
@@ -112,6 +114,17 @@ CASES = [
         {"sparse": 7, "prune": 16},
         0.5,
         {"speed_up": 1e6},
+    ),
+    # Each layer by itself: with ranks of their own the variants' second rounds end in equal sizes.
+    Case(
+        "depgraph-rounds",
+        "depgraph",
+        {"speed_up": 3.0, "steps": 25, "global_pruning": False, "rounds": 2, "round_epochs": 4},
+        {"prune": 26},
+        1 / 3,
+        {"speed_up": 1e6},
+        short=14,
+        removals=2,
     ),
     Case(
         "otov2",
@@ -166,6 +179,8 @@ class Drive:
     step: int = 0
     optimizer: torch.optim.Optimizer | None = None
     before_removal: nn.Module | None = None
+    events: list[list[Event]] = field(default_factory=list)
+    """What the core reported before each removal, structures numbered as in the dense model."""
     batches: int = field(default=0)
 
     @property
@@ -186,9 +201,7 @@ class Drive:
                 self._begin(name)
             while True:
                 if self.adapter.due():
-                    self.before_removal = copy.deepcopy(self.model)
-                    self.adapter.remove()
-                    self._begin(name)
+                    self._remove(name)
                 if self.step >= settings.steps:
                     break
                 self.model.train()
@@ -203,6 +216,20 @@ class Drive:
                     return self
             self.stage, self.step, self.optimizer = self.stage + 1, 0, None
         return self
+
+    def _remove(self, name: str) -> None:
+        assert self.optimizer is not None
+        self.before_removal = copy.deepcopy(self.model)
+        self.events.append(self.adapter.events())
+        if not self.adapter.carries_optimizer:
+            self.adapter.remove()
+            self._begin(name)
+            return
+        carried, before = CarryOver(self.model, self.optimizer), len(self.adapter.removed or [])
+        self.adapter.remove()
+        assert self.adapter.removed is not None
+        carried.finish(EXAMPLE, self.adapter.removed[before:])
+        self.adapter.begin(name, self.optimizer, self.loss)
 
     def _begin(self, name: str) -> None:
         self.optimizer = self.adapter.optimizer(name)
