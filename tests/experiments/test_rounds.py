@@ -1,0 +1,245 @@
+"""Several removals in one training: the optimizer goes on, and what a run says of itself holds.
+
+A miniature run has 4 steps of dense training, and rounds of 12 steps: decays take 5 steps, releases
+fall in the fourth, and what decays in their place is zero after the ninth.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from adapters.base import Context
+from adapters.registry import load
+from adapters.saved import read
+from dpm_core import SelfRectifying, SmoothPruning, Trajectory
+from experiments import plot, table
+from experiments.config import Stage
+from experiments.run import load_model, run
+from experiments.training import Loop, accuracy
+from tests.support import tiny
+from tests.support.tiny import MINIATURE
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CHANNELS = {"features.0": 8, "features.3": 8, "features.7": 16}
+"""The miniature network's convolutions."""
+
+
+def changes(rounds: int) -> tiny.Changes:
+    stage = {"epochs": 3 * rounds, "batch": 40, "learning_rate": 0.05, "milestones": [2]}
+    return {
+        **MINIATURE,
+        "options.steps": 20,
+        "options.speed_up": 3.0,
+        "options.rounds": rounds,
+        "options.round_epochs": 3,
+        "rectify.max_share": 0.5,
+        "stages": {"prune": stage},
+    }
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Runs in rounds, by variant and number; each is carried out when first asked for."""
+    out = tmp_path_factory.mktemp("rounds")
+    done: dict[tuple[str, int], Path] = {}
+
+    def of(variant: str, rounds: int) -> Path:
+        if (variant, rounds) not in done:
+            with pytest.MonkeyPatch.context() as patch:
+                tiny.miniature(patch)
+                request = tiny.request(out / str(rounds), variant, changes(rounds))
+                done[variant, rounds] = run(request)
+        return done[variant, rounds]
+
+    return of
+
+
+def dense_numbers(plan: list) -> set[tuple[str, int]]:
+    """The dense model's channels that removals one after the other have taken."""
+    left = {root: list(range(width)) for root, width in CHANNELS.items()}
+    gone = set()
+    for root, positions in plan:
+        gone |= {(root, left[root][k]) for k in positions}
+        left[root] = [n for k, n in enumerate(left[root]) if k not in positions]
+    return gone
+
+
+every_run = pytest.mark.parametrize(
+    ("variant", "rounds"),
+    [*((v, n) for v in ("base", "sp", "sr") for n in (2, 3)), ("random", 2)],
+)
+
+
+@every_run
+@pytest.mark.usefixtures("miniature")
+def test_a_run_in_rounds_meets_the_target_and_its_model_reloads(records, variant, rounds):
+    path = records(variant, rounds)
+    record = json.loads(path.read_text())
+    macs, counted = record["macs"], record["structures"]
+    assert macs["pruned"] <= macs["dense"] / 3
+    assert macs["pruned"] > 0.7 * macs["dense"] / 3
+    assert record["steps"]["total"] == 12 * rounds
+
+    steps = record["steps"]
+    last = 12 * (rounds - 1)
+    assert steps["decision"] == 0
+    assert steps["removal"] == steps["zero"] == last + {"base": 0, "sp": 5}.get(variant, 9)
+    if variant == "base":
+        assert record["output_difference"] is None
+        assert counted["decayed"] == counted["released"] == counted["refilled"] == 0
+    else:
+        assert record["output_difference"] < 1e-5
+        assert counted["decayed"] + counted["refilled"] == counted["pruned"] + counted["released"]
+        assert (counted["released"] > 0) == (variant != "sp")
+
+    saved = read(path.parent / "model.safetensors")
+    assert len(saved.plan) > len({root for root, _ in saved.plan}), "all went in one round"
+    assert len(dense_numbers(saved.plan)) == counted["pruned"]
+    model, _ = load_model(path.parent / "model.safetensors")
+    for name, width in CHANNELS.items():
+        gone = len([root for root, _ in dense_numbers(saved.plan) if root == name])
+        assert record["channels"][name] == [width, width - gone]
+        assert model.get_submodule(name).out_channels == width - gone
+    assert accuracy(model, tiny.few_digits()) == record["accuracy"]["final"]
+
+
+@pytest.mark.parametrize(("variant", "rounds"), [("sp", 3), ("sr", 3)])
+def test_events_and_norms_are_told_by_the_dense_models_numbers(records, variant, rounds):
+    path = records(variant, rounds)
+    saved = torch.load(path.parent / "trace.pt", weights_only=True)
+    of = {kind: [e for e in saved["events"] if e["kind"] == kind] for kind in ("decay", "prune")}
+    pruned = [(e["group"], k, e["step"]) for e in of["prune"] for k in e["structures"]]
+    plan = read(path.parent / "model.safetensors").plan
+    assert {(group, k) for group, k, _ in pruned} == dense_numbers(plan)
+    assert len(pruned) == len(dense_numbers(plan))
+    starts = {e["step"] for e in of["decay"] if not e["wave"]}
+    assert starts == {12 * r for r in range(rounds)}
+
+    times = [clock for clock, _ in saved["trace"]]
+    assert times == sorted(set(times))
+    norms = dict(saved["trace"])
+    started = {}
+    for e in of["decay"]:
+        for k, norm in zip(e["structures"], e["norms"], strict=True):
+            started.setdefault((e["group"], k), {})[e["step"]] = norm
+    for group, k, end in pruned:
+        assert norms[end][group][k] == 0
+        initial = started[group, k][end - 5]
+        assert norms[end - 2][group][k] == pytest.approx(initial * 2 / 5, rel=1e-4)
+
+
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_plots_and_tables_take_runs_in_rounds(tmp_path, records, rounds):
+    paths = [records(v, rounds) for v in ("base", "sp", "sr")]
+    runs = table.located(paths)
+    kept = plot.keep_norms(runs, tmp_path / "miniature-norms.json")
+    samples = [
+        json.loads(line.rstrip(","))["sample"] for line in kept.read_text().split("\n")[1:-2]
+    ]
+    for sample, (_, record) in zip(samples, runs[1:], strict=True):
+        ended = sample["counts"]["decayed to zero"] + sample["counts"].get(
+            "decayed in their place", 0
+        )
+        assert ended == record["structures"]["pruned"]
+        for line in sample["lines"]["decayed to zero"]:
+            assert line[-1][1] == 0
+    assert "+SR" in table.markdown([record for _, record in runs])
+
+
+# ---------------------------------------------------------------------- the optimizer goes on
+
+
+def loop(framework: str, options: dict, kind: str, variant: str, epochs: int = 3) -> Loop:
+    """Of the miniature network, 4 steps an epoch."""
+    images = tiny.few_digits()
+    torch.manual_seed(0)
+    model = tiny.models.VGG((8, 8, 0, 16), 1, 10)
+    stage = Stage(epochs=epochs, batch=40, learning_rate=0.02, optimizer=kind)
+    adapter = load(framework)
+    made = adapter(
+        Context(
+            model=model,
+            example=images.normalize(images.test[:2]),
+            variant=variant,
+            smooth=SmoothPruning(5),
+            rectify=SelfRectifying(Trajectory(rate=-1.0, length=-1e9), max_share=0.3),
+            stages={"prune": stage.plan(4)},
+        ),
+        adapter.Options(**options),
+    )
+    return Loop(model=model, images=images, seed=0, stages=[("prune", stage)], adapter=made)
+
+
+def states(made: Loop) -> dict[str, dict[str, torch.Tensor]]:
+    """A copy of the optimizer's state, by the parameters' names."""
+    state = made.optimizer.state
+    return {n: copy.deepcopy(state[p]) for n, p in made.model.named_parameters() if p in state}
+
+
+def kept(model: nn.Module, plan: list) -> dict[str, tuple[list[int], ...]]:
+    """By name the rows, and the columns, that a removal leaves of a plain stack's parameters."""
+    gone, found, before = dict(plan), {}, [0]
+    for name in CHANNELS:
+        width = model.get_submodule(name).out_channels
+        rows = [k for k in range(width) if k not in gone.get(name, [])]
+        norm = f"features.{int(name.split('.')[1]) + 1}"
+        found[f"{name}.weight"] = (rows, before)
+        for part in (f"{name}.bias", f"{norm}.weight", f"{norm}.bias"):
+            found[part] = (rows,)
+        before = rows
+    classes = list(range(10))
+    return found | {"classifier.weight": (classes, before), "classifier.bias": (classes,)}
+
+
+WAYS = {
+    "in one go": ("depgraph", {"speed_up": 2.0, "steps": 20}, "sp", 1),
+    "released": ("depgraph", {"speed_up": 2.0, "steps": 20}, "sr", 1),
+    "in rounds": ("depgraph", {"speed_up": 2.0, "steps": 20, "rounds": 2}, "base", 2),
+    "by torch-prune": ("torch-prune", {"amount": 0.4}, "sp", 1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
+def test_the_state_of_what_stays_is_what_it_was_before_the_removal(way, kind):
+    framework, options, variant, removals = WAYS[way]
+    made = loop(framework, options, kind, variant)
+    adapter, seen, first = made.adapter, [], []
+    remove, begin = adapter.remove, adapter.begin
+
+    def removed() -> None:
+        old, large, before = states(made), copy.deepcopy(made.model), len(adapter.removed or [])
+        remove()
+        seen.append((old, kept(large, adapter.removed[before:])))
+
+    def begun(stage, optimizer, loss) -> None:
+        first.append(optimizer)
+        begin(stage, optimizer, loss)
+        if not seen:
+            return
+        (old, rows), new = seen[-1], states(made)
+        assert new.keys() == old.keys()
+        for name, state in new.items():
+            assert state.keys() == old[name].keys()
+            for key, value in state.items():
+                expected = old[name][key]
+                if expected.dim():
+                    for dim, index in enumerate(rows[name]):
+                        expected = expected.index_select(dim, torch.tensor(index))
+                assert torch.equal(value, expected), (name, key)
+
+    adapter.remove, adapter.begin = removed, begun
+    made.run()
+    assert len(seen) == removals
+    assert len(first) == removals + 1
+    assert all(optimizer is first[0] for optimizer in first)
+    old, rows = seen[-1]
+    assert old, "there was no state to carry over"
+    assert len(rows["features.7.weight"][0]) < 16
