@@ -127,6 +127,91 @@ def test_a_ratio_removes_that_share_of_channels():
     assert model.head.out_features == 5
 
 
+# ---------------------------------------------------------------------- rounds
+
+
+def in_rounds(variant: str, stages: dict, **options) -> tuple[DepGraph, list[nn.Module]]:
+    """Trained to the end, in epochs of 3 steps; and the model as it was after each removal."""
+    model, seen = small_resnet(), []
+    adapter = CASES[0].adapter(
+        model, variant, smooth=SmoothPruning(4), stages=stages, options={"steps": 25, **options}
+    )
+    adapter.check()
+    remove = adapter.remove
+
+    def removed() -> None:
+        remove()
+        seen.append(copy.deepcopy(model))
+
+    adapter.remove = removed
+    Drive(CASES[0], adapter).run()
+    return adapter, seen
+
+
+def widths(model: nn.Module) -> list[int]:
+    layers = (model.stem, model.inner, model.outer, model.last)
+    return [layer.out_channels for layer in layers] + [model.hidden.out_features]
+
+
+@pytest.mark.parametrize("global_pruning", [False, True], ids=["local", "global"])
+@pytest.mark.parametrize("variant", ["base", "sp"])
+def test_every_round_goes_its_share_of_the_way_to_the_speed_up(variant, global_pruning):
+    dense = count_macs(small_resnet(), EXAMPLE)
+    options = {"rounds": 3, "round_epochs": 2, "global_pruning": global_pruning}
+    _, seen = in_rounds(variant, {"prune": 18}, speed_up=3.0, **options)
+    assert len(seen) == 3
+    for number, model in enumerate(seen, 1):
+        goal = dense / 3 ** (number / 3)
+        assert goal * 0.85 < count_macs(model, EXAMPLE) <= goal
+
+
+@pytest.mark.parametrize("variant", ["base", "sp"])
+def test_a_ratio_in_rounds_leaves_what_it_leaves_in_one_go(variant):
+    made, seen = in_rounds(
+        variant, {"prune": 18}, ratio=0.5, rounds=3, round_epochs=2, global_pruning=False
+    )
+    # What upstream leaves of C channels at a ratio r is int(C (1 - r)).
+    for number, model in enumerate(seen, 1):
+        share = 0.5 ** (number / 3)
+        assert widths(model) == [int(c * share) for c in (12, 16, 12, 10, 14)]
+    (once,) = in_rounds(variant, {"prune": 18}, ratio=0.5, global_pruning=False)[1]
+    assert widths(seen[-1]) == widths(once)
+    assert made.pruned == 6 + 8 + 5 + 7  # stem and outer are tied
+
+
+@pytest.mark.parametrize("variant", ["base", "sp"])
+def test_a_global_ratio_in_rounds_is_one_of_all_channels(variant):
+    made, seen = in_rounds(variant, {"prune": 18}, ratio=0.4, rounds=3, round_epochs=2)
+    total = 12 + 16 + 10 + 14
+    assert made.pruned == total - int(total * 0.6)
+    first, _, last = (sum(widths(m)) - m.outer.out_channels for m in seen)
+    assert (first, last) == (int(total * 0.6 ** (1 / 3)), int(total * 0.6))
+
+
+def test_a_round_decides_anew():
+    """A structure that was released is immune for the rest of its round only."""
+    case = next(c for c in CASES if c.name == "depgraph-rounds")
+    drive = Drive(case, case.adapter(case.build(), "sr")).run(stop_after=12)
+    (first,), dpm = drive.events, drive.adapter.dpm
+    assert any(e.kind == "release" for e in first)
+    assert {(e.kind, e.step, e.wave) for e in dpm.events} == {("decay", 12, 0)}
+    for group in dpm.groups:
+        assert bool((dpm.available(group) | (dpm.phases(group) == Phase.DECAYING)).all())
+
+
+@pytest.mark.parametrize(
+    ("variant", "stages", "options", "message"),
+    [
+        ("sp", {"prune": 18}, {"round_epochs": 1}, "next round starts 3 steps.*raise round_epochs"),
+        ("sp", {"prune": 15}, {"round_epochs": 2}, "starts after 12 steps.*more epochs.*rounds"),
+        ("base", {"prune": 12}, {"round_epochs": 2}, "starts after 12 steps.*more epochs.*rounds"),
+    ],
+)
+def test_rounds_that_do_not_fit_the_stage_are_refused(variant, stages, options, message):
+    with pytest.raises(AdapterError, match=message):
+        in_rounds(variant, stages, speed_up=2.0, rounds=3, **options)
+
+
 class Grouped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -309,6 +394,8 @@ def test_batch_norm_is_in_the_structures_and_owns_them():
         ({"speed_up": 1.0}, "above 1"),
         ({"ratio": 1.0}, "below 1"),
         ({"ratio": 0.5, "steps": 0}, "steps of at least 1"),
+        ({"ratio": 0.5, "rounds": 0}, "rounds and round_epochs of at least 1"),
+        ({"ratio": 0.5, "round_epochs": 0}, "rounds and round_epochs of at least 1"),
     ],
 )
 def test_contradictory_options_are_refused(options, message):

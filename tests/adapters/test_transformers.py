@@ -12,6 +12,7 @@ from torchvision.models.vision_transformer import VisionTransformer
 
 from adapters.base import AdapterError, Context, Stage, count_macs
 from adapters.depgraph import DepGraph, DepGraphOptions, structure_groups
+from adapters.optimizer_state import CarryOver
 from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning
 from tests.support.frameworks import EAGER
 from third_party import dependency
@@ -227,3 +228,49 @@ def test_macs_of_attention_are_those_of_the_attention_taken_apart():
     fast = torch.backends.mha.get_fastpath_enabled()
     assert count_macs(whole_vit(), EXAMPLE) == count_macs(split_vit(), EXAMPLE)
     assert torch.backends.mha.get_fastpath_enabled() == fast
+
+
+def test_a_transformer_is_pruned_in_rounds():
+    model, seen = split_vit(), []
+    made = adapter(model, "sp", **OPTIONS, rounds=2, round_epochs=2)
+    made.check()
+    step = 0
+
+    def loss() -> Tensor:
+        nonlocal step
+        step += 1
+        images, labels = batch(step)
+        return functional.cross_entropy(model(images), labels)
+
+    optimizer = made.optimizer("prune")
+    made.begin("prune", optimizer, loss)
+    while not made.complete:
+        assert step < 14
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        made.after_step()
+        if made.due():
+            before, plan = outputs(model), len(made.removed or [])
+            carried = CarryOver(model, optimizer)
+            made.remove()
+            carried.finish(EXAMPLE, made.removed[plan:])
+            torch.testing.assert_close(outputs(model), before, atol=1e-5, rtol=0)
+            seen.append((count_macs(model, EXAMPLE), sum(heads(model))))
+            made.begin("prune", optimizer, loss)
+    dense = count_macs(split_vit(), EXAMPLE)
+    assert [macs <= dense / SPEED_UP ** (r / 2) for r, (macs, _) in enumerate(seen, 1)] == [
+        True
+    ] * 2
+    assert 8 > seen[0][1] > seen[1][1]
+    again = split_vit()
+    DepGraph.shrink(again, EXAMPLE, made.removed)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(outputs(again), outputs(model))
+
+
+def test_a_ratio_of_heads_in_rounds_is_refused():
+    options = {"ratio": 0.5, "skip_unsupported": True, "rounds": 2, "round_epochs": 2}
+    with pytest.raises(AdapterError, match=r"attention heads.*give speed_up"):
+        adapter(split_vit(), "sp", **options).check()
+    adapter(whole_vit(), "sp", **options).check()

@@ -2,7 +2,7 @@
 
 A miniature run has 4 steps of dense training, 8 of sparse learning and 16 of pruning; decisions
 fall at its beginning, decays take 5 steps, and releases fall in the fourth. OTOv2's is one training
-from scratch, of 32 steps.
+from scratch, of 32 steps. Iterative pruning, without sparse learning, has a round every 12 steps.
 """
 
 from __future__ import annotations
@@ -57,6 +57,15 @@ OTOV2 = {
         }
     },
 }
+ROUNDS = {
+    **MINIATURE,
+    "options.steps": 20,
+    "options.speed_up": 3.0,
+    "options.rounds": 3,
+    "options.round_epochs": 3,
+    "rectify.max_share": 0.5,
+    "stages": {"prune": {**MINIATURE["stages"]["prune"], "epochs": 9}},
+}
 WAYS = {
     "base": ("base", MINIATURE),
     "sp": ("sp", MINIATURE),
@@ -65,6 +74,9 @@ WAYS = {
     "sr at random": ("random", MINIATURE),
     "sr in two waves": ("sr", {**MINIATURE, "rectify.waves": 2, "stages.prune.epochs": 5}),
     "from scratch": ("sr", {**MINIATURE, "dense": tiny.GONE}),
+    "base in rounds": ("base", ROUNDS),
+    "sp in rounds": ("sp", ROUNDS),
+    "sr in rounds": ("sr", ROUNDS),
     "otov2": ("sr", OTOV2),
     "otov2 with adam": ("sp", {**OTOV2, "stages.prune.optimizer": "adam"}),
 }
@@ -116,6 +128,14 @@ POINTS = {
     "at the very end": ("sr", PRUNE + 16),
     "from scratch, before the decision": ("from scratch", SPARSE - 1),
     "from scratch, right after a release": ("from scratch", SPARSE + 4),
+    "base in rounds, when the second removal is due": ("base in rounds", DENSE + 12),
+    "base in rounds, between removals": ("base in rounds", DENSE + 15),
+    "sp in rounds, when the first removal is due": ("sp in rounds", DENSE + 5),
+    "sp in rounds, between two rounds": ("sp in rounds", DENSE + 8),
+    "sp in rounds, in the second decay": ("sp in rounds", DENSE + 14),
+    "sr in rounds, right after the second decision": ("sr in rounds", DENSE + 12),
+    "sr in rounds, right after the last release": ("sr in rounds", DENSE + 28),
+    "sr in rounds, after the last removal": ("sr in rounds", DENSE + 34),
     "otov2, in plain training": ("otov2", 3),
     "otov2, right after it chose what to penalise": ("otov2", 5),
     "otov2, right after the first decays started": ("otov2", 20),
@@ -158,7 +178,9 @@ def test_a_run_with_a_hearing_resumes_before_and_after_it(tmp_path, whole, step)
 
 
 @given(
-    way=st.sampled_from(["base", "sp", "sr", "sr at random", "sr in two waves", "otov2"]),
+    way=st.sampled_from(
+        ["base", "sp", "sr", "sr at random", "sr in two waves", "sr in rounds", "otov2"]
+    ),
     stops=st.sets(st.integers(1, PRUNE + 16), min_size=1, max_size=4),
 )
 @settings(max_examples=6)

@@ -135,6 +135,20 @@ def test_events_and_norms_are_told_by_the_dense_models_numbers(records, variant,
         assert norms[end - 2][group][k] == pytest.approx(initial * 2 / 5, rel=1e-4)
 
 
+@pytest.mark.usefixtures("miniature")
+def test_rounds_start_by_training_steps_and_hearings_are_among_them(tmp_path):
+    hearing = {"criterion": "hearing", "threshold": -1.0, "batches": 2, "max_share": 0.5}
+    made = changes(2) | {"rectify": hearing}
+    del made["rectify.max_share"]
+    path = run(tiny.request(tmp_path, "sr", made))
+    record = json.loads(path.read_text())
+    assert (record["steps"]["total"], record["steps"]["heard"]) == (24, 4)
+    events = torch.load(path.parent / "trace.pt", weights_only=True)["events"]
+    # Two of the first 12 training steps were batches of a hearing, and no optimizer's step.
+    assert {e["step"] for e in events if e["kind"] == "decay" and not e["wave"]} == {0, 10}
+    assert record["structures"]["released"] > 0
+
+
 @pytest.mark.parametrize("rounds", [2, 3])
 def test_plots_and_tables_take_runs_in_rounds(tmp_path, records, rounds):
     paths = [records(v, rounds) for v in ("base", "sp", "sr")]
