@@ -112,7 +112,8 @@ def make_adapter(model, variant):
 #    Afterwards, released structures have been replaced.
 # 3. `due()` says when the removal is to follow: at once in `base`, when all is zero in `sp` and
 #    `sr`. `remove()` makes the model smaller, in place. Its parameters are new objects then, so it
-#    needs a new optimizer, and the stage goes on.
+#    needs a new optimizer, and the stage goes on. (`adapters.optimizer_state` lets the old one go
+#    on, momentum and all.)
 #
 # `next_loss` is also handed to `begin`, for criteria that look at some batches more. Such a batch
 # counts as a training step, which is why the function counts.
