@@ -199,6 +199,19 @@ def test_a_round_decides_anew():
         assert bool((dpm.available(group) | (dpm.phases(group) == Phase.DECAYING)).all())
 
 
+def test_the_events_of_a_further_core_are_new_from_its_first_on():
+    adapter = DepGraph(context(small_resnet()), DepGraphOptions(ratio=0.5))
+    groups = structure_groups(adapter.context.model, EXAMPLE)
+    for _ in range(2):
+        dpm = adapter.attach_core(groups, adapter.optimizer("prune"), lambda: torch.zeros(()))
+        dpm.decay({"inner": [3]})
+        assert [(e.kind, e.group, e.structures) for e in adapter.new_events()] == [
+            ("decay", "inner", (3,))
+        ]
+        assert adapter.new_events() == []
+        dpm.detach()
+
+
 @pytest.mark.parametrize(
     ("variant", "stages", "options", "message"),
     [

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.base import Context
+from adapters.base import AdapterError, Context
 from adapters.registry import load
 from adapters.saved import read
 from dpm_core import SelfRectifying, SmoothPruning, Trajectory
@@ -257,3 +257,11 @@ def test_the_state_of_what_stays_is_what_it_was_before_the_removal(way, kind):
     old, rows = seen[-1]
     assert old, "there was no state to carry over"
     assert len(rows["features.7.weight"][0]) < 16
+
+
+def test_training_that_ends_before_the_last_round_is_an_error():
+    options = {"speed_up": 2.0, "steps": 20, "rounds": 3, "round_epochs": 2}
+    made = loop("depgraph", options, "sgd", "sp")
+    with pytest.raises(AdapterError, match="ended before the removal was due"):
+        made.run()
+    assert made.adapter.removed
