@@ -204,6 +204,6 @@ def _answering() -> Iterator[None]:
     except RuntimeError as cause:  # gloo's own errors are of no finer type
         reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise DisagreementError(
-            f"another process has ended, or has not come here within {PATIENCE} ({reason}); its own "
-            "message says why. Every process has to take every step"
+            f"another process has ended, or has not come here within {PATIENCE} ({reason}); its "
+            "own message says why. Every process has to take every step"
         ) from cause
