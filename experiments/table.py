@@ -181,10 +181,12 @@ def keep(records: Sequence[Record], folder: Path) -> list[Path]:
         path = folder / f"{name}.jsonl"
         members = [r for r in records if r["config"]["name"] == name]
         kept = read([path]) if path.exists() else []
-        if len({(r["config_hash"], r["data"]) for r in kept + members}) > 1:
+        origins = {(r["config_hash"], r["data"], processes(r)) for r in kept + members}
+        if len(origins) > 1:
             raise RunError(
-                f"records to keep in {path} come from different configurations or data; delete "
-                "that file to start anew, or give the new configuration another name"
+                f"records to keep in {path} come from different configurations or data, or from "
+                "different numbers of processes; delete that file to start anew, or give the new "
+                "configuration another name"
             )
         by_run = {(r["variant"], r["seed"]): r for r in kept + members}
         ordered = sorted(by_run.values(), key=lambda r: (ORDER.index(r["variant"]), r["seed"]))
@@ -217,7 +219,7 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
                 f"the records of {title} come from different configurations; delete the old runs, "
                 "or keep them in another --out"
             )
-        if len({m.get("processes", 1) for m in members}) > 1:
+        if len({processes(m) for m in members}) > 1:
             raise RunError(
                 f"the records of {title} come from different numbers of processes, in which "
                 "BatchNorm sees other batches; give only those of one"
@@ -248,6 +250,11 @@ def dense(members: Sequence[Record]) -> list[float]:
     """Accuracies of a section's dense networks, by seed: the runs of a seed share one."""
     found = {m["seed"]: d for m in members if (d := m["accuracy"]["dense"]) is not None}
     return [found[seed] for seed in sorted(found)]
+
+
+def processes(record: Record) -> int:
+    """How many processes made a record; older ones do not say so and were made by one."""
+    return int(record.get("processes", 1))
 
 
 def left(record: Record, what: str) -> float:
