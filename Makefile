@@ -12,6 +12,7 @@ NETWORK ?= vgg-slim
 VARIANTS ?= base,sp,sr,random,least-resistant
 CONFIG ?=
 DATA ?=
+NPROC ?= 1
 FLAGS ?=
 
 CONFIGS := experiments/configs
@@ -24,6 +25,9 @@ SHOWN = $(or $(RECORDS),$(if $(ran),$(OUT),experiments/records))
 digits = $(CONFIGS)/$(1)-digits.toml
 recipe = $(or $(if $(filter-out digits,$(DATA)),$(wildcard $(CONFIGS)/$(1)-cifar10.toml)),$(call digits,$(1)))
 
+# Several processes share every batch of a benchmark; torchrun lets them find one another.
+launch = $(if $(filter-out 1,$(NPROC)),torch.distributed.run --standalone --nproc-per-node $(NPROC) -m )
+
 # A comparison is small enough for two cores: all digits, or 10,000 images and a slim network.
 small = $(CONFIGS)/$(FRAMEWORK)-$(if $(filter-out digits,$(DATA)),$(NETWORK),digits).toml
 
@@ -34,7 +38,7 @@ help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1|\2/' \
 	  | while IFS='|' read -r name what; do printf '  %-22s %s\n' "$$name" "$$what"; done
 	@for name in $(BENCHES); do \
-	  printf '  %-22s %s\n' $$name 'one run: VARIANT=base|sp|sr|random|least-resistant SEED= DATA= CONFIG='; done
+	  printf '  %-22s %s\n' $$name 'one run: VARIANT=base|sp|sr|random|least-resistant SEED= DATA= CONFIG= NPROC='; done
 
 setup: $(VENV)/.installed ## make the environment in .venv, once
 
@@ -54,7 +58,7 @@ demo: $(SETUP) ## all frameworks on digits: base, +SP and +SR over SEEDS=0-2, ta
 
 # DATA= other than digits takes the framework's recipe.
 $(BENCHES): bench-%: $(SETUP)
-	@$(PY) -m experiments run $(or $(CONFIG),$(call recipe,$*)) --variant $(VARIANT) \
+	@$(PY) -m $(launch)experiments run $(or $(CONFIG),$(call recipe,$*)) --variant $(VARIANT) \
 	  --seed $(SEED) --out $(OUT) --resume $(if $(DATA),--data '$(DATA)') $(FLAGS)
 
 compare: $(SETUP) ## base, +SP, +SR and the controls: FRAMEWORK= DATA= NETWORK= SEEDS=0-4 CONFIG=

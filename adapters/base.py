@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,6 +44,7 @@ from dpm_core import (
     SmoothPruning,
     StructureGroup,
 )
+from dpm_core.groups import is_sharded
 from third_party.groups import UpstreamGroup
 
 Variant = Literal["base", "sp", "sr"]
@@ -144,6 +146,9 @@ class Adapter(ABC):
     several times has :attr:`complete` and :meth:`numbers` of its own, too. An adapter that makes
     something in :meth:`begin`, the core above all, extends :meth:`load_state_dict`; one with
     progress of its own :meth:`state_dict`, too.
+
+    Raises:
+        AdapterError: the model is wrapped in DistributedDataParallel, or sharded as FSDP does it.
     """
 
     Options: ClassVar[type]
@@ -160,6 +165,7 @@ class Adapter(ABC):
     """
 
     def __init__(self, context: Context, options: Any) -> None:
+        _require_whole(context.model)
         self.context = context
         self.options = options
         self.dpm: DecayPruning | None = None
@@ -326,6 +332,27 @@ class Adapter(ABC):
         self._seen = state["seen"]
         if self.dpm is not None and state["dpm"] is not None:
             self.dpm.load_state_dict(state["dpm"])
+
+
+def _require_whole(model: nn.Module) -> None:
+    """Refuse what wraps a model for several processes in a way that pruning does not survive.
+
+    Raises:
+        AdapterError: with cause and remedy.
+    """
+    if isinstance(model, DistributedDataParallel):
+        raise AdapterError(
+            "the model is wrapped in DistributedDataParallel, which a removal would leave with "
+            "parameters that are gone; give the model inside (.module), and wrap it anew after "
+            "the removal"
+        )
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise AdapterError(
+                f"{name!r} is sharded over processes ({type(parameter).__name__}, as FSDP and "
+                "tensor parallelism make them), so no process can rank or remove its channels; "
+                "train with DistributedDataParallel, or prune before the model is sharded"
+            )
 
 
 def structure_group(group: UpstreamGroup) -> StructureGroup:

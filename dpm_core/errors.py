@@ -31,3 +31,7 @@ class GradientError(DecayPruningError, RuntimeError):
 
 class StateError(DecayPruningError, ValueError):
     """A state dict is damaged, of another version, or of other groups."""
+
+
+class DisagreementError(DecayPruningError, RuntimeError):
+    """The processes that train one model do not stand, or decide, alike."""

@@ -76,6 +76,7 @@ class Slice:
         name: str = "parameter",
     ) -> Slice:
         """All positions along ``dim``, ``per_structure`` consecutive ones to each structure."""
+        _require_plain_storage(parameter, name)
         extent = parameter.shape[dim] if 0 <= dim < parameter.dim() else 0
         if per_structure < 1 or extent == 0 or extent % per_structure:
             raise GroupError(
@@ -200,6 +201,16 @@ def require_disjoint(groups: Iterable[StructureGroup]) -> None:
             by_storage.setdefault(storage, []).append((s, here, taken))
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a process holds only a part of a parameter, or one that several were flattened into.
+
+    DTensors and ShardedTensors are, and all that FSDP manages: FlatParameters, and the parameters
+    that are left as views of them (``use_orig_params=True``), which are plain but for this mark.
+    """
+    marks = ("placements", "local_shards", "_fsdp_flattened")
+    return any(hasattr(parameter, mark) for mark in marks)
+
+
 def _rows(index: Tensor, what: str) -> Tensor:
     """An index as int64 (K, m).
 
@@ -221,11 +232,11 @@ def _require_plain_storage(p: Tensor, name: str) -> None:
     """Refuse every kind of tensor whose elements cannot be scaled in place by position."""
     if not isinstance(p, Tensor):
         raise GroupError(f"slice {name!r}: {type(p).__name__} is not a tensor")
-    # DTensor and ShardedTensor hold a share of the values only: a norm over it would be wrong.
-    if hasattr(p, "placements") or hasattr(p, "local_shards"):
+    if is_sharded(p):
         raise GroupError(
-            f"slice {name!r} is sharded over processes ({type(p).__name__}); its norm is not known "
-            "here. Prune the model before it is sharded"
+            f"slice {name!r} is sharded over processes ({type(p).__name__}, as FSDP and tensor "
+            "parallelism make them): a structure's norm is known in none of them. Train with "
+            "DistributedDataParallel, or prune before the model is sharded"
         )
     if p.is_meta or p.layout != torch.strided:
         kind = "on the meta device" if p.is_meta else f"of layout {p.layout}"

@@ -7,14 +7,16 @@ what they were.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import GradientError, GroupError
 from .groups import StructureGroup
+from .processes import Processes
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class Room:
     Attributes:
         model: its buffers (BatchNorm's running statistics) are put back after a hearing.
         loss: runs the model on the next training batch and returns the mean loss over its samples.
+
+    In several processes each runs its own share of the batches. The model is best the one inside
+    DistributedDataParallel: the wrapper has nothing to do here, no gradient of a parameter is made.
+    Where it is the wrapper, it is told not to expect any.
     """
 
     model: nn.Module
@@ -36,6 +42,7 @@ def hold(
     gated: Sequence[Tensor],
     batches: int,
     gate: float,
+    processes: Processes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gate the given structures to ``gate`` and read the gates' derivatives over some batches.
 
@@ -48,15 +55,37 @@ def hold(
         gated: for each group, the numbers of its decaying structures, int64 on the host.
         batches: how many times ``room.loss`` is run.
         gate: the gates' value, above zero.
+        processes: among which the samples are shared out; ``None`` for one process.
 
     Returns:
-        Mean and mean square over all samples of the derivative of a sample's loss by the gate, for
-        the structures of all groups in order, float64 on the device.
+        Mean and mean square, over all samples of all processes, of the derivative of a sample's
+        loss by the gate, for the structures of all groups in order, float64 on the device; in
+        several processes on the host.
 
     Raises:
         GroupError: a group has no owners, or an owner's output is not what its index says.
         GradientError: a loss is not finite, or does not depend on the structures.
+        DisagreementError: one of these in another process.
     """
+    if processes is None:
+        summed, samples = _listen(room, groups, gated, batches, gate)
+    else:
+        with processes.together("a hearing"):
+            summed, samples = _listen(room, groups, gated, batches, gate)
+        samples = int(processes.total(torch.tensor(samples)))
+        summed = processes.total(summed)
+    mean, square = summed / samples
+    return mean, square
+
+
+def _listen(
+    room: Room,
+    groups: Sequence[StructureGroup],
+    gated: Sequence[Tensor],
+    batches: int,
+    gate: float,
+) -> tuple[Tensor, int]:
+    """Sum and sum of squares over this process's samples, (2, C), and how many samples."""
     for group in groups:
         if not group.owners:
             raise GroupError(
@@ -65,7 +94,9 @@ def hold(
             )
     sums: list[Tensor] = []
     samples = 0
-    with _untouched(room.model), torch.enable_grad():
+    model = room.model
+    alone = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+    with _untouched(model), torch.enable_grad(), alone:
         for _ in range(batches):
             gates: list[tuple[int, Tensor, Tensor]] = []
             with _gates(groups, gated, gate, gates):
@@ -105,8 +136,7 @@ def hold(
             batch = torch.cat(per_sample, dim=1)
             sums.append(torch.stack([batch.sum(0), batch.square().sum(0)]))
             samples += size
-    mean, square = torch.stack(sums).sum(0) / samples
-    return mean, square
+    return torch.stack(sums).sum(0), samples
 
 
 @contextmanager

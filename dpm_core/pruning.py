@@ -23,6 +23,7 @@ from .errors import (
 from .groups import StructureGroup, require_disjoint
 from .hearing import Room, hold
 from .phases import Move, Phase, after
+from .processes import DECIDE_ALIKE, Processes, digest
 from .rectify import Evidence, SelfRectifying
 from .state import VERSION, Ledger, check_groups, check_header
 from .table import SliceTable, zero_
@@ -81,6 +82,11 @@ class DecayPruning:
     counts as one with a gradient of zero. A step that a gradient scaler skips decays nothing and
     is not counted; to learn of it from a fused optimizer, which skips and unscales by itself, takes
     that one wait in idle steps, too.
+
+    In several processes every one makes its own, of the same groups and settings, and decides alike
+    from the weights and averaged gradients that DistributedDataParallel keeps equal. In each step
+    they compare a few figures; where one has decided otherwise, or its gradients were not averaged,
+    all raise :class:`~dpm_core.DisagreementError` before the step has changed anything.
 
     Args:
         groups: the structure groups, on one device.
@@ -144,6 +150,8 @@ class DecayPruning:
         self._room: Room | None = None
         self._plan: _Plan | None = None
         self._skipped = False
+        self._processes: Processes | None = None
+        self._decided: float | None = None  # the digest of all decisions, once it is asked for
         self._refresh()
 
     # ------------------------------------------------------------------ attachment
@@ -213,6 +221,9 @@ class DecayPruning:
         self._optimizer = None
         self._room = None
         self._plan = None
+        if self._processes is not None:
+            self._processes.close()
+            self._processes = None
 
     # ------------------------------------------------------------------ decisions
 
@@ -304,6 +315,7 @@ class DecayPruning:
         overflow = getattr(optimizer, "found_inf", None)
         scale = getattr(optimizer, "grad_scale", None)
         if self._decaying is None:
+            self._agree()
             self._skipped = overflow is not None and bool(_to_host(torch.as_tensor(overflow)))
             return
         if kwargs.get("closure") is not None or any(callable(a) for a in args):
@@ -325,6 +337,7 @@ class DecayPruning:
             found += [base + (0.0 if overflow is None else overflow)]
         # The only wait for the device in a step.
         host = _to_host(torch.stack(found))[:, decaying.local].double()
+        self._agree(decaying.numbers, host[0].sqrt())
         if scaled:
             *rows, unit, skipped = host
             self._skipped = bool(skipped[0])
@@ -352,7 +365,54 @@ class DecayPruning:
             due = (step + 1 == self._decision) & (ledger.wave[numbers] < self.rectify.waves)
             if bool(due.any()):
                 plan.release[due] = self._hear(plan, due)
+                self._agree_on(numbers[plan.release])
         self._plan = plan
+
+    def _agree(self, numbers: Tensor | None = None, gradients: Tensor | None = None) -> None:
+        """Stop all processes of a run where one of them stands elsewhere than the others.
+
+        Args:
+            numbers: of the decaying structures; ``None`` where nothing decays.
+            gradients: the norms of their gradients, (numbers,).
+        """
+        if self._processes is None:
+            self._processes = Processes.found()
+            if self._processes is None:
+                return
+            made = [f"{name!r} with {group.size} structures" for name, group in self.groups.items()]
+            settings = [f"{name} = {value}" for name, value in self._settings().items()]
+            self._processes.require_same(
+                "groups and settings", made + settings, "Give all of them the same"
+            )
+        if self._decided is None:
+            self._decided = digest(self._decisions())
+        evidence = [0.0, 0.0]
+        if numbers is not None and gradients is not None:
+            evidence = [float(self._ledger.initial[numbers].sum()), float(gradients.sum())]
+        self._processes.require_same_step(self.clock, self._decided, evidence, self._decisions)
+
+    def _agree_on(self, released: Tensor) -> None:
+        """Stop all processes of a run where they would not release the same structures now."""
+        if self._processes is not None:
+            lines = [f"the release of {self._called(number)}" for number in released.tolist()]
+            self._processes.require_same(
+                f"what is released at optimizer step {self.clock}", lines, DECIDE_ALIKE
+            )
+
+    def _decisions(self) -> list[str]:
+        """All that was decided so far, a line for each structure that it touched."""
+        ledger = self._ledger
+        touched = ((ledger.phase != Phase.ACTIVE) | ledger.immune).nonzero().flatten()
+        rows = torch.stack(
+            [touched, *(f[touched] for f in (ledger.phase, ledger.step, ledger.wave))]
+        )
+        what = {Phase.ACTIVE: "was released", Phase.PRUNED: "is PRUNED"}
+        return [
+            f"{self._called(number)} "
+            + what.get(Phase(phase), f"is DECAYING since step {self.clock - step}")
+            + f" (wave {wave})"
+            for number, phase, step, wave in rows.T.tolist()
+        ]
 
     def _sparse_gradient(self, names: list[str]) -> GradientError:
         name, s = next(
@@ -391,7 +451,9 @@ class DecayPruning:
                 - self._start[g.name]
                 for g in heard
             ]
-            found = hold(self._room, heard, gated, criterion.batches, criterion.gate)
+            found = hold(
+                self._room, heard, gated, criterion.batches, criterion.gate, self._processes
+            )
             self.heard += criterion.batches
             derivative, fisher = torch.stack(found).cpu()[:, due]
         elif criterion.batches:
@@ -562,6 +624,7 @@ class DecayPruning:
 
     def _refresh(self) -> None:
         """Rebuild what depends on who decays and who is pruned; after every change of phase."""
+        self._decided = None
         decaying = (self._ledger.phase == Phase.DECAYING).nonzero().flatten()
         pruned = (self._ledger.phase == Phase.PRUNED).nonzero().flatten()
         groups = self._groups_of(decaying)
@@ -661,11 +724,13 @@ class DecayPruning:
         runs = [torch.arange(self._start[g.name], self._start[g.name] + g.size) for g in groups]
         return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64)
 
+    def _called(self, number: int) -> str:
+        name = self._names[int(self._group_of[number])]
+        return f"structure {number - self._start[name]} of group {name!r}"
+
     def _describe(self, numbers: Tensor) -> str:
-        name = self._names[int(self._group_of[numbers[0]])]
-        local = int(numbers[0]) - self._start[name]
         more = f" (and {numbers.numel() - 1} more)" if numbers.numel() > 1 else ""
-        return f"structure {local} of group {name!r}{more}"
+        return f"{self._called(int(numbers[0]))}{more}"
 
 
 @dataclass

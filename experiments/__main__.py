@@ -19,6 +19,7 @@ from .compare import Job, compare
 from .config import ConfigError, load
 from .data import DataError
 from .files import save_json
+from .ranks import Ranks, joined, started
 from .run import CONTROLS, VARIANTS, Request, RunError, run
 from .training import Stopped
 
@@ -86,6 +87,24 @@ def seeds(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{text!r} runs backwards; give 0-4 or 0,2,5")
         found += range(int(first), int(last if dash else first) + 1)
     return sorted(set(found))
+
+
+def _run(args: argparse.Namespace, ranks: Ranks, own: torch.device) -> None:
+    request = Request(
+        config=load(args.config, data=args.data, validation=args.validation),
+        variant=args.variant,
+        seed=args.seed,
+        out=args.out,
+        data_root=args.data_root,
+        device=own,
+        resume=args.resume,
+        force=args.force,
+        save_every=args.save_every,
+        ranks=ranks,
+    )
+    record = run(request)
+    if ranks.first:
+        print(record)
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -181,18 +200,10 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     try:
         if args.command == "run":
-            request = Request(
-                config=load(args.config, data=args.data, validation=args.validation),
-                variant=args.variant,
-                seed=args.seed,
-                out=args.out,
-                data_root=args.data_root,
-                device=device(args.device),
-                resume=args.resume,
-                force=args.force,
-                save_every=args.save_every,
-            )
-            print(run(request))
+            with joined(device(args.device)) as (ranks, own):
+                _run(args, ranks, own)
+        elif started() > 1:
+            raise RunError(f"{args.command} is for one process; only run takes several")
         elif args.command == "compare":
             _compare(args)
         elif args.command == "export":

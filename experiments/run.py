@@ -1,4 +1,4 @@
-"""One process, one run, one record."""
+"""One run, one record: one process, or several that torchrun has started."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from third_party.upstreams import PINS, require
 from . import data, models
 from .config import Config, ConfigError, Control
 from .files import save_json, save_tensors
-from .training import Loop, Progress, accuracy, latency, outputs
+from .ranks import Ranks
+from .training import Loop, Progress, Stopped, accuracy, latency, outputs
 
 Variant = Literal["base", "sp", "sr", "random", "least-resistant"]
 VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
@@ -63,6 +64,7 @@ class Request:
         resume: go on from a checkpoint.
         force: throw away what is there and start anew.
         save_every: seconds between checkpoints; 0 writes one after every step.
+        ranks: this process among those that carry the run out together.
     """
 
     config: Config
@@ -74,6 +76,7 @@ class Request:
     resume: bool = False
     force: bool = False
     save_every: float = 30.0
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def folder(self) -> Path:
@@ -96,12 +99,15 @@ def run(request: Request) -> Path:
         RunError: the folder holds another run, or there is nothing to resume.
         Stopped: the run was asked to stop; ``resume`` goes on.
         ConfigError, DataError, AdapterError: before any work, with cause and remedy.
+        DisagreementError: in every process, where one of them has decided otherwise.
     """
-    folder, config = request.folder, request.config
+    folder, config, ranks = request.folder, request.config, request.ranks
+    _check_shares(config, ranks.count)
     record_path, checkpoint_path = folder / "record.json", folder / "checkpoint.pt"
-    if request.force:
+    if request.force and ranks.first:
         for path in (record_path, checkpoint_path):
             path.unlink(missing_ok=True)
+    ranks.wait()
     if finished(request):
         if request.resume:
             return record_path
@@ -109,14 +115,15 @@ def run(request: Request) -> Path:
     saved = _checkpoint(checkpoint_path, request)
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    images = data.load(
-        config.data.name,
-        request.data_root,
-        size=config.data.size,
-        label=config.data.label,
-        train=config.data.train,
-        validation=config.data.validation,
-    ).to(request.device)
+    with ranks.first_alone():  # downloads and decoded images are written once, then read
+        images = data.load(
+            config.data.name,
+            request.data_root,
+            size=config.data.size,
+            label=config.data.label,
+            train=config.data.train,
+            validation=config.data.validation,
+        ).to(request.device)
     model = _build(request, images)
     example = images.normalize(images.test[:2])
     try:
@@ -129,11 +136,21 @@ def run(request: Request) -> Path:
         ) from cause
     _adapter(request, images, model, example).check()
 
-    with _asked_to_stop() as stop:
-        dense = _dense_model(request, images, saved, stop)
-        loop, adapter = _framework_loop(request, images, dense, example, saved, stop)
-        model = loop.model
-        loop.run()
+    with _asked_to_stop() as asked:
+
+        def stop() -> bool:
+            return ranks.any(asked())
+
+        try:
+            dense = _dense_model(request, images, saved, stop)
+            loop, adapter = _framework_loop(request, images, dense, example, saved, stop)
+            model = loop.model
+            loop.run()
+        except Stopped:
+            ranks.wait()  # until rank 0 has saved: whoever starts processes ends all with the first
+            raise
+    if not ranks.first:
+        return record_path
 
     p = loop.progress
     kept = _widths(model)
@@ -166,6 +183,7 @@ def run(request: Request) -> Path:
             "revision": revision(),
             "device": device_name(request.device),
             "threads": torch.get_num_threads(),
+            "processes": ranks.count,
             "accuracy": {
                 "dense": None if config.dense is None else accuracy(dense, images),
                 "at_removal": p.found["at_removal"],
@@ -212,19 +230,26 @@ def finished(request: Request) -> bool:
     """Whether the run's record is there.
 
     Raises:
-        RunError: a record is there, but of another configuration.
+        RunError: a record is there, but of another configuration, or made by more or fewer
+            processes.
     """
     path = request.folder / "record.json"
     if not path.exists():
         return False
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))["config_hash"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        there, count = record["config_hash"], record.get("processes", 1)
     except (OSError, ValueError, KeyError, TypeError) as cause:
         raise RunError(f"{path} cannot be read ({cause}); --force runs anew") from cause
     if there != request.config.hash():
         raise RunError(
             f"{path} is of another configuration of this name; --force throws it away, another "
             "--out keeps both"
+        )
+    if count != request.ranks.count:
+        raise RunError(
+            f"{path} was made by {count} processes, here are {request.ranks.count}, and BatchNorm "
+            "sees other batches; --force throws it away, another --out keeps both"
         )
     return True
 
@@ -274,6 +299,20 @@ def revision() -> str | None:
 # ---------------------------------------------------------------------- parts of a run
 
 
+def _check_shares(config: Config, processes: int) -> None:
+    """Refuse batches that do not split evenly.
+
+    Raises:
+        ConfigError: naming the stage.
+    """
+    for name, stage in {"dense": config.dense, **config.stages}.items():
+        if stage is not None and stage.batch % processes:
+            raise ConfigError(
+                f"stage {name!r} has batches of {stage.batch}, which {processes} processes cannot "
+                "share evenly; give a multiple, or start another number of processes"
+            )
+
+
 def _build(request: Request, images: data.Images) -> nn.Module:
     config = request.config
     model = models.build(config.model, images.channels, images.classes, seed=request.seed)
@@ -294,7 +333,7 @@ def _adapter(
         smooth=config.build_smooth(),
         rectify=config.rectify.build(control, request.seed),
         stages={n: s.plan(images.steps_per_epoch(s.batch)) for n, s in ordered.items()},
-        progress=_Spinner(),
+        progress=_Spinner(request.ranks.hidden),
     )
     return adapter(context, config.build_options())
 
@@ -311,7 +350,7 @@ def _dense_model(
         return model
     name = f"{config.model}-{config.dense_hash(images.digest())}-seed{request.seed}.pt"
     path = request.out / "dense" / name
-    if path.exists():
+    if request.ranks.as_first(path.exists()):  # another run may be writing it just now
         try:
             model.load_state_dict(torch.load(path, weights_only=True, map_location=request.device))
         except Exception as cause:
@@ -325,6 +364,7 @@ def _dense_model(
         adapter=None,
         curve=config.curve,
         compute=config.compute,
+        ranks=request.ranks,
         save=lambda loop: _save(request, "dense", loop),
         stop=stop,
         save_every=request.save_every,
@@ -332,7 +372,8 @@ def _dense_model(
     if saved is not None and saved["part"] == "dense":
         _restore(loop, saved)
     loop.run()
-    save_tensors(path, model.state_dict())
+    if request.ranks.first:
+        save_tensors(path, model.state_dict())
     return model
 
 
@@ -355,6 +396,7 @@ def _framework_loop(
         adapter=adapter,
         curve=config.curve,
         compute=config.compute,
+        ranks=request.ranks,
         save=lambda loop: _save(request, "framework", loop),
         stop=stop,
         save_every=request.save_every,
@@ -365,6 +407,8 @@ def _framework_loop(
 
 
 def _save(request: Request, part: str, loop: Loop) -> None:
+    if not request.ranks.first:
+        return
     assert loop.optimizer is not None
     save_tensors(
         request.folder / "checkpoint.pt",
@@ -408,7 +452,7 @@ def _checkpoint(path: Path, request: Request) -> Mapping[str, Any] | None:
         raise RunError(f"a stopped run is in {path.parent}; --resume goes on, --force starts anew")
     try:
         saved: Mapping[str, Any] = torch.load(path, weights_only=True, map_location=request.device)
-        identity, version = saved["run"], saved["version"]
+        identity, version = {"processes": 1, **saved["run"]}, saved["version"]
     except Exception as cause:
         raise RunError(
             f"{path} cannot be read ({_first_line(cause)}); --force starts anew"
@@ -426,6 +470,7 @@ def _identity(request: Request) -> dict[str, Any]:
         "variant": request.variant,
         "seed": request.seed,
         "device": request.device.type,
+        "processes": request.ranks.count,
     }
 
 
@@ -451,14 +496,19 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
 
 class _Spinner:
-    """Progress of work between training steps, shown on a terminal only."""
+    """Progress of work between training steps, shown on a terminal only.
 
-    def __init__(self) -> None:
+    Args:
+        hidden: tqdm's ``disable``.
+    """
+
+    def __init__(self, hidden: bool | None) -> None:
+        self._hidden = hidden
         self._bar: Any = None
 
     def __call__(self, what: str) -> None:
         if self._bar is None:
-            self._bar = tqdm(bar_format="{desc} [{elapsed}]", disable=None, leave=False)
+            self._bar = tqdm(bar_format="{desc} [{elapsed}]", disable=self._hidden, leave=False)
         self._bar.set_description_str(what)
 
 

@@ -93,6 +93,7 @@ class _Shape(BaseModel):
     latency: _Latency
     seconds: float
     loading: float
+    processes: int = 1  # what records say that were made before there could be several
 
 
 # ---------------------------------------------------------------------- reading and keeping
@@ -180,10 +181,12 @@ def keep(records: Sequence[Record], folder: Path) -> list[Path]:
         path = folder / f"{name}.jsonl"
         members = [r for r in records if r["config"]["name"] == name]
         kept = read([path]) if path.exists() else []
-        if len({(r["config_hash"], r["data"]) for r in kept + members}) > 1:
+        origins = {(r["config_hash"], r["data"], processes(r)) for r in kept + members}
+        if len(origins) > 1:
             raise RunError(
-                f"records to keep in {path} come from different configurations or data; delete "
-                "that file to start anew, or give the new configuration another name"
+                f"records to keep in {path} come from different configurations or data, or from "
+                "different numbers of processes; delete that file to start anew, or give the new "
+                "configuration another name"
             )
         by_run = {(r["variant"], r["seed"]): r for r in kept + members}
         ordered = sorted(by_run.values(), key=lambda r: (ORDER.index(r["variant"]), r["seed"]))
@@ -201,8 +204,9 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """Records that may be compared with one another, by what they share.
 
     Raises:
-        RunError: records of one experiment differ in configuration, so a table would mix them; or
-            there are several of one variant and seed, and pairs would be ambiguous.
+        RunError: records of one experiment differ in configuration or in the number of processes,
+            so a table would mix them; or there are several of one variant and seed, and pairs would
+            be ambiguous.
     """
     found: dict[str, list[Record]] = {}
     for record in records:
@@ -214,6 +218,11 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
             raise RunError(
                 f"the records of {title} come from different configurations; delete the old runs, "
                 "or keep them in another --out"
+            )
+        if len({processes(m) for m in members}) > 1:
+            raise RunError(
+                f"the records of {title} come from different numbers of processes, in which "
+                "BatchNorm sees other batches; give only those of one"
             )
         runs = Counter((m["variant"], m["seed"]) for m in members)
         (variant, seed), times = runs.most_common(1)[0]
@@ -241,6 +250,11 @@ def dense(members: Sequence[Record]) -> list[float]:
     """Accuracies of a section's dense networks, by seed: the runs of a seed share one."""
     found = {m["seed"]: d for m in members if (d := m["accuracy"]["dense"]) is not None}
     return [found[seed] for seed in sorted(found)]
+
+
+def processes(record: Record) -> int:
+    """How many processes made a record; older ones do not say so and were made by one."""
+    return int(record.get("processes", 1))
 
 
 def left(record: Record, what: str) -> float:

@@ -22,6 +22,7 @@ from dpm_core import DecayPruning, Phase
 
 from .config import Compute, Curve, Stage
 from .data import Images, mixing
+from .ranks import Ranks
 
 EVALUATION_BATCH = 500
 POINTS = 40
@@ -143,6 +144,7 @@ class Loop:
         adapter: the framework, or ``None`` for a dense model.
         curve: how densely and how long the accuracy is taken after the decision.
         compute: how the arithmetic of training steps is done.
+        ranks: which of several processes this is; each trains on its share of every batch.
         save: writes a checkpoint of this loop; by default there are none.
         stop: asked after every step whether to save and stop; by default never.
         save_every: seconds between checkpoints.
@@ -161,6 +163,7 @@ class Loop:
     stop: Callable[[], bool] = lambda: False
     save_every: float = 30.0
     compute: Compute = field(default_factory=Compute)
+    ranks: Ranks = field(default_factory=Ranks)
     progress: Progress = field(default_factory=Progress)
     optimizer: torch.optim.Optimizer | None = None
     seconds_loading: float = 0.0
@@ -194,7 +197,11 @@ class Loop:
             )
 
     def next_loss(self) -> Tensor:
-        """Mean loss of the model on the next training batch; uses up a step."""
+        """Mean loss of the model on the next training batch, or this process's share of it.
+
+        Uses up a step. For hearings, which make no gradient of a parameter: there is nothing to
+        average.
+        """
         return self._loss(self.model)
 
     def _loss(self, model: Callable[[Tensor], Tensor]) -> Tensor:
@@ -204,9 +211,12 @@ class Loop:
         stream = 1000 * self.seed + p.stage + (0 if self.adapter is None else 1)
         images, labels = self.images.batch(stage.batch, p.step, stream)
         share, partners = mixing(stage.mixup, stage.batch, p.step, stream)
+        others = None
         if partners is not None:
             partners = partners.to(labels.device)
             images = share * images + (1 - share) * images[partners]
+            others = self.ranks.share(labels[partners])
+        images, labels = self.ranks.share(images), self.ranks.share(labels)
         self.seconds_loading += time.perf_counter() - started
         p.step += 1
         p.total += 1
@@ -214,8 +224,8 @@ class Loop:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
             logits = model(images).float()
         loss = functional.cross_entropy(logits, labels)
-        if partners is not None:
-            loss = share * loss + (1 - share) * functional.cross_entropy(logits, labels[partners])
+        if others is not None:
+            loss = share * loss + (1 - share) * functional.cross_entropy(logits, others)
         return loss
 
     def _run_stage(self, name: str, stage: Stage) -> None:
@@ -225,7 +235,14 @@ class Loop:
         if self.optimizer is None:
             self._begin(name)
         self._forward = self._compiled()
-        bar = tqdm(total=total, initial=p.step, desc=name, unit="step", disable=None, leave=False)
+        bar = tqdm(
+            total=total,
+            initial=p.step,
+            desc=name,
+            unit="step",
+            disable=self.ranks.hidden,
+            leave=False,
+        )
         with bar:
             while True:
                 self._look(name)
@@ -262,11 +279,13 @@ class Loop:
 
         Hearings keep the plain one: they hook modules, which compiled code would not see.
         """
-        return torch.compile(self.model) if self.compute.compile else self.model
+        made: Any = torch.compile(self.model) if self.compute.compile else self.model
+        return self.ranks.averaging(made)
 
     def _begin(self, name: str) -> None:
         self.optimizer = self.new_optimizer()
         if self.adapter is not None:
+            self.ranks.require_same("what was removed", self.adapter.removed)
             self.adapter.begin(name, self.optimizer, self.next_loss)
 
     def _look(self, name: str) -> None:

@@ -29,9 +29,13 @@ def weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.ones(shape or (3, 2)))
 
 
+SHARDED = ("sharded", "FSDP", "prune before")
 KINDS = {
-    "sharded": (lambda: torch.ones(3, 2).as_subclass(Sharded), ("sharded", "Prune the model")),
-    "sharded as of old": (lambda: torch.ones(3, 2).as_subclass(ShardedOld), ("sharded", "before")),
+    "sharded": (lambda: torch.ones(3, 2).as_subclass(Sharded), SHARDED),
+    "sharded as of old": (
+        lambda: torch.ones(3, 2).as_subclass(ShardedOld),
+        ("sharded", "FSDP", "prune before"),
+    ),
     "meta": (lambda: torch.ones(3, 2, device="meta"), ("meta device", "holds its values")),
     "sparse": (lambda: torch.ones(3, 2).to_sparse(), ("sparse", "dense parameter")),
     "csr": (lambda: torch.ones(3, 2).to_sparse_csr(), ("sparse", "dense parameter")),

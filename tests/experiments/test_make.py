@@ -52,6 +52,17 @@ def test_a_benchmark_is_of_its_framework_whatever_the_data(framework):
 
 
 @pytest.mark.parametrize("framework", ADAPTERS)
+def test_a_benchmark_runs_in_as_many_processes_as_asked(framework):
+    alone = planned(f"bench-{framework}", "SEED=4")
+    assert planned(f"bench-{framework}", "SEED=4", "NPROC=1") == alone
+    words = planned(f"bench-{framework}", "SEED=4", "NPROC=3")
+    at = words.index("experiments")
+    launcher = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    assert words[: at + 1] == [*launcher, "-m", "experiments"]
+    assert words[at:] == alone[alone.index("experiments") :]
+
+
+@pytest.mark.parametrize("framework", ADAPTERS)
 def test_a_configuration_that_is_given_is_the_one_that_is_run(framework):
     words = planned(f"bench-{framework}", "CONFIG=mine.toml", "DATA=cifar10")
     assert configurations(words) == ["mine.toml"]

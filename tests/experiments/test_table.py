@@ -167,6 +167,27 @@ def test_records_of_different_configurations_under_one_name_are_refused(records)
     assert "made-up" in str(caught.value)
 
 
+def test_records_of_different_numbers_of_processes_are_refused(records, tmp_path):
+    for made in records[:-1]:
+        made["processes"] = 1
+    assert len(table.sections(records)) == 1  # what does not say so was made by one
+    records[0]["processes"] = 2
+    with pytest.raises(RunError, match=r"made-up.*different numbers of processes"):
+        table.markdown(records)
+    (kept,) = table.keep(records[1:], tmp_path)
+    before = kept.read_bytes()
+    with pytest.raises(RunError, match=r"different numbers of processes"):
+        table.keep(records[:1], tmp_path)
+    assert kept.read_bytes() == before
+
+
+@pytest.mark.parametrize("count", ["two", None, 1.5])
+def test_a_number_of_processes_that_is_none_is_refused(tmp_path, count):
+    save(tmp_path, record() | {"processes": count})
+    with pytest.raises(RunError, match=r"is no record .*processes"):
+        table.read([tmp_path])
+
+
 def test_two_records_of_one_run_are_refused(records):
     with pytest.raises(RunError, match=r"made-up.* has 2 records of sp, seed 1; give only one"):
         table.markdown([*records, record("sp", 1)])

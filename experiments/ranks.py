@@ -1,0 +1,147 @@
+"""The processes of one run, as ``torchrun`` starts them. One process alone is the same with one.
+
+All of them hold the same model and images and draw the same batches; each trains on its share, and
+DistributedDataParallel averages the gradients. What is written and shown is rank 0's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dpm_core.processes import Processes
+
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for another: rank 0 downloads and decodes images for all."""
+
+
+def started() -> int:
+    """How many processes ``torchrun`` has started for this command; 1 without it."""
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    return int(os.environ["WORLD_SIZE"]) if launched else 1
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
+    """Meet the other processes, if there are any, and part in the end.
+
+    Args:
+        device: the kind of device; of GPUs every process takes one of its own.
+    """
+    count = started()
+    if count == 1:
+        yield Ranks(), device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield Ranks(dist.get_rank(), count), device
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a run.
+
+    Attributes:
+        number: its rank, from 0.
+        count: how many processes there are.
+    """
+
+    number: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes and shows."""
+        return self.number == 0
+
+    @property
+    def hidden(self) -> bool | None:
+        """Tqdm's ``disable``: one bar for all processes, and on a terminal only."""
+        return None if self.first else True
+
+    def share(self, whole: Tensor) -> Tensor:
+        """This process's rows of what all have as a whole; ``count`` divides their number."""
+        return whole.chunk(self.count)[self.number]
+
+    def averaging(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        """The model's forward pass in training: in several processes gradients are averaged."""
+        return model if self.count == 1 else Averaging(model)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; every process has to ask."""
+        if self.count == 1:
+            return flag
+        said = torch.tensor(int(flag))
+        dist.all_reduce(said)
+        return bool(said)
+
+    def as_first(self, flag: bool) -> bool:
+        """What rank 0 says; every process has to ask."""
+        return self.any(flag and self.first)
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        self.any(False)
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Let rank 0 go through a block before the others do."""
+        if not self.first:
+            self.wait()
+        try:
+            yield
+        finally:
+            if self.first:
+                self.wait()
+
+    def require_same(self, what: str, value: object) -> None:
+        """Stop all processes where a value is not the same in each.
+
+        Raises:
+            DisagreementError: in every process.
+        """
+        processes = Processes.found() if self.count > 1 else None
+        if processes is not None:
+            processes.require_same(what, [repr(value)], "Each has to decide from what is the same")
+            processes.close()
+
+
+class Averaging:
+    """A model's forward pass whose gradients come out averaged over all processes.
+
+    DistributedDataParallel serves the parameters that are trained when it is made. A new one is
+    made where these are others: after a removal, and where a framework freezes layers or thaws
+    them. It starts by giving all processes the parameters and buffers of rank 0, whose buffers
+    (BatchNorm's running statistics) also go to all of them before every forward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._trained: list[nn.Parameter] = []
+        self._wrapped: nn.Module | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits; as the model's own."""
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        known = len(trained) == len(self._trained)
+        known = known and all(p is q for p, q in zip(trained, self._trained, strict=True))
+        if self._wrapped is None or not known:
+            self._wrapped = None  # the old one lets go of its parameters first
+            self._wrapped = DistributedDataParallel(self._model)
+            self._trained = trained
+        logits: Tensor = self._wrapped(images)
+        return logits
