@@ -110,6 +110,7 @@ class Context:
         stages: the training stages, in order.
         progress: called now and then during long work outside the training steps, with what is
             going on.
+        seed: of the run, for what a framework draws.
     """
 
     model: nn.Module
@@ -119,6 +120,7 @@ class Context:
     rectify: SelfRectifying
     stages: Mapping[str, Stage]
     progress: Callable[[str], object] = str
+    seed: int = 0
 
     def decay_steps(self) -> int:
         """Training steps from a decision until all is zero, replacements and hearings included."""
@@ -157,6 +159,8 @@ class Adapter(ABC):
     """Training stages the framework knows, in order, and whether each is required."""
     channels_last: ClassVar[bool] = True
     """Whether the framework can do with parameters that are not contiguous."""
+    exchanges: ClassVar[bool] = False
+    """Whether the framework decays what :class:`~dpm_core.Exchange` names for what was released."""
     carries_optimizer: ClassVar[bool] = True
     """Whether a stage's optimizer goes on over a removal, its state sliced with what is removed.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class DepGraphOptions:
         normalizer: upstream's ``normalizer`` of the group magnitude. ``None``: ``max`` with sparse
             learning, ``mean`` without, as upstream's own recipes have it.
         reg: upstream's ``reg``, the strength of sparse learning.
+        importance: the group magnitude, or ``random``: a ranking that knows nothing, drawn from the
+            run's seed, to see what a rectifier makes of it.
         ignored: names of layers that are left as they are, besides those that make the output.
         skip_unsupported: leave all groups as they are in which a channel of zeros does not equal a
             removed one, such as a transformer's embedding, instead of refusing the model.
@@ -54,6 +56,7 @@ class DepGraphOptions:
     global_pruning: bool = True
     normalizer: str | None = None
     reg: float = 5e-4
+    importance: Literal["magnitude", "random"] = "magnitude"
     ignored: tuple[str, ...] = ()
     skip_unsupported: bool = False
     rounds: int = 1
@@ -77,6 +80,7 @@ class DepGraph(Adapter):
 
     Options: ClassVar[type] = DepGraphOptions
     stages: ClassVar[Mapping[str, bool]] = {"sparse": False, "prune": True}
+    exchanges: ClassVar[bool] = True
 
     def __init__(self, context: Context, options: DepGraphOptions) -> None:
         super().__init__(context, options)
@@ -113,6 +117,7 @@ class DepGraph(Adapter):
             normalizer=o.normalizer or ("max" if "sparse" in self.context.stages else "mean"),
             reg=o.reg,
             ignored=self._ignored,
+            drawn=self.context.seed if o.importance == "random" else None,
         )
 
     def _way(self) -> float:
@@ -255,7 +260,7 @@ class DepGraph(Adapter):
             self._pruner.regularize(self.context.model)
 
     def after_step(self) -> None:
-        """Decay upstream's next-ranked structures of the same group for released ones."""
+        """Decay others of the same group for released ones: upstream's next, or the hearing's."""
         if self._stage != "prune":
             return
         self._done += 1
@@ -263,7 +268,9 @@ class DepGraph(Adapter):
             if event.kind != "release":
                 continue
             assert self.dpm is not None
-            score = dependency.importance(self._pruner, self._groups[event.group])
+            score = self.dpm.worth(event.group)
+            if score is None:
+                score = dependency.importance(self._pruner, self._groups[event.group])
             score[~self.dpm.available(event.group)] = torch.inf
             lowest = score.argsort(stable=True)[: len(event.structures)]
             self.dpm.decay({event.group: lowest}, wave=event.wave + 1)

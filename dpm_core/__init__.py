@@ -22,6 +22,7 @@ from .pruning import DecayPruning, Event
 from .rectify import (
     Criterion,
     Evidence,
+    Exchange,
     Hearing,
     LeastResistant,
     RandomRelease,
@@ -40,6 +41,7 @@ __all__ = [
     "DisagreementError",
     "Event",
     "Evidence",
+    "Exchange",
     "GradientError",
     "GroupError",
     "Hearing",

@@ -43,6 +43,7 @@ def hold(
     batches: int,
     gate: float,
     processes: Processes | None = None,
+    read: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gate the given structures to ``gate`` and read the gates' derivatives over some batches.
 
@@ -51,15 +52,17 @@ def hold(
 
     Args:
         room: the model and its loss.
-        groups: the groups that have decaying structures; each needs owners.
+        groups: the groups that are heard; each needs owners.
         gated: for each group, the numbers of its decaying structures, int64 on the host.
         batches: how many times ``room.loss`` is run.
         gate: the gates' value, above zero.
         processes: among which the samples are shared out; ``None`` for one process.
+        read: for each group, the numbers of the structures whose gates are read, if not those in
+            ``gated``; one that is not among those has a gate of one.
 
     Returns:
         Mean and mean square, over all samples of all processes, of the derivative of a sample's
-        loss by the gate, for the structures of all groups in order, float64 on the device; in
+        loss by the gate, for the structures read of all groups in order, float64 on the device; in
         several processes on the host.
 
     Raises:
@@ -67,11 +70,12 @@ def hold(
         GradientError: a loss is not finite, or does not depend on the structures.
         DisagreementError: one of these in another process.
     """
+    read = gated if read is None else read
     if processes is None:
-        summed, samples = _listen(room, groups, gated, batches, gate)
+        summed, samples = _listen(room, groups, gated, batches, gate, read)
     else:
         with processes.together("a hearing"):
-            summed, samples = _listen(room, groups, gated, batches, gate)
+            summed, samples = _listen(room, groups, gated, batches, gate, read)
         samples = int(processes.total(torch.tensor(samples)))
         summed = processes.total(summed)
     mean, square = summed / samples
@@ -84,6 +88,7 @@ def _listen(
     gated: Sequence[Tensor],
     batches: int,
     gate: float,
+    read: Sequence[Tensor],
 ) -> tuple[Tensor, int]:
     """Sum and sum of squares over this process's samples, (2, C), and how many samples."""
     for group in groups:
@@ -99,7 +104,7 @@ def _listen(
     with _untouched(model), torch.enable_grad(), alone:
         for _ in range(batches):
             gates: list[tuple[int, Tensor, Tensor]] = []
-            with _gates(groups, gated, gate, gates):
+            with _gates(groups, gated, read, gate, gates):
                 loss = room.loss()
             if not bool(torch.isfinite(loss)):
                 raise GradientError(
@@ -128,7 +133,7 @@ def _listen(
                 )
             per_sample = [
                 torch.zeros(size, len(numbers), dtype=torch.float64, device=loss.device)
-                for numbers in gated
+                for numbers in read
             ]
             for (number, _, index), derivative in zip(gates, found, strict=True):
                 if derivative is not None:
@@ -143,12 +148,15 @@ def _listen(
 def _gates(
     groups: Sequence[StructureGroup],
     gated: Sequence[Tensor],
+    read: Sequence[Tensor],
     value: float,
     gates: list[tuple[int, Tensor, Tensor]],
 ) -> Iterator[None]:
     """While open, multiply owners' outputs by fresh gates and list (group, gate, index) of each."""
 
-    def hook_for(number: int, dim: int, index: Tensor, highest: int) -> Callable[..., Tensor]:
+    def hook_for(
+        number: int, dim: int, silent: Tensor, told: Tensor, highest: int
+    ) -> Callable[..., Tensor]:
         def multiply(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
             sound = isinstance(output, Tensor) and -output.dim() < dim < output.dim() and dim != 0
             if not sound:
@@ -156,7 +164,7 @@ def _gates(
                     f"an owner of group {groups[number].name!r} does not return a tensor with its "
                     f"structures along dim {dim}; name another module as the owner"
                 )
-            here = index.to(output.device)
+            silenced, here = silent.to(output.device), told.to(output.device)
             along = dim % output.dim()
             if highest >= output.shape[along] or (gates and gates[0][1].shape[0] != len(output)):
                 raise GroupError(
@@ -166,7 +174,7 @@ def _gates(
                 )
             wide = torch.promote_types(output.dtype, torch.float32)  # the derivative's, too
             z = output.new_ones(output.shape[0], output.shape[along], dtype=wide)
-            z[:, here.reshape(-1)] = value
+            z[:, silenced.reshape(-1)] = value
             z.requires_grad_()
             gates.append((number, z, here))
             shape = [output.shape[d] if d in (0, along) else 1 for d in range(output.dim())]
@@ -176,10 +184,11 @@ def _gates(
 
     handles = [
         owner.module.register_forward_hook(
-            hook_for(number, owner.dim, owner.index.cpu()[numbers], int(owner.index.max()))
+            hook_for(number, owner.dim, index[silent], index[told], int(index.max()))
         )
-        for number, (group, numbers) in enumerate(zip(groups, gated, strict=True))
+        for number, (group, silent, told) in enumerate(zip(groups, gated, read, strict=True))
         for owner in group.owners
+        for index in [owner.index.cpu()]
     ]
     try:
         yield

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -149,6 +151,7 @@ class DecayPruning:
         self._handles: list[RemovableHandle] = []
         self._room: Room | None = None
         self._plan: _Plan | None = None
+        self._worth: Tensor | None = None  # not saved: it serves the step in which it was heard
         self._skipped = False
         self._processes: Processes | None = None
         self._decided: float | None = None  # the digest of all decisions, once it is asked for
@@ -442,20 +445,14 @@ class DecayPruning:
             left = max(0, self.release_limit - int(self._ledger.immune.sum()))
             if int(limits.sum()) > left:  # every group gives up the same share
                 limits = limits * left // limits.sum()
-        derivative = fisher = None
+        derivative = fisher = worth = price = None
         if criterion.batches and bool((limits > 0).any()):
-            assert self._room is not None
-            heard = self._groups_of(plan.decaying)
-            gated = [
-                plan.decaying[self._group_of[plan.decaying] == self._names.index(g.name)]
-                - self._start[g.name]
-                for g in heard
-            ]
-            found = hold(
-                self._room, heard, gated, criterion.batches, criterion.gate, self._processes
-            )
-            self.heard += criterion.batches
-            derivative, fisher = torch.stack(found).cpu()[:, due]
+            derivative, fisher = self._hold(plan.decaying)[:, numbers]
+            if self._worth is not None:
+                known = self._worth
+                worth = known[numbers]
+                lists = [known[free & (self._group_of == g)].sort().values for g in groups]
+                price = pad_sequence(lists, batch_first=True, padding_value=math.inf)
         elif criterion.batches:
             return torch.zeros(numbers.numel(), dtype=torch.bool)
         evidence = Evidence(
@@ -465,8 +462,51 @@ class DecayPruning:
             self._typical(plan)[groups][cohort],
             derivative,
             fisher,
+            worth,
+            price,
         )
         return criterion.choose(evidence, limits, self.clock)
+
+    def _hold(self, decaying: Tensor) -> Tensor:
+        """What a hearing tells of every structure: mean derivative by its gate, and mean square.
+
+        Returns:
+            (2, total) float64 on the host, NaN for what was not read.
+        """
+        assert self.rectify is not None
+        assert self._room is not None
+        criterion, heard = self.rectify.criterion, self._groups_of(decaying)
+        gated = [
+            decaying[self._group_of[decaying] == self._names.index(g.name)] - self._start[g.name]
+            for g in heard
+        ]
+        read, numbers = gated, decaying
+        if criterion.exchanges:
+            read, numbers = [torch.arange(g.size) for g in heard], self._numbers_of(heard)
+        found = hold(
+            self._room, heard, gated, criterion.batches, criterion.gate, self._processes, read
+        )
+        self.heard += criterion.batches
+        told = torch.full((2, self._ledger.phase.numel()), math.nan, dtype=torch.float64)
+        told[:, numbers] = torch.stack(found).cpu()
+        if criterion.exchanges:
+            self._worth = told[1] / 2 - told[0]
+        return told
+
+    def worth(self, group: str) -> Tensor | None:
+        """What the structures of a group are worth by the last hearing of an exchange.
+
+        See :class:`~dpm_core.Exchange`. An adapter decays the cheapest :meth:`available` ones in
+        place of those that were released.
+
+        Returns:
+            (K,) float64 on the host, in units of the loss, NaN where nothing was heard; ``None``
+            where the criterion does not exchange, or has not decided yet.
+        """
+        if self._worth is None:
+            return None
+        start = self._first_of(group)
+        return self._worth[start : start + self.groups[group].size].clone()
 
     def _judged(self) -> Tensor:
         """Which structures have had their decision in a wave that is heard; (total,) bool."""

@@ -17,6 +17,7 @@ from adapters.base import Adapter, AdapterError
 from dpm_core import (
     ConfigurationError,
     Criterion,
+    Exchange,
     Hearing,
     LeastResistant,
     RandomRelease,
@@ -102,7 +103,7 @@ class Smooth(_Table):
 class Rectify(_Table):
     """Self-Rectifying; ``criterion`` with its own settings, the rest as in the core."""
 
-    criterion: Literal["trajectory", "hearing"] = "trajectory"
+    criterion: Literal["trajectory", "hearing", "exchange"] = "trajectory"
     rate: float | None = None
     length: float | None = None
     batches: int | None = None
@@ -119,15 +120,18 @@ class Rectify(_Table):
             control: release as many as the criterion would, but at random or the least resistant.
             seed: of the random control.
         """
-        settings = {"trajectory": ("rate", "length"), "hearing": ("batches", "threshold")}
-        given = {k: v for k in sum(settings.values(), ()) if (v := getattr(self, k)) is not None}
-        for key in given.keys() - set(settings[self.criterion]):
-            raise ConfigurationError(f"{key} is no setting of the criterion {self.criterion!r}")
-        makers: dict[str, type[Trajectory | Hearing]] = {
+        kinds: dict[str, type[Trajectory] | type[Hearing] | type[Exchange]] = {
             "trajectory": Trajectory,
             "hearing": Hearing,
+            "exchange": Exchange,
         }
-        criterion: Criterion = makers[self.criterion](**given)
+        kind = kinds[self.criterion]
+        own = {f.name for f in fields(kind) if f.init}
+        keys = ("rate", "length", "batches", "threshold")
+        given = {k: v for k in keys if (v := getattr(self, k)) is not None}
+        for key in given.keys() - own:
+            raise ConfigurationError(f"{key} is no setting of the criterion {self.criterion!r}")
+        criterion: Criterion = kind(**given)
         if control == "random":
             criterion = RandomRelease(criterion, seed)
         elif control == "least-resistant":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,19 +87,24 @@ def pruner(
     normalizer: str,
     reg: float,
     ignored: Sequence[str],
+    drawn: int | None = None,
 ) -> tp.pruner.GroupNormPruner:
     """Upstream's GroupNormPruner with the group magnitude (p = 2), free of shared defaults.
 
     The attentions that are :class:`~third_party.attention.SplitAttention` lose whole heads, as
-    large a share as ``ratio``; they are ranked among one another.
+    large a share as ``ratio``; they are ranked among one another. With ``drawn``, a seed, channels
+    are drawn instead of ranked.
     """
+    importance = tp.importance.GroupMagnitudeImportance(p=2, normalizer=normalizer)
+    if drawn is not None:
+        importance = _drawn(model, drawn)
     heads = {part: a.heads for a in _attentions(model) for part in (a.query, a.key, a.value)}
     with modes_kept(model), _all_trainable(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return tp.pruner.GroupNormPruner(
             model,
             example,
-            importance=tp.importance.GroupMagnitudeImportance(p=2, normalizer=normalizer),
+            importance=importance,
             reg=reg,
             global_pruning=global_pruning,
             pruning_ratio=ratio,
@@ -112,6 +118,17 @@ def pruner(
             prune_head_dims=False,
             head_pruning_ratio=ratio,
         )
+
+
+def _drawn(model: nn.Module, seed: int) -> Callable[..., Tensor]:
+    """An importance that knows nothing: always the same for a layer, a channel and a seed."""
+    names = {m: n for n, m in model.named_modules()}
+
+    def importance(group: Any, **_: object) -> Tensor:
+        key = zlib.crc32(f"{seed} {names[group[0].dep.target.module]}".encode())
+        return torch.rand(len(group[0].idxs), generator=torch.Generator().manual_seed(key))
+
+    return importance
 
 
 def _attentions(model: nn.Module) -> list[SplitAttention]:

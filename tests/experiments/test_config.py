@@ -126,7 +126,7 @@ WRONG = {
     "an unknown criterion": (
         {"rectify.criterion": "oracle"},
         "rectify.criterion",
-        "'trajectory' or 'hearing'",
+        "'trajectory', 'hearing' or 'exchange'",
     ),
     # contradictions
     "a setting of hearing": ({"rectify.threshold": 0.1}, "threshold", "'trajectory'"),
