@@ -60,7 +60,11 @@ class DepGraphOptions:
 
 
 class DepGraph(Adapter):
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        skipped: the root layers of groups that ``skip_unsupported`` leaves as they are, and why.
+    """
 
     Options: ClassVar[type] = DepGraphOptions
     stages: ClassVar[Mapping[str, bool]] = {"sparse": False, "prune": True}
@@ -74,9 +78,10 @@ class DepGraph(Adapter):
         self._stage = ""
         self._pruner: Any = None
         self._groups: dict[str, UpstreamGroup] = {}
+        self.skipped: dict[str, str] = {}
         if options.skip_unsupported:
-            refused = dependency.unsupported(self._new_pruner(context.model))
-            self._ignored = sorted({*self._ignored, *refused})
+            self.skipped = dependency.unsupported(self._new_pruner(context.model))
+            self._ignored = sorted({*self._ignored, *self.skipped})
 
     # ------------------------------------------------------------------ the target
 

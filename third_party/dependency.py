@@ -93,7 +93,12 @@ def pruner(
     large a share as ``ratio``; they are ranked among one another.
     """
     heads = {part: a.heads for a in _attentions(model) for part in (a.query, a.key, a.value)}
-    with modes_kept(model), _all_trainable(model), warnings.catch_warnings():
+    with (
+        modes_kept(model),
+        _all_trainable(model),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         return tp.pruner.GroupNormPruner(
             model,

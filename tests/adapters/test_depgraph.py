@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from importlib import metadata
 
@@ -115,6 +116,17 @@ def test_sp_selects_exactly_what_base_removes(name, options):
     DepGraph.shrink(model, example, [(r, list(c)) for r, c in base.removed])
     expected = base.context.model.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+def test_gradients_that_are_off_do_not_hinder_upstreams_tracing():
+    models = []
+    for off in (False, True):
+        adapter = DepGraph(context(small_resnet(), "base"), DepGraphOptions(ratio=0.5))
+        adapter.begin("prune", adapter.optimizer("prune"), lambda: torch.zeros(()))
+        with torch.no_grad() if off else contextlib.nullcontext():
+            adapter.remove()
+        models.append(adapter.context.model.state_dict())
+    assert all(torch.equal(models[0][k], v) for k, v in models[1].items())
 
 
 def test_a_ratio_removes_that_share_of_channels():
