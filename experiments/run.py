@@ -197,7 +197,8 @@ def run(request: Request) -> Path:
             "latency": {
                 "batch": LATENCY_BATCH,
                 **latency(
-                    {"dense": dense, "pruned": model}, images.normalize(images.test[:LATENCY_BATCH])
+                    {"dense": dense, "masked": loop.masked, "pruned": model},
+                    images.normalize(images.test[:LATENCY_BATCH]),
                 ),
             },
             "seconds": p.seconds,
@@ -361,6 +362,11 @@ def _framework_loop(
     )
     if saved is not None and saved["part"] == "framework":
         _restore(loop, saved)
+        if saved.get("masked") is not None:
+            loop.masked = copy.deepcopy(dense)
+            before = _adapter(request, images, loop.masked, example)
+            before.restore_model({**saved["adapter"], "removed": None})
+            loop.masked.load_state_dict(saved["masked"])
     return loop, adapter
 
 
@@ -374,6 +380,7 @@ def _save(request: Request, part: str, loop: Loop) -> None:
             "part": part,
             "progress": asdict(loop.progress),
             "model": loop.model.state_dict(),
+            "masked": loop.masked.state_dict() if loop.masked is not None else None,
             "optimizer": loop.optimizer.state_dict(),
             "adapter": loop.adapter.state_dict() if loop.adapter is not None else None,
             "random": torch.get_rng_state(),
