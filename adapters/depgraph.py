@@ -72,9 +72,11 @@ class DepGraph(Adapter):
     def __init__(self, context: Context, options: DepGraphOptions) -> None:
         super().__init__(context, options)
         self.check_ignored(options.ignored)
-        self._ignored = sorted(
-            {*options.ignored, *dependency.output_layers(context.model, context.example)}
-        )
+        try:
+            last = dependency.output_layers(context.model, context.example)
+        except dependency.TraceError as cause:
+            raise AdapterError(str(cause)) from cause
+        self._ignored = sorted({*options.ignored, *last})
         self._stage = ""
         self._pruner: Any = None
         self._groups: dict[str, UpstreamGroup] = {}

@@ -42,13 +42,47 @@ class SmallResNet(nn.Module):
 
 
 def small_resnet(seed: int = 0) -> nn.Module:
+    return _awake(SmallResNet, seed)
+
+
+def _awake(kind: type[nn.Module], seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = SmallResNet()
+    model = kind()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
     return model
+
+
+class Mixed(nn.Module):
+    """A depthwise and a grouped convolution, a concatenation, a shared module, and a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.grouped = nn.Conv2d(12, 16, 3, 2, padding=1, groups=4, bias=False)
+        self.grouped_norm = nn.BatchNorm2d(16)
+        self.aside, self.aside_norm = nn.Conv2d(12, 10, 1, 2), nn.BatchNorm2d(10)
+        self.both_norm = nn.BatchNorm2d(26)  # of both
+        self.narrow = nn.Conv2d(26, 10, 1)
+        self.shared = nn.Conv2d(10, 10, 3, padding=1)  # runs twice
+        self.norms = nn.ModuleList([nn.BatchNorm2d(10), nn.BatchNorm2d(10)])
+        self.hidden = nn.Linear(10 * 16, 14)
+        self.head = nn.Linear(14, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.depthwise(functional.relu(self.norm(self.stem(x)))))
+        parts = [self.grouped_norm(self.grouped(x)), self.aside_norm(self.aside(x))]
+        x = functional.relu(self.narrow(functional.relu(self.both_norm(torch.cat(parts, 1)))))
+        for norm in self.norms:
+            x = functional.relu(norm(self.shared(x)))
+        return self.head(functional.relu(self.hidden(x.flatten(1))))
+
+
+def mixed(seed: int = 0) -> nn.Module:
+    return _awake(Mixed, seed)
 
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -112,6 +146,15 @@ CASES = [
         {"sparse": 7, "prune": 16},
         0.5,
         {"speed_up": 1e6},
+    ),
+    Case(
+        "depgraph-mixed",
+        "depgraph",
+        _DEPGRAPH,
+        {"prune": 16},
+        0.5,
+        {"speed_up": 1e6},
+        build=mixed,
     ),
     Case(
         "otov2",
