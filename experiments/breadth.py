@@ -228,8 +228,8 @@ def prune(dense: nn.Module, example: Tensor, variant: str) -> tuple[Row, dict[st
     adapter.check()
 
     def loss() -> Tensor:
-        images, labels = torch.randn_like(example), torch.randint(CLASSES, (len(example),))
-        return functional.cross_entropy(model(images), labels)
+        logits = model(torch.randn_like(example))
+        return functional.cross_entropy(logits, torch.randint(logits.shape[1], (len(example),)))
 
     optimizer = adapter.optimizer("prune")
     adapter.begin("prune", optimizer, loss)
@@ -295,7 +295,7 @@ def failure(variants: Mapping[str, Row]) -> str:
 def in_process(name: str, seconds: float) -> Row:
     """:func:`measure` in a process of its own, which may crash or take too long."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["experiments.breadth"])  # PyTorch is loaded once for all
+    processes.set_forkserver_preload(["torchvision", "adapters.depgraph"])  # once for all
     receiver, sender = processes.Pipe(duplex=False)
     process = processes.Process(target=_tell, args=(name, torch.get_num_threads(), sender))
     started = time.perf_counter()
@@ -398,19 +398,25 @@ def read(path: Path) -> list[Row]:
 # ---------------------------------------------------------------------- what is told
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The page: what was done, the table, and what failed or was left out, with the reasons."""
+def markdown(rows: Sequence[Row], missing: Sequence[str] = ()) -> str:
+    """The page: what was done, the table, and what failed or was left out, with the reasons.
+
+    Args:
+        rows: as :func:`collect` gives them.
+        missing: names of networks that have no row yet.
+    """
     header = ["network", "has", "parameters, M", "images", "structures decayed", "MACs left, %"]
     header += ["sp", "sr", "released in sr", "largest difference", "CPU seconds", "left out"]
     count = {o: sum(r["outcome"] == o for r in rows) for o in ("works", "fails", "not run")}
+    also = f", {len(missing)} more are still to be measured" if missing else ""
     parts = [
         "# Networks of torchvision",
         NOTICE,
         f"{count['works']} of {len(rows)} classification networks work, {count['fails']} fail, "
-        f"{count['not run']} were not run. Random weights, {CLASSES} classes, images of noise in "
-        f"batches of {BATCH}. DepGraph chooses {100 * RATIO:g}% of every group, and the decay "
-        f"takes {SMOOTH['sp'].steps} steps in sp and {SMOOTH['sr'].steps} in sr, which releases as "
-        "many as it may, so that others have to take their place.",
+        f"{count['not run']} were not run{also}. Random weights, {CLASSES} classes, images of "
+        f"noise in batches of {BATCH}. DepGraph chooses {100 * RATIO:g}% of every group, and the "
+        f"decay takes {SMOOTH['sp'].steps} steps in sp and {SMOOTH['sr'].steps} in sr, which "
+        "releases as many as it may, so that others have to take their place.",
         "*sp*, *sr*: yes, if as many structures were removed as upstream had chosen, at the same "
         "MACs in both, and the small model's outputs equal the zeroed model's. *Largest "
         "difference* is that of the outputs of the two, as a share of what images make them "
@@ -426,6 +432,8 @@ def markdown(rows: Sequence[Row]) -> str:
         ]
         if listed:
             parts += [f"## {title}", "\n".join(listed)]
+    if missing:
+        parts += ["## Still to be measured", ", ".join(missing)]
     if reasons := _reasons(rows):
         parts += ["## What is left out", reasons]
     parts += ["## Machine and versions", _made(rows)]
@@ -508,7 +516,8 @@ def main(arguments: list[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    save_text(args.out, markdown(rows))
+    there = {row["network"] for row in rows}
+    save_text(args.out, markdown(rows, [n for n in networks() if n not in there]))
     print(args.out)
     return 0
 

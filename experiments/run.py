@@ -104,6 +104,7 @@ def run(request: Request) -> Path:
             path.unlink(missing_ok=True)
     if finished(request):
         if request.resume:
+            checkpoint_path.unlink(missing_ok=True)  # there, if it was killed right before this
             return record_path
         raise RunError(f"{record_path} is there already; --force throws it away and runs anew")
     saved = _checkpoint(checkpoint_path, request)

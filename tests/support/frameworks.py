@@ -81,6 +81,24 @@ class Mixed(nn.Module):
         return self.head(functional.relu(self.hidden(x.flatten(1))))
 
 
+class Shuffled(nn.Module):
+    """Channels are split, joined and shuffled by a reshape, which torch-pruning cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.aside = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)])
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.stem(x))
+        for conv in self.aside:
+            left, right = x.chunk(2, 1)
+            x = torch.cat([left, functional.relu(conv(right))], 1)
+            x = x.unflatten(1, (2, -1)).transpose(1, 2).reshape(x.shape)
+        return self.head(x.mean((2, 3)))
+
+
 def mixed(seed: int = 0) -> nn.Module:
     return _awake(Mixed, seed)
 
