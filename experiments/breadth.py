@@ -37,6 +37,7 @@ from third_party.attention import SplitAttention, split_attention
 from third_party.groups import UnsupportedLayerError
 from third_party.upstreams import require
 
+from .__main__ import STOPPED
 from .files import save_text
 from .run import RunError, device_name, revision
 from .table import grid
@@ -61,6 +62,7 @@ precision, where the rounding of the deepest network stays far below and any sli
 zero far above; in single precision the two can be hard to tell apart."""
 MOVED = 1e-3
 """The small model's outputs have to differ from the dense one's by so much of the same at least."""
+UNLIKE = "sp and sr removed unlike amounts"
 KNOWN = (AdapterError, DecayPruningError, UnsupportedLayerError, RunError)
 
 
@@ -285,7 +287,7 @@ def failure(variants: Mapping[str, Row]) -> str:
         if not found["moved"] > MOVED:
             return f"{name}: the outputs are those of the dense network, which shows nothing"
     if len({(found["pruned"], found["macs"]) for found in variants.values()}) > 1:
-        return "sp and sr removed unlike amounts"
+        return UNLIKE
     return ""
 
 
@@ -340,7 +342,8 @@ def collect(
 
     Args:
         names: of networks.
-        path: the file of rows. Those there that say ``not run`` are tried again.
+        path: the file of rows. Those there that say ``not run`` are tried again: they were too
+            large, or took too long.
         largest: networks with more parameters are not run.
         run: gives a network's row.
 
@@ -447,12 +450,12 @@ def _cells(row: Row) -> list[str]:
     variants = row.get("variants", {})
     if row["outcome"] == "not run" or set(variants) != set(SMOOTH):
         return [*cells, "-", "-", *[_verdict(row)] * 2, "-", "-", f"{row['seconds']:.0f}", "-"]
-    sr = variants["sr"]
+    sr, unlike = variants["sr"], failure(variants) == UNLIKE
     return [
         *cells,
         str(sr["decayed"]),
         f"{100 * sr['macs'] / row['macs']:.1f}",
-        *("no" if failure({v: variants[v]}) else "yes" for v in SMOOTH),
+        *("no" if failure({v: variants[v]}) or unlike else "yes" for v in SMOOTH),
         str(sr["released"]),
         f"{max(found['difference'] for found in variants.values()):.0e}",
         f"{row['seconds']:.0f}",
@@ -470,12 +473,8 @@ def _line(text: str) -> str:
 
 def _reasons(rows: Sequence[Row]) -> str:
     """Of every network the first group that stays as it is, with the reason."""
-    found = []
-    for row in rows:
-        for n, why in enumerate(row.get("skipped", {}).values()):
-            if n == 0:
-                found.append(f"- {row['network']} ({len(row['skipped'])}): {_line(why)}")
-    return "\n".join(found)
+    found = [(r["network"], list(r.get("skipped", {}).values())) for r in rows]
+    return "\n".join(f"- {name} ({len(why)}): {_line(why[0])}" for name, why in found if why)
 
 
 def _made(rows: Sequence[Row]) -> str:
@@ -496,6 +495,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--time-limit", type=float, default=600.0, help="seconds for one network")
     top.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     top.add_argument("--force", action="store_true", help="measure anew what is there, too")
+    top.add_argument("--render", action="store_true", help="measure nothing, write the table")
     top.add_argument("--records", type=Path, default=RECORDS, help="a line for each network")
     top.add_argument("--out", type=Path, default=TABLE, help="the table")
     return top
@@ -507,6 +507,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     try:
         names = args.networks.split(",") if args.networks else networks()
+        names = [] if args.render else names
         if args.force:
             kept = [row for row in read(args.records) if row["network"] not in names]
             save_text(args.records, "".join(f"{json.dumps(row)}\n" for row in kept))
@@ -516,6 +517,9 @@ def main(arguments: list[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is kept, the same command goes on", file=sys.stderr)
+        return STOPPED
     there = {row["network"] for row in rows}
     save_text(args.out, markdown(rows, [n for n in networks() if n not in there]))
     print(args.out)

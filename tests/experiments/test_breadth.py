@@ -195,14 +195,17 @@ def cells(text: str, name: str) -> list[str]:
 def test_the_page_says_what_works_what_fails_and_why():
     failing = made_up("bad")
     failing["variants"]["sr"]["difference"] = 0.25
+    unlike = made_up("unlike", outcome="fails", message=breadth.UNLIKE)
+    unlike["variants"]["sr"]["macs"] = 51
     failing |= {"outcome": "fails", "message": "sr: outputs differ"}
     untraced = made_up("lost", outcome="fails", message="at 'stem':\ntoo odd", variants={})
     large = {"network": "huge", "parameters": 9e8, "seconds": 0.0, "outcome": "not run"}
     large |= {k: made_up("huge")[k] for k in ("versions", "revision", "device", "threads")}
     large["message"] = "more than 1 M parameters"
     left = made_up("vit", skipped={"embed": "'norm' is a LayerNorm", "other": "the same"})
-    text = markdown([failing, made_up("good"), large, untraced, left], ["late", "later"])
-    assert "2 of 5 classification networks work, 2 fail, 1 were not run, 2 more are" in text
+    text = markdown([failing, made_up("good"), large, untraced, left, unlike], ["late", "later"])
+    assert "2 of 6 classification networks work, 3 fail, 1 were not run, 2 more are" in text
+    assert cells(text, "unlike")[6:8] == ["no", "no"]
     assert "late, later" in text.splitlines()
     assert cells(text, "good") == [
         *["good", "grouped", "1.5", "64", "7", "50.0", "yes", "yes", "2", "2e-14", "3", "0"]
@@ -220,13 +223,15 @@ def test_the_page_says_what_works_what_fails_and_why():
         assert line in text.splitlines()
 
 
-def test_the_command_writes_the_table_from_what_is_there(tmp_path, capsys):
+@pytest.mark.parametrize("asked", [["--networks", "resnet18"], ["--render"]])
+def test_the_command_writes_the_table_from_what_is_there(tmp_path, capsys, asked):
     records, out = tmp_path / "models.jsonl", tmp_path / "models.md"
     records.write_text(json.dumps(made_up("resnet18")) + "\n")
-    arguments = ["--networks", "resnet18", "--records", str(records), "--out", str(out)]
+    arguments = [*asked, "--records", str(records), "--out", str(out)]
     assert main(arguments) == 0
     assert capsys.readouterr().out.strip() == str(out)
     assert cells(out.read_text(), "resnet18")[6] == "yes"
+    assert "vgg11" in out.read_text()  # is still to be measured
     records.write_text('{"network": "resnet18"}\n')
     assert main(arguments) == 2
     assert "cannot be read" in capsys.readouterr().err
