@@ -22,7 +22,7 @@ def test_a_run_killed_at_any_point_of_removing_and_saving_goes_on_to_the_same_en
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    lines = killed.AT_REMOVAL + killed.AT_END + 1 + killed.ANYWHERE
+    lines = killed.AT_REMOVAL + killed.IN_WRITING + killed.AT_END + 1 + killed.ANYWHERE
     assert len(found) == lines + 1  # those killed after some time are one run
     assert sum(f["killed"] for f in found) == len(found)
     for f in found:

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.saved import read
+from adapters.saved import read, write
 from experiments.run import MODEL, Request, run
 from experiments.training import Stopped
 from tests.support import tiny
@@ -43,7 +43,7 @@ WATCHED = tuple(
 )
 # Of 4 + 8 + 16 steps; what was released is replaced, and all is zero and removed, after the 21st.
 BEFORE_REMOVAL = 20
-AT_REMOVAL, AT_END, ANYWHERE, AT_TIMES = 8, 5, 2, 6
+AT_REMOVAL, IN_WRITING, AT_END, ANYWHERE, AT_TIMES = 6, 10, 3, 2, 6
 """How often it is killed where."""
 
 
@@ -55,11 +55,13 @@ class Lines:
         last: the line at which to end; 0 for none.
         count: lines so far.
         marks: the count when the removal began and ended, and when the saving began.
+        writing: the counts of lines in which some file is being written.
     """
 
     last: int
     count: int = 0
     marks: dict[str, int] = field(default_factory=dict)
+    writing: list[int] = field(default_factory=list)
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
@@ -67,6 +69,8 @@ class Lines:
             return None
         if event == "line":
             self.count += 1
+            if code is write.__code__:
+                self.writing.append(self.count)
             if self.count == self.last:
                 os.kill(os.getpid(), signal.SIGKILL)
         elif code.co_name in ("_remove", "save_pruned"):
@@ -85,7 +89,8 @@ def carry_out(request: Request, last: int = 0, seconds: float | None = None) -> 
                 sys.settrace(lines)
             run(request)
             sys.settrace(None)
-            os.write(writer, json.dumps(lines.marks | {"end": lines.count}).encode())
+            said = {**lines.marks, "end": lines.count, "writing": lines.writing}
+            os.write(writer, json.dumps(said).encode())
             os._exit(0)
         except BaseException:
             traceback.print_exc()
@@ -94,11 +99,11 @@ def carry_out(request: Request, last: int = 0, seconds: float | None = None) -> 
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-    said = os.read(reader, 1000)
+    told = os.read(reader, 1 << 16)
     os.close(reader)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run failed; see above"
-    return {"killed": os.WIFSIGNALED(status), "marks": json.loads(said) if said else {}}
+    return {"killed": os.WIFSIGNALED(status), "marks": json.loads(told) if told else {}}
 
 
 def load_all(out: Path) -> list[str]:
@@ -133,6 +138,7 @@ def main(folder: Path) -> None:
     usual = time.perf_counter() - started
     start, end = marks["_remove call"], marks["_remove return"]
     points = [("removal", draw.randint(start + 1, end)) for _ in range(AT_REMOVAL)]
+    points += [("writing", line) for line in draw.sample(marks["writing"], IN_WRITING)]
     saving, last = marks["save_pruned call"] + 1, marks["end"]
     points += [("end", draw.randint(saving, last)) for _ in range(AT_END)]
     points += [("end", last - 1)]  # the record is there, and the checkpoint still is
