@@ -128,7 +128,9 @@ def _place(cause: Exception, model: nn.Module) -> str | None:
     kind = found[-1].module
     if kind in names:
         return f"at {names[kind]!r}"
-    behind = ", ".join(map(repr, sorted(layers))) or "the input"
+    behind = ", ".join(map(repr, sorted(layers)[:4])) or "the input"
+    if len(layers) > 4:
+        behind += f" and {len(layers) - 4} more"
     operation = type(kind).__name__.strip("_").removesuffix("Op").lower()
     return f"through the {operation} behind {behind}"
 
