@@ -32,7 +32,7 @@ launch = $(if $(filter-out 1,$(NPROC)),torch.distributed.run --standalone --npro
 small = $(CONFIGS)/$(FRAMEWORK)-$(if $(filter-out digits,$(DATA)),$(NETWORK),digits).toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint $(BENCHES) compare bench-overhead table plots report results notebooks docs clean
+.PHONY: help setup demo test lint $(BENCHES) compare bench-overhead table table-models plots report results notebooks docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1|\2/' \
@@ -74,6 +74,9 @@ table: $(SETUP) ## the table of the runs in OUT=runs, or of the kept records: RE
 
 report: $(SETUP) ## one page to look at, report.html in OUT: tables, plots, latency
 	@$(PY) -m experiments report $(SHOWN) --out $(OUT)
+
+table-models: $(SETUP) ## which of torchvision's networks can be pruned; measures what is missing
+	@$(PY) -m experiments.breadth $(FLAGS)
 
 plots: $(SETUP) ## the plots of all finished runs in OUT=runs
 	@$(PY) -m experiments plots --out $(OUT)

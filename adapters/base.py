@@ -321,7 +321,8 @@ class Adapter(ABC):
     def restore_model(self, state: Mapping[str, Any]) -> None:
         """Give the freshly built dense model the layers that it had when the state was made.
 
-        Its values are loaded next, then its optimizer, then :meth:`load_state_dict` is called.
+        Its values are loaded next, then its optimizer, then :meth:`load_state_dict` is called. A
+        state that says ``None`` of ``removed`` gives the layers from before the removal.
         """
         self.removed = state["removed"]
         if self.removed is not None:

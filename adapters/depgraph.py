@@ -76,7 +76,11 @@ class DepGraphOptions:
 
 
 class DepGraph(Adapter):
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        skipped: the root layers of groups that ``skip_unsupported`` leaves as they are, and why.
+    """
 
     Options: ClassVar[type] = DepGraphOptions
     stages: ClassVar[Mapping[str, bool]] = {"sparse": False, "prune": True}
@@ -85,9 +89,11 @@ class DepGraph(Adapter):
     def __init__(self, context: Context, options: DepGraphOptions) -> None:
         super().__init__(context, options)
         self.check_ignored(options.ignored)
-        self._ignored = sorted(
-            {*options.ignored, *dependency.output_layers(context.model, context.example)}
-        )
+        try:
+            last = dependency.output_layers(context.model, context.example)
+        except dependency.TraceError as cause:
+            raise AdapterError(str(cause)) from cause
+        self._ignored = sorted({*options.ignored, *last})
         self._stage = ""
         self._pruner: Any = None
         self._groups: dict[str, UpstreamGroup] = {}
@@ -95,9 +101,10 @@ class DepGraph(Adapter):
         self._round = 0  # rounds that are over: their removal is done
         self._chosen = False  # whether the present round's decision has fallen
         self._left: dict[str, list[int]] = {}  # by group, what is left of the dense model's numbers
+        self.skipped: dict[str, str] = {}
         if options.skip_unsupported:
-            refused = dependency.unsupported(self._new_pruner(context.model))
-            self._ignored = sorted({*self._ignored, *refused})
+            self.skipped = dependency.unsupported(self._new_pruner(context.model))
+            self._ignored = sorted({*self._ignored, *self.skipped})
         # The model is the dense one, in a resumed run, too: it is made smaller later.
         self._macs = count_macs(context.model, context.example)
         self._counts: dict[str, int] = {}

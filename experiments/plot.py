@@ -515,20 +515,35 @@ def draw_releases_by_group(
     return figure
 
 
+def masked_latencies(runs: Sequence[Record]) -> list[float]:
+    """Those of the runs that had a masked model, and a record that says so."""
+    return [r["latency"]["masked"] for r in runs if r["latency"].get("masked") is not None]
+
+
 def draw_latency(
     members: Sequence[Record], title: str = "", size: tuple[float, float] = (7, 4)
 ) -> Figure:
-    """Milliseconds of a forward pass, dense and pruned, side by side; mean and spread."""
+    """Milliseconds of a forward pass, side by side; mean and spread.
+
+    Dense, masked (hatched) where a record has it, and pruned.
+    """
     figure, axis = plt.subplots(figsize=size, layout="constrained")
     grouped = by_variant(members)
-    for kind, shift in (("dense", -0.19), ("pruned", 0.19)):
-        values = [[r["latency"][kind] for r in runs] for runs in grouped.values()]
+    kinds = ["dense", *["masked"] * bool(masked_latencies(members)), "pruned"]
+    height = 0.76 / len(kinds)
+    for k, kind in enumerate(kinds):
+        rows = [
+            (i, v, [r["latency"][kind] for r in runs])
+            for i, (v, runs) in enumerate(grouped.items())
+            if kind != "masked" or len(masked_latencies(runs)) == len(runs)
+        ]
         axis.barh(
-            [i + shift for i in range(len(grouped))],
-            [statistics.fmean(v) for v in values],
-            height=0.36,
-            color=[DENSE if kind == "dense" else COLOURS[v] for v in grouped],
-            xerr=[summary(v)["spread"] or 0.0 for v in values],
+            [i + (k - (len(kinds) - 1) / 2) * height for i, _, _ in rows],
+            [statistics.fmean(values) for _, _, values in rows],
+            height=0.95 * height,
+            color=[COLOURS[v] if kind == "pruned" else DENSE for _, v, _ in rows],
+            hatch="///" if kind == "masked" else None,
+            xerr=[summary(values)["spread"] or 0.0 for _, _, values in rows],
             error_kw={"ecolor": mpl.rcParams["text.color"], "elinewidth": 1, "capsize": 3},
         )
     axis.set_yticks(range(len(grouped)), [NAMES[v] for v in grouped])

@@ -477,13 +477,17 @@ def _measured(members: Sequence[Record]) -> str:
 def _latency(page: _Page, members: Sequence[Record]) -> str:
     shown = _ends(members, lambda r: r["latency"]["pruned"], 2)
     before = _figure([r["latency"]["dense"] for r in members], 2)
+    masked = [m for m in members if plot.masked_latencies([m])]
+    between = f" Masked: {_ends(masked, lambda r: r['latency']['masked'], 2)};" * bool(masked)
     return page.figure(
         plot.draw_latency(members, size=SIZE),
-        "Latency, dense and pruned",
-        "Pale: dense; coloured: pruned. Median time of a forward pass, measured side by side in "
-        f"each run: {_measured(members)}. "
-        "Mean and spread over seeds.",
-        f"Bar chart of milliseconds per forward pass. Dense {before}; pruned: {shown}.",
+        "Latency, dense, masked and pruned" if masked else "Latency, dense and pruned",
+        "Pale: dense; "
+        + "hatched: masked, the model right before the removal, with its structures at zero; "
+        * bool(masked)
+        + "coloured: pruned. Median time of a forward pass, measured side by side in each run: "
+        f"{_measured(members)}. Mean and spread over seeds.",
+        f"Bar chart of milliseconds per forward pass. Dense {before};{between} pruned: {shown}.",
     )
 
 
@@ -492,6 +496,7 @@ def _speed(members: Sequence[Record]) -> str:
         [
             NAMES[v],
             _figure([r["latency"]["dense"] for r in runs], 2),
+            _figure(masked, 2) if (masked := plot.masked_latencies(runs)) else "-",
             _figure([r["latency"]["pruned"] for r in runs], 2),
             _figure([r["latency"]["dense"] / r["latency"]["pruned"] for r in runs], 2),
             _figure([100 * r["loading"] for r in runs], 1),
@@ -502,10 +507,14 @@ def _speed(members: Sequence[Record]) -> str:
     header = [
         "variant",
         "dense, ms",
+        "masked, ms",
         "pruned, ms",
         "times faster",
         "loading, % of step time",
         "seeds",
     ]
-    caption = f"Time of a forward pass: {_measured(members)}. Loading: making batches in training."
+    caption = (
+        f"Time of a forward pass: {_measured(members)}. Masked: the model right before the "
+        "removal, with its structures at zero. Loading: making batches in training."
+    )
     return _table(header, body, caption)

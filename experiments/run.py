@@ -110,6 +110,7 @@ def run(request: Request) -> Path:
     ranks.wait()
     if finished(request):
         if request.resume:
+            checkpoint_path.unlink(missing_ok=True)  # there, if it was killed right before this
             return record_path
         raise RunError(f"{record_path} is there already; --force throws it away and runs anew")
     saved = _checkpoint(checkpoint_path, request)
@@ -215,7 +216,8 @@ def run(request: Request) -> Path:
             "latency": {
                 "batch": LATENCY_BATCH,
                 **latency(
-                    {"dense": dense, "pruned": model}, images.normalize(images.test[:LATENCY_BATCH])
+                    {"dense": dense, "masked": loop.masked, "pruned": model},
+                    images.normalize(images.test[:LATENCY_BATCH]),
                 ),
             },
             "seconds": p.seconds,
@@ -403,6 +405,11 @@ def _framework_loop(
     )
     if saved is not None and saved["part"] == "framework":
         _restore(loop, saved)
+        if saved.get("masked") is not None:
+            loop.masked = copy.deepcopy(dense)
+            before = _adapter(request, images, loop.masked, example)
+            before.restore_model({**saved["adapter"], "removed": None})
+            loop.masked.load_state_dict(saved["masked"])
     return loop, adapter
 
 
@@ -418,6 +425,7 @@ def _save(request: Request, part: str, loop: Loop) -> None:
             "part": part,
             "progress": asdict(loop.progress),
             "model": loop.model.state_dict(),
+            "masked": loop.masked.state_dict() if loop.masked is not None else None,
             "optimizer": loop.optimizer.state_dict(),
             "adapter": loop.adapter.state_dict() if loop.adapter is not None else None,
             "random": torch.get_rng_state(),

@@ -66,6 +66,7 @@ class _Steps(BaseModel):
 class _Latency(BaseModel):
     batch: int
     dense: float
+    masked: float | None = None
     pruned: float
 
 

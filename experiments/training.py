@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -150,6 +150,8 @@ class Loop:
         save_every: seconds between checkpoints.
         progress: where the run stands.
         optimizer: of the present stage.
+        masked: the model as it was right before the removal, with its structures at zero; ``None``
+            before, and where they were cut at once.
         seconds_loading, seconds_training: spent in this process on batches, and on whole steps.
     """
 
@@ -166,6 +168,7 @@ class Loop:
     ranks: Ranks = field(default_factory=Ranks)
     progress: Progress = field(default_factory=Progress)
     optimizer: torch.optim.Optimizer | None = None
+    masked: nn.Module | None = None
     seconds_loading: float = 0.0
     seconds_training: float = 0.0
 
@@ -331,6 +334,7 @@ class Loop:
         # What is not zero yet, as in DepGraph's base, is cut off: there is nothing to compare.
         zero = adapter.dpm is not None or adapter.settled()
         before = outputs(self.model, probe)
+        self.masked = copy.deepcopy(self.model) if zero else None
         self._shrink(adapter)
         p.removed_at = p.total
         found = p.found.get("output_difference")
@@ -384,15 +388,18 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
     return out
 
 
-def latency(models: dict[str, nn.Module], images: Tensor, rounds: int = 15) -> dict[str, float]:
-    """Median time of a forward pass in milliseconds, by model.
+def latency(
+    models: Mapping[str, nn.Module | None], images: Tensor, rounds: int = 15
+) -> dict[str, float]:
+    """Median time of a forward pass in milliseconds, by model; nothing of those that are ``None``.
 
     The models take turns, so that a busy machine slows all alike: their ratio is the figure to
     trust.
     """
-    spent: dict[str, list[float]] = {name: [] for name in models}
+    there = {name: model for name, model in models.items() if model is not None}
+    spent: dict[str, list[float]] = {name: [] for name in there}
     for turn in range(rounds + 2):
-        for name, model in models.items():
+        for name, model in there.items():
             started = time.perf_counter()
             outputs(model, images)
             if images.is_cuda:

@@ -14,6 +14,7 @@ of a layer's last ones is.
 from __future__ import annotations
 
 import copy
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from .upstreams import require
 
 require("torch-pruning")
 import torch_pruning as tp  # noqa: E402  (only after its version is known)
+from torch_pruning.dependency import index_mapping  # noqa: E402
 
 ROOTS = [tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR]
 Plan = list[tuple[str, list[int]]]
@@ -61,19 +63,94 @@ def _all_trainable(model: nn.Module) -> Iterator[None]:
 
 def graph(model: nn.Module, example: Tensor) -> tp.DependencyGraph:
     """Upstream's dependency graph of a model, which stays in its mode."""
-    with modes_kept(model), _all_trainable(model), torch.enable_grad():
+    with modes_kept(model), _all_trainable(model), torch.enable_grad(), _explained(model):
         return tp.DependencyGraph().build_dependency(model, example, verbose=False)
 
 
+class TraceError(UnsupportedLayerError):
+    """Upstream cannot follow the channels through a network."""
+
+
+@contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    """Say where in the network upstream fails, while it traces and follows channels.
+
+    It takes reshapes for flattens by the number of channels it guesses behind them. Where that
+    goes wrong it fails at some later place, or multiplies positions for hours; so there is a bound.
+    """
+    bound = 16 * max((max(p.shape, default=1) for p in model.parameters()), default=1)
+    flatten = index_mapping._FlattenIndexMapping
+
+    class Bounded(flatten):  # type: ignore[misc, valid-type]
+        def __call__(self, idxs: Sequence[Any]) -> list[Any]:
+            if not self.reverse and len(idxs) * self._stride > bound:
+                raise OverflowError(
+                    f"{len(idxs)} channels would become {len(idxs) * self._stride} positions, more "
+                    "than any layer has"
+                )
+            return flatten.__call__(self, idxs)  # type: ignore[no-any-return]
+
+    index_mapping._FlattenIndexMapping = Bounded
+    try:
+        yield
+    except UnsupportedLayerError:
+        raise
+    except Exception as cause:
+        where = _place(cause, model)
+        if where is None:  # the network's own forward pass, say
+            raise
+        raise TraceError(
+            f"torch-pruning cannot follow the channels {where} ({type(cause).__name__}: {cause}). "
+            "Reshapes other than flattens, such as a channel shuffle, are not known to it; prune "
+            "this network by another framework, or write that part of it in other layers"
+        ) from cause
+    finally:
+        index_mapping._FlattenIndexMapping = flatten
+
+
+def _place(cause: Exception, model: nn.Module) -> str | None:
+    """Where in the graph upstream was: at a layer, or at an operation behind some."""
+    names = {m: n for n, m in model.named_modules()}
+    found: list[tp.dependency.Node] = []
+    for frame, _ in traceback.walk_tb(cause.__traceback__):
+        found += [v for v in frame.f_locals.values() if isinstance(v, tp.dependency.Node)][:1]
+    if not found:
+        return None
+    ahead, seen, layers = [found[-1]], set(), set()
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.module in names:
+            layers.add(names[node.module])
+        else:
+            ahead += node.inputs
+    kind = found[-1].module
+    if kind in names:
+        return f"at {names[kind]!r}"
+    behind = ", ".join(map(repr, sorted(layers)[:4])) or "the input"
+    if len(layers) > 4:
+        behind += f" and {len(layers) - 4} more"
+    operation = type(kind).__name__.strip("_").removesuffix("Op").lower()
+    return f"through the {operation} behind {behind}"
+
+
 def output_layers(model: nn.Module, example: Tensor) -> list[str]:
-    """Names of the layers whose outputs leave the network; their channels must stay."""
+    """Names of the layers whose outputs leave the network; their channels must stay.
+
+    Raises:
+        TraceError: upstream cannot follow the channels; the message names the layers, and why.
+    """
     built = graph(model, example)
     names = {m: n for n, m in model.named_modules()}
     found = []
-    for group in built.get_all_groups(root_module_types=ROOTS):
-        produced = [i for i in group.items if built.is_out_channel_pruning_fn(i.dep.handler)]
-        if any(not i.dep.target.outputs for i in produced):
-            found += [names[i.dep.target.module] for i in produced if i.dep.target.module in names]
+    with _explained(model):
+        for group in built.get_all_groups(root_module_types=ROOTS):
+            produced = [i for i in group.items if built.is_out_channel_pruning_fn(i.dep.handler)]
+            if any(not i.dep.target.outputs for i in produced):
+                inside = [i.dep.target.module for i in produced if i.dep.target.module in names]
+                found += [names[module] for module in inside]
     return sorted(set(found))
 
 
@@ -99,7 +176,13 @@ def pruner(
     if drawn is not None:
         importance = _drawn(model, drawn)
     heads = {part: a.heads for a in _attentions(model) for part in (a.query, a.key, a.value)}
-    with modes_kept(model), _all_trainable(model), warnings.catch_warnings():
+    with (
+        modes_kept(model),
+        _all_trainable(model),
+        torch.enable_grad(),
+        _explained(model),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         return tp.pruner.GroupNormPruner(
             model,

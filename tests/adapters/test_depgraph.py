@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from importlib import metadata
 
@@ -15,8 +16,9 @@ from adapters.base import AdapterError, Context, Stage, count_macs
 from adapters.depgraph import DepGraph, DepGraphOptions, structure_groups
 from dpm_core import Phase, SelfRectifying, SmoothPruning
 from experiments import models
-from tests.support.frameworks import CASES, EXAMPLE, Case, Drive, batch, small_resnet
+from tests.support.frameworks import CASES, EXAMPLE, Case, Drive, Shuffled, batch, small_resnet
 from third_party import dependency, upstreams
+from third_party.groups import UnsupportedLayerError
 
 STAGE = Stage(steps=8, steps_per_epoch=3, learning_rate=0.05)
 
@@ -115,6 +117,17 @@ def test_sp_selects_exactly_what_base_removes(name, options):
     DepGraph.shrink(model, example, [(r, list(c)) for r, c in base.removed])
     expected = base.context.model.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+def test_gradients_that_are_off_do_not_hinder_upstreams_tracing():
+    models = []
+    for off in (False, True):
+        adapter = DepGraph(context(small_resnet(), "base"), DepGraphOptions(ratio=0.5))
+        adapter.begin("prune", adapter.optimizer("prune"), lambda: torch.zeros(()))
+        with torch.no_grad() if off else contextlib.nullcontext():
+            adapter.remove()
+        models.append(adapter.context.model.state_dict())
+    assert all(torch.equal(models[0][k], v) for k, v in models[1].items())
 
 
 def test_a_ratio_removes_that_share_of_channels():
@@ -377,6 +390,19 @@ def test_a_batch_norm_without_weights_is_refused():
     )
     with pytest.raises(AdapterError, match=r"BatchNorm2d.*running mean"):
         DepGraph(context(model, "sp"), DepGraphOptions(ratio=0.5)).check()
+
+
+def test_what_upstream_cannot_follow_is_refused_with_the_layers_and_the_reason():
+    model = Shuffled()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(AdapterError, match=r"behind 'aside\.0', 'stem' .*positions.*shuffle"):
+        DepGraph(context(model), DepGraphOptions(ratio=0.5))
+    with pytest.raises(UnsupportedLayerError, match=r"behind 'aside\.0', 'stem'"):
+        structure_groups(model, EXAMPLE)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    # What goes wrong in the network itself is not upstream's.
+    with pytest.raises(RuntimeError, match="expected input"):
+        structure_groups(model, torch.randn(2, 4, 8, 8))
 
 
 def test_layers_that_make_the_output_are_left_alone():

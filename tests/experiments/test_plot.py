@@ -503,6 +503,19 @@ def test_latency_is_dense_and_pruned_with_its_spread():
     assert [t.get_text() for t in axis.get_yticklabels()] == ["base", "+SR"]
 
 
+def test_latency_shows_the_masked_model_where_every_run_of_a_variant_had_one():
+    members = [record("base", 0), record("sp", 0), record("sr", 0), record("sr", 1)]
+    members[1]["latency"]["masked"] = 2.5
+    members[2]["latency"]["masked"] = 3.0  # and not the other one of that variant
+    (axis,) = plot.draw_latency(members, "title").axes
+    dense, masked, pruned = (c for c in axis.containers if hasattr(c, "patches"))
+    assert (len(dense), len(masked), len(pruned)) == (3, 1, 3)
+    assert masked[0].get_width() == 2.5
+    assert masked[0].get_hatch()
+    # Between the two others of its variant.
+    assert dense[1].get_y() < masked[0].get_y() < pruned[1].get_y()
+
+
 def test_the_tradeoff_has_a_marker_per_variant_and_a_hollow_one_for_dense():
     first = [
         record("base", 0, macs__pruned=250, accuracy__final=80.0),

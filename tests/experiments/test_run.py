@@ -82,7 +82,10 @@ def digits() -> data.Images:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_record_has_all_its_fields(tiny_runs, variant):
     record = tiny_runs.record(variant)
-    assert_fields(record, FIELDS)
+    fields = dict(FIELDS)
+    if variant != "base":  # cut at once, its structures were never at zero
+        fields["latency"] = {**FIELDS["latency"], "masked": float}
+    assert_fields(record, fields)
     assert (record["variant"], record["seed"], record["version"]) == (variant, 0, RECORD_VERSION)
     assert (record["framework"], record["model"]) == ("depgraph", "vgg-digits")
     assert (record["data"], record["threads"]) == ("digits", 1)

@@ -43,13 +43,65 @@ class SmallResNet(nn.Module):
 
 
 def small_resnet(seed: int = 0) -> nn.Module:
+    return _awake(SmallResNet, seed)
+
+
+def _awake(kind: type[nn.Module], seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    model = SmallResNet()
+    model = kind()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.2)
     return model
+
+
+class Mixed(nn.Module):
+    """A depthwise and a grouped convolution, a concatenation, a shared module, and a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.grouped = nn.Conv2d(12, 16, 3, 2, padding=1, groups=4, bias=False)
+        self.grouped_norm = nn.BatchNorm2d(16)
+        self.aside, self.aside_norm = nn.Conv2d(12, 10, 1, 2), nn.BatchNorm2d(10)
+        self.both_norm = nn.BatchNorm2d(26)  # of both
+        self.narrow = nn.Conv2d(26, 10, 1)
+        self.shared = nn.Conv2d(10, 10, 3, padding=1)  # runs twice
+        self.norms = nn.ModuleList([nn.BatchNorm2d(10), nn.BatchNorm2d(10)])
+        self.hidden = nn.Linear(10 * 16, 14)
+        self.head = nn.Linear(14, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.depthwise(functional.relu(self.norm(self.stem(x)))))
+        parts = [self.grouped_norm(self.grouped(x)), self.aside_norm(self.aside(x))]
+        x = functional.relu(self.narrow(functional.relu(self.both_norm(torch.cat(parts, 1)))))
+        for norm in self.norms:
+            x = functional.relu(norm(self.shared(x)))
+        return self.head(functional.relu(self.hidden(x.flatten(1))))
+
+
+class Shuffled(nn.Module):
+    """Channels are split, joined and shuffled by a reshape, which torch-pruning cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.aside = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)])
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.stem(x))
+        for conv in self.aside:
+            left, right = x.chunk(2, 1)
+            x = torch.cat([left, functional.relu(conv(right))], 1)
+            x = x.unflatten(1, (2, -1)).transpose(1, 2).reshape(x.shape)
+        return self.head(x.mean((2, 3)))
+
+
+def mixed(seed: int = 0) -> nn.Module:
+    return _awake(Mixed, seed)
 
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -125,6 +177,15 @@ CASES = [
         {"speed_up": 1e6},
         short=14,
         removals=2,
+    ),
+    Case(
+        "depgraph-mixed",
+        "depgraph",
+        _DEPGRAPH,
+        {"prune": 16},
+        0.5,
+        {"speed_up": 1e6},
+        build=mixed,
     ),
     Case(
         "otov2",
