@@ -170,6 +170,12 @@ class Adapter(ABC):
 
     def __init__(self, context: Context, options: Any) -> None:
         _require_whole(context.model)
+        exchanging = context.variant == "sr" and context.rectify.criterion.exchanges
+        if exchanging and not self.exchanges:
+            raise AdapterError(
+                f"{type(self).__name__} chooses by itself what it decays in place of released "
+                "structures, so it cannot follow an exchange; take Trajectory() or Hearing()"
+            )
         self.context = context
         self.options = options
         self.dpm: DecayPruning | None = None

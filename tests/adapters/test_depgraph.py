@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from importlib import metadata
 
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from adapters.base import AdapterError, Context, Stage, count_macs
 from adapters.depgraph import DepGraph, DepGraphOptions, structure_groups
-from dpm_core import Phase, SelfRectifying, SmoothPruning
+from dpm_core import Exchange, Phase, SelfRectifying, SmoothPruning
 from experiments import models
 from tests.support.frameworks import CASES, EXAMPLE, Case, Drive, Shuffled, batch, small_resnet
 from third_party import dependency, upstreams
@@ -362,6 +363,52 @@ def test_a_replacement_is_upstreams_next_in_rank():
         free = [k for k in range(len(scores[root])) if k not in first[root]]
         expected = sorted(free, key=lambda k: float(scores[root][k]))[: len(structures)]
         assert sorted(structures) == sorted(expected)
+
+
+def test_an_exchange_decays_what_it_heard_to_be_the_cheapest():
+    case: Case = CASES[0]
+    options = {**case.options, "importance": "random"}
+    rectify = SelfRectifying(Exchange(batches=2), max_share=0.9)
+    adapter = case.adapter(small_resnet(), "sr", rectify=rectify, options=options)
+    Drive(case, adapter).run(stop_after=3)  # the first step's batch, and the hearing's two
+    dpm = adapter.dpm
+    released = {e.group: e.structures for e in dpm.events if e.kind == "release"}
+    instead = {e.group: e.structures for e in dpm.events if e.kind == "decay" and e.wave == 1}
+    assert {g: len(k) for g, k in released.items()} == {g: len(k) for g, k in instead.items()}
+    assert {e.step for e in dpm.events if e.kind == "release"} == {1}
+    for group, structures in instead.items():
+        worth = dpm.worth(group)
+        first = {k for e in dpm.events if e.group == group and e.wave == 0 for k in e.structures}
+        stayed = [k for k in range(len(worth)) if k not in first]
+        cheapest = sorted(stayed, key=lambda k: float(worth[k]))[: len(structures)]
+        assert set(structures) == set(cheapest)
+        assert float(worth[list(released[group])].sum()) > float(worth[list(structures)].sum())
+
+
+def test_a_ranking_drawn_at_random_is_the_runs_own():
+    """The same in all variants of a seed, another for another seed, and blind to the weights."""
+
+    def selected(seed: int, scale: float) -> dict[str, tuple[int, ...]]:
+        model = small_resnet()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(scale * torch.rand(parameter.shape).sign())
+        found = dataclasses.replace(context(model), seed=seed)
+        adapter = DepGraph(found, DepGraphOptions(ratio=0.5, importance="random"))
+        adapter.begin("prune", adapter.optimizer("prune"), torch.tensor)
+        return {e.group: e.structures for e in adapter.dpm.events}
+
+    assert selected(0, 1.0) == selected(0, -3.0)
+    assert selected(0, 1.0) != selected(1, 1.0)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.framework != "depgraph"], ids=lambda c: c.name
+)
+def test_other_frameworks_refuse_an_exchange(case):
+    with pytest.raises(AdapterError, match=r"cannot follow an exchange; take Trajectory\(\)"):
+        case.adapter(case.build(), "sr", rectify=SelfRectifying(Exchange()))
+    case.adapter(case.build(), "sp", rectify=SelfRectifying(Exchange()))
 
 
 class WithLayerNorm(nn.Module):
