@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from . import plot, published, table
+from . import plot, published, search, table
 from .files import save_text
 from .published import Published
 from .run import RunError
@@ -57,11 +57,13 @@ def renew(root: Path = ROOT) -> list[Path]:
         for title, members in table.sections(kept)
     }
     links = {t: [p.relative_to(root).as_posix() for p in made] for t, made in pictures.items()}
+    plan, tried = texts / "search.md", search.read(texts / "search.jsonl")
     text = results(
         kept,
         (texts / "protocol.md").read_text(encoding="utf-8"),
         (texts / "reading.md").read_text(encoding="utf-8"),
         links,
+        f"{plan.read_text(encoding='utf-8').strip()}\n\n{search.markdown(tried)}",
     )
     readme = root / "README.md"
     shown = readme.read_text(encoding="utf-8")
@@ -97,6 +99,7 @@ def results(
     protocol_text: str,
     reading_text: str,
     plots: Mapping[str, Sequence[str]] | None = None,
+    search_text: str = "",
 ) -> str:
     """The whole text of RESULTS.md.
 
@@ -106,6 +109,7 @@ def results(
         reading_text: Markdown: what the figures say. As above.
         plots: links to pictures, relative to RESULTS.md, by the titles of
             :func:`experiments.table.sections`.
+        search_text: Markdown: the plan of the search for a rectifier, and what was tried.
 
     Raises:
         RunError: records do not fit together, or the published figures are damaged.
@@ -116,6 +120,8 @@ def results(
         name, data = members[0]["config"]["name"], members[0]["data"]
         parts += [f"### {name}, {data}", table.markdown(members)]
         parts += [f"![{title}]({link})" for link in plots.get(title, ())]
+    if search_text:
+        parts += ["## The search for a rectifier", search_text.strip()]
     parts += ["## Published", published_tables(published.load())]
     parts += ["## Reading", reading_text.strip(), "## Machines and versions", machines(records)]
     return "\n\n".join(parts) + "\n"

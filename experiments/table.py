@@ -387,7 +387,7 @@ def _cells(row: dict[str, Any], start: float | None) -> list[str]:
         f"{row['macs']['mean']:.1f}",
         f"{row['parameters']['mean']:.1f}",
         figure(row["final"], 2),
-        _interval(found) if found else "-",
+        interval(found) if found else "-",
         _points(found["detectable"]) if found else "-",
         figure(row["at_removal"], 1),
         figure(row["at_removal_reestimated"], 1),
@@ -407,7 +407,7 @@ def _paper(row: dict[str, Any], start: float | None) -> str:
 
 
 def _contrast(found: dict[str, Any]) -> str:
-    text = f"- {NAMES['sr']} minus {NAMES[found['minus']]}: {_interval(found)} points"
+    text = f"- {NAMES['sr']} minus {NAMES[found['minus']]}: {interval(found)} points"
     text += f", {_counted(found['pairs'])}"
     if found["detectable"] is not None:
         text += f", {found['detectable']:.2f} detectable"
@@ -434,8 +434,10 @@ def _counted(pairs: int) -> str:
     return f"{pairs} pair{'s' if pairs != 1 else ''}"
 
 
-def _interval(found: dict[str, Any]) -> str:
-    mean, low, high = found["mean"], found["low"], found["high"]
+def interval(found: Difference | dict[str, Any]) -> str:
+    """A difference with its 95% interval, in points."""
+    values = found if isinstance(found, dict) else asdict(found)
+    mean, low, high = values["mean"], values["low"], values["high"]
     return _signed(mean) if low is None else f"{_signed(mean)} [{_signed(low)}, {_signed(high)}]"
 
 

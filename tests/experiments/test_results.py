@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 
-from experiments import published, results, table
+from experiments import published, results, search, table
 from experiments.run import RunError
 from tests.support.records import record, save
 
@@ -57,6 +58,8 @@ def test_its_parts_are_there_in_order():
     assert text.count("![") == 1
     assert text.endswith("|\n")
     assert "\n\n\n" not in text
+    searched = results.results(made(), "p", "r", search_text="plan\n")
+    assert "\n\n## The search for a rectifier\n\nplan\n\n## Published\n" in searched
 
 
 def test_the_same_records_give_the_same_text_in_any_order_of_runs():
@@ -102,6 +105,52 @@ def test_records_that_do_not_fit_together_are_refused():
         results.results([record("base", 0), record("sp", 0, config_hash="f")], "p", "r")
 
 
+# ---------------------------------------------------------------------- the search
+
+
+def tried(variant, rectifier, seed, final, released=0, cell="deep"):
+    return {
+        "cell": cell,
+        "rectifier": rectifier,
+        "variant": variant,
+        "seed": seed,
+        "final": final,
+        "macs": 25.0,
+        "released": released,
+    }
+
+
+def test_the_search_pairs_each_rectifier_with_its_base_and_its_own_control():
+    lines = [
+        *[tried("base", None, s, 50.0) for s in (0, 1, 2)],
+        *[tried("base", None, s, 10.0, cell="wide") for s in (0, 1)],
+        *[tried("sr", "late", s, f, 4) for s, f in ((0, 51.0), (1, 53.0), (2, 52.0))],
+        *[tried("random", "late", s, f, 4) for s, f in ((0, 50.5), (1, 52.5))],
+        *[tried("sr", "early", s, 49.0, 9) for s in (0, 1)],
+        *[tried("random", "early", s, 40.0, 9) for s in (5, 6)],
+        *[tried("sr", "late", s, 11.0, 3, cell="wide") for s in (0, 1)],
+    ]
+    cells = [
+        [c.strip() for c in row.split("|")[1:-1]] for row in search.markdown(lines).split("\n")
+    ]
+    assert cells[0] == list(search.HEADER)
+    # 51, 53, 52 minus 50: mean 2, deviation 1, so 2 -+ 4.303 / sqrt(3).
+    assert cells[2:] == [
+        ["deep", "late", "4", "+2.00 [-0.48, +4.48]", "+0.50 [+0.50, +0.50]", "3"],
+        ["deep", "early", "9", "-1.00 [-1.00, -1.00]", "-", "2"],
+        ["wide", "late", "3", "+1.00 [+1.00, +1.00]", "-", "2"],
+    ]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", json.dumps(tried("sr", "late", "first", 1.0))])
+def test_damaged_lines_of_the_search_are_refused(tmp_path, text):
+    (tmp_path / "search.jsonl").write_text(text)
+    with pytest.raises(RunError, match="holds no runs of the search"):
+        search.read(tmp_path / "search.jsonl")
+    with pytest.raises(RunError, match="holds no runs of the search"):
+        search.read(tmp_path / "nothing.jsonl")
+
+
 # ---------------------------------------------------------------------- keeping, and writing anew
 
 
@@ -125,6 +174,8 @@ def root(tmp_path):
     texts.mkdir(parents=True)
     (texts / "protocol.md").write_text("how")
     (texts / "reading.md").write_text("what")
+    (texts / "search.md").write_text("where")
+    (texts / "search.jsonl").write_text(json.dumps(tried("base", None, 0, 50.0)) + "\n")
     (tmp_path / "README.md").write_text(README)
     runs = [
         record(v, s, **extra) for v in ("base", "sp") for s in (0, 1) for extra in (MAIN, DIGITS)

@@ -1,0 +1,74 @@
+"""The search for a rectifier that pays: its runs on validation images, as a table.
+
+A line of ``experiments/results/search.jsonl`` is one run: ``cell``, what was pruned and how;
+``rectifier``, what was tried, and ``null`` where none is at work; ``variant``, ``seed``, ``final``
+(accuracy in %), ``macs`` (share that is left, in %) and ``released``. What did not pass is no
+longer in the code: its lines are what is left of it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .pairs import difference
+from .run import RunError
+from .table import grid, interval
+
+Line = dict[str, Any]
+HEADER = (
+    "what is pruned",
+    "rectifier",
+    "released",
+    "+SR to base",
+    "+SR to random release",
+    "pairs",
+)
+
+
+def read(path: Path) -> list[Line]:
+    """All lines.
+
+    Raises:
+        RunError: the file cannot be read, or a line is damaged.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            _ = line["cell"], line["rectifier"], line["variant"], int(line["seed"])
+            _ = float(line["final"]), float(line["macs"]), int(line["released"])
+    except (OSError, ValueError, KeyError, TypeError) as cause:
+        raise RunError(f"{path} holds no runs of the search ({cause})") from cause
+    return lines
+
+
+def markdown(lines: Sequence[Line]) -> str:
+    """One row per cell and rectifier: differences in points with their 95% intervals."""
+    return grid([HEADER, *_rows(lines)])
+
+
+def _rows(lines: Sequence[Line]) -> Iterator[list[str]]:
+    tried = dict.fromkeys((x["cell"], x["rectifier"]) for x in lines if x["variant"] == "sr")
+    for cell, rectifier in tried:
+
+        def finals(variant: str, by: str | None, cell: str = cell) -> dict[int, float]:
+            wanted = (cell, variant, by)
+            return {
+                x["seed"]: x["final"]
+                for x in lines
+                if (x["cell"], x["variant"], x["rectifier"]) == wanted
+            }
+
+        sr = finals("sr", rectifier)
+        found = [difference(sr, finals("base", None)), difference(sr, finals("random", rectifier))]
+        released = statistics.fmean(
+            x["released"]
+            for x in lines
+            if (x["cell"], x["rectifier"], x["variant"]) == (cell, rectifier, "sr")
+        )
+        cells = [interval(d) if d else "-" for d in found]
+        pairs = max((d.pairs for d in found if d), default=0)
+        yield [cell, rectifier, f"{released:.0f}", *cells, str(pairs)]
