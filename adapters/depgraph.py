@@ -159,7 +159,9 @@ class DepGraph(Adapter):
 
     def check(self) -> None:
         """Refuse too short a stage, odd layers, and a speed-up beyond one channel per group."""
-        self._check_rounds()
+        self.check_length()
+        if self.options.rounds > 1:
+            self._check_rounds()
         model = copy.deepcopy(self.context.model)
         try:
             groups = dependency.groups(self._new_pruner(model))
@@ -183,23 +185,22 @@ class DepGraph(Adapter):
     def _check_rounds(self) -> None:
         o, stage, needed = self.options, self.context.stages["prune"], self.context.decay_steps()
         apart, last = o.round_epochs * stage.steps_per_epoch, self._start_of(o.rounds - 1)
-        if o.rounds > 1 and needed > apart:
+        if needed > apart:
             raise AdapterError(
                 f"the decay takes up to {needed} steps, but the next round starts {apart} steps "
                 "after it; raise round_epochs or shorten smooth.steps"
             )
-        if o.rounds > 1 and last + max(needed, 1) > stage.steps:
+        if last + max(needed, 1) > stage.steps:
             raise AdapterError(
                 f"the last of {o.rounds} rounds starts after {last} steps and its decay takes up "
                 f"to {needed}, but the stage 'prune' has {stage.steps}; give it more epochs or "
                 "shorten smooth.steps, or lower rounds or round_epochs"
             )
-        if o.rounds > 1 and o.ratio is not None and dependency.has_heads(self.context.model):
+        if o.ratio is not None and dependency.has_heads(self.context.model):
             raise AdapterError(
                 "upstream counts a ratio of attention heads within one step only; with rounds give "
                 "speed_up"
             )
-        self.check_length()
 
     # ------------------------------------------------------------------ the run
 
