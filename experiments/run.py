@@ -35,6 +35,7 @@ VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
 CONTROLS: tuple[Control, ...] = ("random", "least-resistant")
 """``sr`` with the releases of a control: as many on the same schedule, but other ones."""
 RECORD_VERSION = 3
+CHECKPOINT_VERSION = 4
 LATENCY_BATCH = 128
 MODEL = "model.safetensors"
 
@@ -420,7 +421,7 @@ def _save(request: Request, part: str, loop: Loop) -> None:
     save_tensors(
         request.folder / "checkpoint.pt",
         {
-            "version": RECORD_VERSION,
+            "version": CHECKPOINT_VERSION,
             "run": _identity(request),
             "part": part,
             "progress": asdict(loop.progress),
@@ -465,7 +466,9 @@ def _checkpoint(path: Path, request: Request) -> Mapping[str, Any] | None:
         raise RunError(
             f"{path} cannot be read ({_first_line(cause)}); --force starts anew"
         ) from cause
-    if (version, identity) != (RECORD_VERSION, _identity(request)):
+    if version != CHECKPOINT_VERSION:
+        raise RunError(f"{path} was written by another release; --force starts anew")
+    if identity != _identity(request):
         raise RunError(
             f"{path} is of another run ({identity}, here {_identity(request)}); --force starts anew"
         )
