@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -83,12 +83,17 @@ def of(framework: str) -> dict[str, Any]:
 class Plain(nn.Module):
     """No BatchNorm, so that a sample's loss does not depend on who else is in the batch."""
 
+    rows: ClassVar[set[int]] = set()
+    """Images that training steps and hearings have seen at a time."""
+
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(channels, 8, 3), nn.Conv2d(8, 12, 3)
         self.head = nn.Linear(12, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            Plain.rows.add(len(x))
         return self.head(self.second(self.first(x).relu()).relu().mean((2, 3)))
 
 
@@ -113,6 +118,7 @@ def carry_out(
         changes: to the tiny configuration, or a framework's name.
         stop: (rank, step): which of the processes is asked to stop after which of its steps.
     """
+    Plain.rows.clear()
     changes = of(changes) if isinstance(changes, str) else changes
     made: list[Any] = []
     build = run_module._framework_loop
@@ -137,7 +143,7 @@ def carry_out(
             (e["step"], e["kind"], e["group"], e["structures"], e["wave"]) for e in progress.events
         ],
         "removed": adapter.removed,
-        "curve": progress.curve,
+        "rows": set(Plain.rows),
         "steps": (progress.total, progress.decided_at, progress.removed_at, progress.heard),
     }
 
@@ -157,6 +163,7 @@ def test_two_processes_and_one_decide_release_and_end_alike(pair, tmp_path, crit
     assert {kind for _, kind, *_ in alone["decisions"]} == {"decay", "release", "prune"}
     for key in ("decisions", "removed", "steps"):
         assert left[key] == right[key] == alone[key], key
+    assert (alone["rows"], left["rows"], right["rows"]) == ({40}, {20}, {20})
     assert (alone["steps"][-1] > 0) == (criterion == "hearing")
     for name, p in alone["model"].items():
         torch.testing.assert_close(left["model"][name], p, rtol=1e-3, atol=1e-5)
