@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "run":
             with joined(device(args.device)) as (ranks, own):
                 _run(args, ranks, own)
-        elif started() > 1:
+        elif started().count > 1:
             raise RunError(f"{args.command} is for one process; only run takes several")
         elif args.command == "compare":
             _compare(args)
@@ -218,13 +218,15 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             _show(args.command, table.located(args.paths or [args.out]), args.out)
     except Stopped:
-        print("stopped; the same command with --resume goes on", file=sys.stderr)
+        if started().first:
+            print("stopped; the same command with --resume goes on", file=sys.stderr)
         return STOPPED
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
         return STOPPED
     except (ConfigError, DataError, RunError, AdapterError, DecayPruningError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        at = "" if started().first else f" on rank {started().number}"
+        print(f"error{at}: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -20,7 +20,7 @@ from matplotlib.transforms import ScaledTranslation
 
 from .files import save_text, write
 from .run import CONTROLS, RunError, Variant
-from .table import NAMES, ORDER, Record, dense, left, sections, summary
+from .table import NAMES, ORDER, Record, dense, left, processes, sections, summary
 
 Samples = Mapping[str, Mapping[str, Any]]
 """Sampled norms by variant, see :func:`sample_norms`."""
@@ -76,6 +76,8 @@ def plot(
     made = []
     for title, members in sections([record for _, record in runs]):
         name = f"{members[0]['config']['name']}-{plain(members[0]['data'])}"
+        if processes(members[0]) > 1:
+            name += f"-{processes(members[0])}processes"
         if "accuracy" in kinds:
             made.append(_save(draw_accuracy(members, title), out / f"{name}-accuracy.png"))
         if "channels" in kinds:

@@ -23,10 +23,11 @@ PATIENCE = timedelta(hours=2)
 """How long a process waits for another: rank 0 downloads and decodes images for all."""
 
 
-def started() -> int:
-    """How many processes ``torchrun`` has started for this command; 1 without it."""
-    launched = dist.is_available() and dist.is_torchelastic_launched()
-    return int(os.environ["WORLD_SIZE"]) if launched else 1
+def started() -> Ranks:
+    """This process among those that ``torchrun`` has started; one alone without it."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return Ranks()
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
 @contextmanager
@@ -36,9 +37,9 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     Args:
         device: the kind of device; of GPUs every process takes one of its own.
     """
-    count = started()
-    if count == 1:
-        yield Ranks(), device
+    ranks = started()
+    if ranks.count == 1:
+        yield ranks, device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -46,7 +47,7 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     try:
-        yield Ranks(dist.get_rank(), count), device
+        yield ranks, device
     finally:
         dist.destroy_process_group()
 

@@ -205,25 +205,21 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """Records that may be compared with one another, by what they share.
 
     Raises:
-        RunError: records of one experiment differ in configuration or in the number of processes,
-            so a table would mix them; or there are several of one variant and seed, and pairs would
-            be ambiguous.
+        RunError: records of one experiment differ in configuration, so a table would mix them; or
+            there are several of one variant and seed, and pairs would be ambiguous.
     """
     found: dict[str, list[Record]] = {}
     for record in records:
         title = f"{record['framework']}, {record['model']}, {record['data']}"
         title += f" ({record['config']['name']})"
+        if processes(record) > 1:
+            title += f", {processes(record)} processes"
         found.setdefault(title, []).append(record)
     for title, members in found.items():
         if len({m["config_hash"] for m in members}) > 1:
             raise RunError(
                 f"the records of {title} come from different configurations; delete the old runs, "
                 "or keep them in another --out"
-            )
-        if len({processes(m) for m in members}) > 1:
-            raise RunError(
-                f"the records of {title} come from different numbers of processes, in which "
-                "BatchNorm sees other batches; give only those of one"
             )
         runs = Counter((m["variant"], m["seed"]) for m in members)
         (variant, seed), times = runs.most_common(1)[0]

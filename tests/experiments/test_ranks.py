@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -83,12 +83,17 @@ def of(framework: str) -> dict[str, Any]:
 class Plain(nn.Module):
     """No BatchNorm, so that a sample's loss does not depend on who else is in the batch."""
 
+    rows: ClassVar[set[int]] = set()
+    """Images that training steps and hearings have seen at a time."""
+
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(channels, 8, 3), nn.Conv2d(8, 12, 3)
         self.head = nn.Linear(12, classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            Plain.rows.add(len(x))
         return self.head(self.second(self.first(x).relu()).relu().mean((2, 3)))
 
 
@@ -113,6 +118,7 @@ def carry_out(
         changes: to the tiny configuration, or a framework's name.
         stop: (rank, step): which of the processes is asked to stop after which of its steps.
     """
+    Plain.rows.clear()
     changes = of(changes) if isinstance(changes, str) else changes
     made: list[Any] = []
     build = run_module._framework_loop
@@ -137,7 +143,7 @@ def carry_out(
             (e["step"], e["kind"], e["group"], e["structures"], e["wave"]) for e in progress.events
         ],
         "removed": adapter.removed,
-        "curve": progress.curve,
+        "rows": set(Plain.rows),
         "steps": (progress.total, progress.decided_at, progress.removed_at, progress.heard),
     }
 
@@ -157,6 +163,7 @@ def test_two_processes_and_one_decide_release_and_end_alike(pair, tmp_path, crit
     assert {kind for _, kind, *_ in alone["decisions"]} == {"decay", "release", "prune"}
     for key in ("decisions", "removed", "steps"):
         assert left[key] == right[key] == alone[key], key
+    assert (alone["rows"], left["rows"], right["rows"]) == ({40}, {20}, {20})
     assert (alone["steps"][-1] > 0) == (criterion == "hearing")
     for name, p in alone["model"].items():
         torch.testing.assert_close(left["model"][name], p, rtol=1e-3, atol=1e-5)
@@ -205,25 +212,29 @@ def resume(rank: int, out: Path, changes: dict[str, Any]) -> dict[str, Any]:
     return carry_out(rank, out, "sr", changes, resume=True)
 
 
+def test_runs_of_one_and_of_two_processes_lie_side_by_side(pair, tmp_path):
+    alone = carry_out(0, tmp_path, "base", MINIATURE, 1)
+    before = alone["record"].read_bytes()
+    both, _ = pair.results(carry_out, tmp_path, "base", MINIATURE)
+    assert alone["record"].read_bytes() == before
+    assert both["record"].parts[-3:] == ("digits-2processes", "base-seed0", "record.json")
+    assert [figures(run)["processes"] for run in (alone, both)] == [1, 2]
+
+
 def test_a_checkpoint_of_another_number_of_processes_is_refused(pair, tmp_path):
-    changes = {**MINIATURE}
-    for error in pair.run(carry_out, tmp_path, "sp", changes, COUNT, (0, 6)):
+    for error in pair.run(carry_out, tmp_path, "sp", MINIATURE, COUNT, (0, 6)):
         assert type(error) is Stopped
+    (made,) = tmp_path.rglob("checkpoint.pt")
+    checkpoint = Path(str(made).replace("-2processes", ""))
+    checkpoint.parent.mkdir(parents=True)
+    made.rename(checkpoint)
     with pytest.raises(RunError, match=r"'processes': 2.*here.*'processes': 1.*--force"):
-        carry_out(0, tmp_path, "sp", changes, 1, resume=True)
-    (checkpoint,) = tmp_path.rglob("checkpoint.pt")
+        carry_out(0, tmp_path, "sp", MINIATURE, 1, resume=True)
     saved = torch.load(checkpoint, weights_only=True)
     del saved["run"]["processes"]  # as checkpoints were before there could be several
     torch.save(saved, checkpoint)
-    carry_out(0, tmp_path, "sp", changes, 1, resume=True)
+    carry_out(0, tmp_path, "sp", MINIATURE, 1, resume=True)
     assert not checkpoint.exists()
-
-
-def test_a_record_of_another_number_of_processes_is_refused_and_kept(pair, tmp_path):
-    made, _ = pair.results(carry_out, tmp_path, "base", MINIATURE)
-    with pytest.raises(RunError, match="made by 2 processes, here are 1"):
-        carry_out(0, tmp_path, "base", MINIATURE, 1, resume=True)
-    assert figures(made)["processes"] == 2
 
 
 def test_batches_that_do_not_split_are_refused_before_any_work(tmp_path, miniature):
@@ -342,8 +353,11 @@ def test_other_commands_are_for_one_process(tmp_path, command, monkeypatch, caps
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main([command, str(tiny.PATH), "--out", str(tmp_path)]) == 2
-    assert f"{command} is for one process; only run takes several" in capsys.readouterr().err
+    for rank, who in (("0", "error"), ("1", "error on rank 1")):
+        monkeypatch.setenv("RANK", rank)
+        assert main([command, str(tiny.PATH), "--out", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert said == f"{who}: {command} is for one process; only run takes several\n"
 
 
 def refused(rank: int) -> list[str]:
@@ -382,7 +396,7 @@ def start(out: Path, *more: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_processes_of_torchrun_stop_when_terminated_and_go_on(tmp_path):
-    folder = tmp_path / "tiny" / "digits" / "sr-seed0"
+    folder = tmp_path / "tiny" / "digits-2processes" / "sr-seed0"
     process = start(tmp_path, "--save-every", "0")
     deadline = time.monotonic() + 200
     while not (folder / "checkpoint.pt").exists():

@@ -526,6 +526,14 @@ def test_a_checkpoint_moved_from_another_run_is_refused(stopped, other):
         run(request)
 
 
+def test_a_checkpoint_of_another_release_is_refused_with_the_remedy(stopped):
+    path = stopped.folder / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "version": saved["version"] - 1}, path)
+    with pytest.raises(RunError, match=r"written by another release; --force starts anew"):
+        run(stopped)
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "other tensors"])
 def test_a_damaged_checkpoint_is_refused_with_the_remedy(stopped, damage):
     path = stopped.folder / "checkpoint.pt"

@@ -87,7 +87,7 @@ def _serve(rank: int, connection: Connection) -> None:
         )
         try:
             found = work(rank, *args)
-        except Exception as error:
+        except BaseException as error:  # a failed assertion of pytest's is no Exception
             error.add_note("".join(traceback.format_exception(error)))
             found = error
         finally:
