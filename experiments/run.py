@@ -404,7 +404,8 @@ def _framework_loop(
         if saved.get("masked") is not None:
             loop.masked = copy.deepcopy(dense)
             before = _adapter(request, images, loop.masked, example)
-            before.restore_model({**saved["adapter"], "removed": None})
+            loop.masked_removed = saved["masked_removed"]
+            before.restore_model({**saved["adapter"], "removed": loop.masked_removed})
             loop.masked.load_state_dict(saved["masked"])
     return loop, adapter
 
@@ -422,6 +423,7 @@ def _save(request: Request, part: str, loop: Loop) -> None:
             "progress": asdict(loop.progress),
             "model": loop.model.state_dict(),
             "masked": loop.masked.state_dict() if loop.masked is not None else None,
+            "masked_removed": loop.masked_removed,
             "optimizer": loop.optimizer.state_dict(),
             "adapter": loop.adapter.state_dict() if loop.adapter is not None else None,
             "random": torch.get_rng_state(),

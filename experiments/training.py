@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from adapters.base import Adapter, AdapterError
+from adapters.base import Adapter, AdapterError, Plan
 from adapters.optimizer_state import CarryOver
 from dpm_core import DecayPruning, Phase
 
@@ -150,8 +150,9 @@ class Loop:
         save_every: seconds between checkpoints.
         progress: where the run stands.
         optimizer: of the present stage.
-        masked: the model as it was right before the removal, with its structures at zero; ``None``
-            before, and where they were cut at once.
+        masked: the model as it was right before the latest removal, with its structures at zero;
+            ``None`` before, and where they were cut at once.
+        masked_removed: what earlier removals had taken from it.
         seconds_loading, seconds_training: spent in this process on batches, and on whole steps.
     """
 
@@ -169,6 +170,7 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
     optimizer: torch.optim.Optimizer | None = None
     masked: nn.Module | None = None
+    masked_removed: Plan | None = None
     seconds_loading: float = 0.0
     seconds_training: float = 0.0
 
@@ -335,6 +337,7 @@ class Loop:
         zero = adapter.dpm is not None or adapter.settled()
         before = outputs(self.model, probe)
         self.masked = copy.deepcopy(self.model) if zero else None
+        self.masked_removed = adapter.removed
         self._shrink(adapter)
         p.removed_at = p.total
         found = p.found.get("output_difference")
