@@ -313,6 +313,9 @@ def _counterpart(records: Sequence[Record]) -> tuple[str, bool]:
 
 
 def _benchmark(records: Sequence[Record]) -> published.Benchmark | None:
+    options = records[0]["config"].get("options", {})
+    if options.get("importance", "magnitude") != "magnitude":
+        return None  # what is published ranks as upstream does
     return published.load().benchmark(*_counterpart(records))
 
 

@@ -536,3 +536,12 @@ def test_the_report_is_a_command_and_its_page_is_named(tmp_path, capsys):
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "out" / "report.html")
     assert (tmp_path / "out" / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_nothing_published_stands_beside_a_ranking_that_knows_nothing():
+    def column(**config):
+        shown = table.markdown([record("base", 0, framework="depgraph", config=config)])
+        return [cell.strip() for cell in shown.split("\n")[4].split("|")][10]
+
+    assert column(name="a", stages={"prune": {}}, options={"importance": "magnitude"}) != "-"
+    assert column(name="a", stages={"prune": {}}, options={"importance": "random"}) == "-"
