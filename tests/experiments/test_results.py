@@ -156,12 +156,15 @@ def test_damaged_lines_of_the_search_are_refused(tmp_path, text):
 
 MAIN = {"config": {"name": results.SHOWN["main"]}, "config_hash": "m"}
 DIGITS = {"config": {"name": results.SHOWN["digits"]}, "config_hash": "d", "data": "digits"}
+BLIND = {"config": {"name": results.SHOWN["blind"]}, "config_hash": "b"}
 README = """# Title
 <!-- table: digits -->
 old
 <!-- end of table -->
 between
 <!-- table: main -->
+<!-- end of table -->
+<!-- table: blind -->
 <!-- end of table -->
 after
 """
@@ -178,7 +181,10 @@ def root(tmp_path):
     (texts / "search.jsonl").write_text(json.dumps(tried("base", None, 0, 50.0)) + "\n")
     (tmp_path / "README.md").write_text(README)
     runs = [
-        record(v, s, **extra) for v in ("base", "sp") for s in (0, 1) for extra in (MAIN, DIGITS)
+        record(v, s, **extra)
+        for v in ("base", "sp")
+        for s in (0, 1)
+        for extra in (MAIN, DIGITS, BLIND)
     ]
     for one in runs:
         save(tmp_path / "runs" / one["config"]["name"], one)
@@ -192,9 +198,9 @@ def root(tmp_path):
 def test_results_and_readme_are_written_from_the_kept_records(root):
     made = results.renew(root)
     records = table.read([root / results.RECORDS.relative_to(results.ROOT)])
-    assert len(records) == 8
+    assert len(records) == 12
     readme = (root / "README.md").read_text()
-    for extra in (MAIN, DIGITS):
+    for extra in (MAIN, DIGITS, BLIND):
         name = extra["config"]["name"]
         part = table.markdown([r for r in records if r["config"]["name"] == name])
         assert f"-->\n{part}\n<!-- end" in readme
@@ -203,7 +209,7 @@ def test_results_and_readme_are_written_from_the_kept_records(root):
     assert readme.endswith("after\n")
     text = (root / "RESULTS.md").read_text()
     pictures = [path for path in made if path.suffix == ".png"]
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     for path in pictures:
         assert f"]({path.relative_to(root).as_posix()})" in text
     again = {path: path.read_bytes() for path in made if path.suffix == ".md"}
@@ -224,4 +230,4 @@ def test_records_are_kept_beside_those_that_are_kept_already(root):
     save(root / "more", record("sr", 0, **DIGITS))
     results.keep(table.located([root / "more"]), folder)
     assert [r["variant"] for r in table.read([folder / "depgraph-digits.jsonl"])].count("sr") == 1
-    assert len(table.read([folder])) == 9
+    assert len(table.read([folder])) == 13
