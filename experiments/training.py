@@ -290,7 +290,6 @@ class Loop:
     def _begin(self, name: str) -> None:
         self.optimizer = self.new_optimizer()
         if self.adapter is not None:
-            self.ranks.require_same("what was removed", self.adapter.removed)
             self.adapter.begin(name, self.optimizer, self.next_loss)
 
     def _look(self, name: str) -> None:
@@ -339,6 +338,7 @@ class Loop:
         self.masked = copy.deepcopy(self.model) if zero else None
         self.masked_removed = adapter.removed
         self._shrink(adapter)
+        self.ranks.require_same("what was removed", adapter.removed)
         p.removed_at = p.total
         found = p.found.get("output_difference")
         if zero:

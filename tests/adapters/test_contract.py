@@ -198,7 +198,8 @@ def test_what_was_removed_can_be_repeated_on_a_dense_model(case, variant):
 def test_the_masked_model_can_be_built_again_after_the_removal(case):
     drive = finished(case, "sp")
     masked = case.build()
-    case.adapter(masked, "sp").restore_model({**drive.adapter.state_dict(), "removed": None})
+    state = {**drive.adapter.state_dict(), "removed": drive.removed_before}
+    case.adapter(masked, "sp").restore_model(state)
     masked.load_state_dict(drive.before_removal.state_dict())
     assert torch.equal(outputs(masked), outputs(drive.before_removal))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters import registry
-from adapters.base import Adapter, Context, Stage
+from adapters.base import Adapter, Context, Plan, Stage
 from adapters.optimizer_state import CarryOver
 from dpm_core import Event, SelfRectifying, SmoothPruning, Trajectory
 
@@ -240,6 +240,8 @@ class Drive:
     step: int = 0
     optimizer: torch.optim.Optimizer | None = None
     before_removal: nn.Module | None = None
+    removed_before: Plan | None = None
+    """What earlier removals had taken from ``before_removal``."""
     events: list[list[Event]] = field(default_factory=list)
     """What the core reported before each removal, structures numbered as in the dense model."""
     batches: int = field(default=0)
@@ -281,6 +283,7 @@ class Drive:
     def _remove(self, name: str) -> None:
         assert self.optimizer is not None
         self.before_removal = copy.deepcopy(self.model)
+        self.removed_before = self.adapter.removed
         self.events.append(self.adapter.events())
         if not self.adapter.carries_optimizer:
             self.adapter.remove()
