@@ -396,10 +396,10 @@ def latency(
 ) -> dict[str, float]:
     """Median time of a forward pass in milliseconds, by model; nothing of those that are ``None``.
 
-    The models take turns, so that a busy machine slows all alike: their ratio is the figure to
-    trust.
+    Each gets its fastest layout (:func:`laid_out`). They take turns, so that a busy machine slows
+    all alike: their ratio is the figure to trust.
     """
-    there = {name: model for name, model in models.items() if model is not None}
+    there = {name: laid_out(model) for name, model in models.items() if model is not None}
     spent: dict[str, list[float]] = {name: [] for name in there}
     for turn in range(rounds + 2):
         for name, model in there.items():

@@ -333,6 +333,14 @@ def test_kernels_are_channels_last_while_all_widths_are_multiples_of_eight(width
     assert same(before, state(laid_out(model)))
 
 
+def test_latency_is_measured_in_the_fastest_layout():
+    """A dense model comes from a file contiguous, a masked one from training channels-last."""
+    model = models.VGG((8, 0, 16), 3, 10)
+    assert not model.features[0].weight.is_contiguous(memory_format=torch.channels_last)
+    latency({"dense": model}, torch.zeros(2, 3, 8, 8), rounds=1)
+    assert model.features[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_latency_is_a_positive_time_of_every_model_and_changes_nothing():
     small, large = network(), models.VGG((64, 64, 64), 1, 10)
     before = state(small)
