@@ -71,11 +71,9 @@ def hold(
         DisagreementError: one of these in another process.
     """
     read = gated if read is None else read
-    if processes is None:
+    with nullcontext() if processes is None else processes.together("a hearing"):
         summed, samples = _listen(room, groups, gated, batches, gate, read)
-    else:
-        with processes.together("a hearing"):
-            summed, samples = _listen(room, groups, gated, batches, gate, read)
+    if processes is not None:
         samples = int(processes.total(torch.tensor(samples)))
         summed = processes.total(summed)
     mean, square = summed / samples

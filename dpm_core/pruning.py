@@ -340,7 +340,7 @@ class DecayPruning:
             found += [base + (0.0 if overflow is None else overflow)]
         # The only wait for the device in a step.
         host = _to_host(torch.stack(found))[:, decaying.local].double()
-        self._agree(decaying.numbers, host[0].sqrt())
+        self._agree(decaying.numbers, host[0])
         if scaled:
             *rows, unit, skipped = host
             self._skipped = bool(skipped[0])
@@ -371,12 +371,12 @@ class DecayPruning:
                 self._agree_on(numbers[plan.release])
         self._plan = plan
 
-    def _agree(self, numbers: Tensor | None = None, gradients: Tensor | None = None) -> None:
+    def _agree(self, numbers: Tensor | None = None, squares: Tensor | None = None) -> None:
         """Stop all processes of a run where one of them stands elsewhere than the others.
 
         Args:
             numbers: of the decaying structures; ``None`` where nothing decays.
-            gradients: the norms of their gradients, (numbers,).
+            squares: the square norms of their gradients, (numbers,).
         """
         if self._processes is None:
             self._processes = Processes.found()
@@ -390,8 +390,9 @@ class DecayPruning:
         if self._decided is None:
             self._decided = digest(self._decisions())
         evidence = [0.0, 0.0]
-        if numbers is not None and gradients is not None:
-            evidence = [float(self._ledger.initial[numbers].sum()), float(gradients.sum())]
+        if numbers is not None and squares is not None:
+            initial = self._ledger.initial[numbers]
+            evidence = [float(initial.sum()), float(squares.sqrt().sum())]
         self._processes.require_same_step(self.clock, self._decided, evidence, self._decisions)
 
     def _agree_on(self, released: Tensor) -> None:

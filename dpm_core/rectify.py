@@ -369,12 +369,15 @@ class SelfRectifying:
             steps: N.
 
         Raises:
-            ConfigurationError: N is below 4, where no step lies in that range.
+            ConfigurationError: N is so small that no step lies in that range: below 4, or below 2
+                for :class:`Exchange`.
         """
-        if steps < 4:
+        earliest = self.criterion.earliest
+        least = max(2, math.ceil(1 / (1 - earliest)))
+        if steps < least:
             raise ConfigurationError(
-                f"Self-Rectifying needs a decay of at least 4 steps, not {steps}: its decision "
-                "falls after three quarters of the decay and before its end. Lengthen "
+                f"Self-Rectifying needs a decay of at least {least} steps, not {steps}: its "
+                f"decision falls from {earliest:g} of the decay on and before its end. Lengthen "
                 "SmoothPruning.steps, or leave rectify out"
             )
         at = self.criterion.at if self.at is None else self.at

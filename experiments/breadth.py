@@ -37,6 +37,7 @@ from third_party.attention import SplitAttention, split_attention
 from third_party.groups import UnsupportedLayerError
 from third_party.upstreams import require
 
+from . import training
 from .__main__ import STOPPED
 from .files import save_text
 from .run import RunError, device_name, revision
@@ -265,11 +266,9 @@ def prune(dense: nn.Module, example: Tensor, variant: str) -> tuple[Row, dict[st
     }, adapter.skipped
 
 
-@torch.no_grad()
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
     """The model's outputs in evaluation, in double precision; it stays as it is."""
-    out: Tensor = copy.deepcopy(model).double().eval()(images.double())
-    return out
+    return training.outputs(copy.deepcopy(model).double(), images.double())
 
 
 def spread(out: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,24 +52,19 @@ def markdown(lines: Sequence[Line]) -> str:
 
 
 def _rows(lines: Sequence[Line]) -> Iterator[list[str]]:
-    tried = dict.fromkeys((x["cell"], x["rectifier"]) for x in lines if x["variant"] == "sr")
-    for cell, rectifier in tried:
-
-        def finals(variant: str, by: str | None, cell: str = cell) -> dict[int, float]:
-            wanted = (cell, variant, by)
-            return {
-                x["seed"]: x["final"]
-                for x in lines
-                if (x["cell"], x["variant"], x["rectifier"]) == wanted
-            }
-
-        sr = finals("sr", rectifier)
-        found = [difference(sr, finals("base", None)), difference(sr, finals("random", rectifier))]
-        released = statistics.fmean(
-            x["released"]
-            for x in lines
-            if (x["cell"], x["rectifier"], x["variant"]) == (cell, rectifier, "sr")
-        )
-        cells = [interval(d) if d else "-" for d in found]
+    runs: dict[tuple[str, str, str | None], list[Line]] = {}
+    for line in lines:
+        runs.setdefault((line["cell"], line["variant"], line["rectifier"]), []).append(line)
+    for (cell, variant, rectifier), tried in runs.items():
+        if variant != "sr":
+            continue
+        others = [runs.get((cell, "base", None), []), runs.get((cell, "random", rectifier), [])]
+        found = [difference(_finals(tried), _finals(other)) for other in others]
+        cells = [interval(asdict(d)) if d else "-" for d in found]
+        released = statistics.fmean(line["released"] for line in tried)
         pairs = max((d.pairs for d in found if d), default=0)
-        yield [cell, rectifier, f"{released:.0f}", *cells, str(pairs)]
+        yield [cell, str(rectifier), f"{released:.0f}", *cells, str(pairs)]
+
+
+def _finals(lines: Sequence[Line]) -> dict[int, float]:
+    return {line["seed"]: line["final"] for line in lines}

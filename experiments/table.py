@@ -433,10 +433,9 @@ def _counted(pairs: int) -> str:
     return f"{pairs} pair{'s' if pairs != 1 else ''}"
 
 
-def interval(found: Difference | dict[str, Any]) -> str:
-    """A difference with its 95% interval, in points."""
-    values = found if isinstance(found, dict) else asdict(found)
-    mean, low, high = values["mean"], values["low"], values["high"]
+def interval(found: dict[str, Any]) -> str:
+    """A :class:`~experiments.pairs.Difference`, as a dictionary: its mean and 95% interval."""
+    mean, low, high = found["mean"], found["low"], found["high"]
     return _signed(mean) if low is None else f"{_signed(mean)} [{_signed(low)}, {_signed(high)}]"
 
 

@@ -167,6 +167,12 @@ def test_an_exchange_may_fall_anywhere_before_the_end(at: float) -> None:
         SelfRectifying(Exchange(), at=at)
 
 
+def test_an_exchange_needs_a_step_before_the_end_and_no_more() -> None:
+    assert SelfRectifying(Exchange()).decision_step(2) == 1
+    with says(ConfigurationError, "at least 2 steps", "not 1", "SmoothPruning.steps"):
+        SelfRectifying(Exchange()).decision_step(1)
+
+
 @pytest.mark.parametrize("batches", [0, 1.5, True])
 def test_an_exchange_hears_whole_batches(batches: Any) -> None:
     with says(ConfigurationError, "Exchange.batches", "at least 1"):
