@@ -103,7 +103,8 @@ class DepGraph(Adapter):
         self._left: dict[str, list[int]] = {}  # by group, what is left of the dense model's numbers
         self.skipped: dict[str, str] = {}
         if options.skip_unsupported:
-            self.skipped = dependency.unsupported(self._new_pruner(context.model))
+            made = self._new_pruner(context.model)
+            self.skipped = dependency.unsupported(made, context.example)
             self._ignored = sorted({*self._ignored, *self.skipped})
         # The model is the dense one, in a resumed run, too: it is made smaller later.
         self._macs = count_macs(context.model, context.example)
@@ -164,7 +165,7 @@ class DepGraph(Adapter):
             self._check_rounds()
         model = copy.deepcopy(self.context.model)
         try:
-            groups = dependency.groups(self._new_pruner(model))
+            groups = dependency.exact_groups(self._new_pruner(model), self.context.example)
         except UnsupportedLayerError as cause:
             raise AdapterError(
                 f"{cause}, or set `skip_unsupported` to leave out all groups of that kind"
@@ -356,7 +357,8 @@ def structure_groups(
         skip_unsupported: leave out, too, the groups whose channels cannot be decayed.
 
     Raises:
-        UnsupportedLayerError: naming a layer whose channels cannot be decayed.
+        UnsupportedLayerError: naming a layer whose channels cannot be decayed, or whose removal
+            is not the same as zeros.
     """
 
     def pruner(left: set[str]) -> Any:
@@ -374,5 +376,5 @@ def structure_groups(
     left = {*ignored, *dependency.output_layers(model, example)}
     made = pruner(left)
     if skip_unsupported:
-        made = pruner({*left, *dependency.unsupported(made)})
-    return [structure_group(g) for g in dependency.groups(made)]
+        made = pruner({*left, *dependency.unsupported(made, example)})
+    return [structure_group(g) for g in dependency.exact_groups(made, example)]

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from dpm_core import DecayPruning, Phase, StructureGroup
-from third_party import otov2
+from dpm_core import DecayPruning, Phase
+from third_party import dependency, otov2
 from third_party.groups import UnsupportedLayerError
 
 from .base import Adapter, AdapterError, Context, Loss, State, structure_group
@@ -111,7 +111,6 @@ class OTOv2(Adapter):
                 "shorten smooth.steps, start_epoch or warm_up_steps"
             )
         model, example = copy.deepcopy(self.context.model), self.context.example
-        _wake(model)
         try:
             made = otov2.graph(model, example)
             found = otov2.groups(made, model)
@@ -129,42 +128,11 @@ class OTOv2(Adapter):
                 f"target_group_sparsity {self.options.target_group_sparsity} is impossible: with "
                 f"one structure left in every group it is {most:.3f}. Lower it"
             )
-        groups = [structure_group(g) for g in found]
-        if self._contradiction(groups, model) is None:
-            return
-        # One by one, only to tell which: building the dependency graph takes a while.
-        for group in groups:
-            why = self._contradiction([group], model)
-            if why is not None:
-                raise AdapterError(f"the group of {group.name!r} {why}")
-        raise AdapterError("upstream's groups, removed together, do not fit the dependency graph")
-
-    @torch.no_grad()
-    def _contradiction(self, groups: list[StructureGroup], model: nn.Module) -> str | None:
-        """Why half of each group at zero, and removed, are not the same; ``None`` if they are."""
-        example, plan = self.context.example, []
-        zeroed = [s.parameter for g in groups for s in g.slices]
-        kept = [p.detach().clone() for p in zeroed]
-        for group in groups:
-            rows = list(range(0, group.size - 1, 2))
-            for s in group.slices:
-                s.parameter.index_fill_(s.dim, s.index[rows].reshape(-1), 0)
-            plan += [(group.name, rows)] if rows else []
-        small = copy.deepcopy(model)
-        try:
-            self.shrink(small, example, plan)
-            whole, removed = model.eval()(example), small.eval()(example)
-        except Exception as cause:  # whatever the removal of other channels than these breaks
-            return f"cannot be removed: {(str(cause).splitlines() or [type(cause).__name__])[0]}"
-        finally:
-            for parameter, value in zip(zeroed, kept, strict=True):
-                parameter.copy_(value)
-        if torch.allclose(whole, removed, rtol=0, atol=1e-4 * float(whole.abs().max())):
-            return None
-        return (
-            "at zero and removed gives different outputs: upstream's groups and the dependency "
-            "graph disagree on this model, so it cannot be pruned"
-        )
+        for root, why in dependency.inexact(model, example, found).items():
+            raise AdapterError(  # of the first: a model with others cannot be pruned, either
+                f"the group of {root!r} {why}. Upstream's groups and the dependency graph disagree "
+                "on this model, so it cannot be pruned"
+            )
 
     # ------------------------------------------------------------------ the run
 
@@ -353,16 +321,3 @@ class OTOv2(Adapter):
         super().load_state_dict(state, stage, optimizer, loss)
         if self.removed is None:
             self._limit_releases()
-
-
-@torch.no_grad()
-def _wake(model: nn.Module) -> None:
-    """Let no layer answer zeros with zeros only because it is untrained, as a fresh BatchNorm does.
-
-    Else a trial removal would find nothing wrong with what reads the zeros, a depthwise convolution
-    say, and its BatchNorm would speak up during training.
-    """
-    draw = torch.Generator().manual_seed(0)
-    means = [b for n, b in model.named_buffers() if n.endswith("running_mean")]
-    for tensor in [p for p in model.parameters() if p.dim() == 1] + means:
-        tensor.add_(torch.rand(tensor.shape, generator=draw).to(tensor))

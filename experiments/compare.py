@@ -70,39 +70,42 @@ def compare(jobs: Sequence[Job], *, at_once: int | None = None) -> list[Path]:
     jobs = list(own.values())  # a run that was asked for twice is one run
     first = {job.dense: job for job in reversed(jobs) if job.dense is not None}
     waiting = [job for job in jobs if not finished(job.request)]
-    # First the runs that train dense models, then those that find them.
+    # First the runs that train dense models; each is waited for by those that find its model.
     leading = [job for job in waiting if job.dense is not None and job is first[job.dense]]
-    queues = [leading, [job for job in waiting if job not in leading]]
+    queue = leading + [job for job in waiting if job not in leading]
     bar = tqdm(
         total=len(jobs), initial=len(jobs) - len(waiting), unit="run", desc="runs", disable=None
     )
     with bar:
-        for queue in queues:
-            _work(queue, at_once, bar)
+        _work(queue, {job.dense: job for job in leading}, at_once, bar)
     return [job.request.folder / "record.json" for job in jobs]
 
 
-def _work(queue: list[Job], at_once: int, bar: tqdm[None]) -> None:
-    running: list[tuple[Request, subprocess.Popen[bytes]]] = []
+def _work(queue: list[Job], leading: dict[str | None, Job], at_once: int, bar: tqdm[None]) -> None:
+    """Carry out a queue; ``leading`` names, by dense model, the run that has to be over first."""
+    running: list[tuple[Job, subprocess.Popen[bytes]]] = []
     try:
         while queue or running:
-            while queue and len(running) < at_once:
-                job = queue.pop(0)
-                running.append((job.request, _start(job, at_once)))
-            bar.set_postfix_str("; ".join(_name(r) for r, _ in running), False)
+            ready = [job for job in queue if leading.get(job.dense, job) is job]
+            for job in ready[: at_once - len(running)]:
+                queue.remove(job)
+                running.append((job, _start(job, at_once)))
+            bar.set_postfix_str("; ".join(_name(job.request) for job, _ in running), False)
             bar.refresh()
             time.sleep(0.5)
-            for request, process in list(running):
-                code = process.poll()
+            for job, process in list(running):
+                code, request = process.poll(), job.request
                 if code is None:
                     continue
-                running.remove((request, process))
+                running.remove((job, process))
                 if code:
                     log = (request.folder / "run.log").read_text(errors="replace").strip()
                     raise RunError(
                         f"{_name(request)} ended with code {code}:\n"
                         + "\n".join(log.splitlines()[-15:])
                     )
+                if leading.get(job.dense) is job:
+                    del leading[job.dense]
                 bar.update()
                 if bar.disable:  # no terminal: a line per run instead of a moving bar
                     print(f"finished {_name(request)}", flush=True)

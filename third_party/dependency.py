@@ -36,6 +36,10 @@ from torch_pruning.dependency import index_mapping  # noqa: E402
 ROOTS = [tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR]
 Plan = list[tuple[str, list[int]]]
 """What was removed, in order: root layer's name, output positions in the dense layer's count."""
+UNLIKE = 0.01
+"""How far outputs may differ between zeros and removal, of what the zeros change (:func:`inexact`).
+A mistake is of the order of 1. In random networks of a hundred layers rounding alone can come to
+1e-4."""
 
 
 @contextmanager
@@ -360,6 +364,84 @@ def _positions(name: str, codes: Tensor, shape: torch.Size) -> list[Tensor]:
     )
 
 
+def inexact(model: nn.Module, example: Tensor, groups: Sequence[UpstreamGroup]) -> dict[str, str]:
+    """Groups whose structures, removed, leave another network than at zero.
+
+    That is so where the graph loses track of channels, or where something answers zeros with more
+    than zeros. Every other structure is tried, on a copy with weights drawn at random, so that
+    nothing hides behind what a network has not learnt yet, and in double precision. A model that
+    cannot be run so is not judged.
+
+    Args:
+        model: what the groups are of; left as it is.
+        example: an input batch on the model's device.
+        groups: as of :func:`groups`, or another upstream's.
+
+    Returns:
+        Why, by the group's root, to follow its name; nothing if all is well.
+    """
+    why = _unlike(model, example, groups)
+    if why is None:
+        return {}
+    # One by one, only to tell which: building the graph takes a while.
+    alone = {g.root: _unlike(model, example, [g]) for g in groups}
+    found = {root: said for root, said in alone.items() if said is not None}
+    return found or {g.root: f"{why}, if all groups are removed together" for g in groups}
+
+
+@torch.no_grad()
+def _unlike(model: nn.Module, example: Tensor, groups: Sequence[UpstreamGroup]) -> str | None:
+    copies: dict[int, Any] = {}  # by the id of what was copied
+    trial = copy.deepcopy(model, copies).double().eval()
+    batch = example.double() if example.is_floating_point() else example
+    _draw(trial)
+    try:
+        dense = _flat(trial(batch))
+    except Exception:  # a layer that insists on its own precision
+        return None
+    plan: Plan = []
+    for group in groups:
+        rows = list(range(0, group.structures - 1, 2))
+        for share in group.shares:
+            index = torch.tensor([p for k in rows for p in share.index[k]], dtype=torch.int64)
+            copies[id(share.parameter)].index_fill_(share.dim, index.to(example.device), 0)
+        plan += [(group.root, group.channels_of(rows))] if rows else []
+    zeroed = _flat(trial(batch))
+    try:
+        remove(trial, batch, plan)
+        removed = _flat(trial.eval()(batch))
+    except Exception as cause:  # whatever the removal of other channels than these breaks
+        return f"cannot be removed: {(str(cause).splitlines() or [type(cause).__name__])[0]}"
+    moved, off = ((x - zeroed).abs().max() for x in (dense, removed))
+    if not zeroed.isfinite().all() or off <= UNLIKE * moved + 1e-9 * zeroed.abs().max():
+        return None
+    return (
+        "gives different outputs at zero and removed: the dependency graph takes its channels for "
+        "others on their way, as behind a flatten of permuted axes, or something answers their "
+        "zeros with more than zeros"
+    )
+
+
+def _flat(outputs: Any) -> Tensor:
+    """All of a model's outputs in one vector."""
+    return torch.cat([o.flatten() for o in tp.utils.flatten_as_list(outputs)])
+
+
+def _draw(model: nn.Module) -> None:
+    """Draw a model's weights by He's rule, its vectors and running statistics from 0.5 to 1.5.
+
+    Running means are negative: a BatchNorm that reads zeros speaks up, and no ReLU silences it.
+    """
+    draw = torch.Generator().manual_seed(0)
+    statistics = [(n, b) for n, b in model.named_buffers() if "running_" in n]
+    for name, tensor in [*model.named_parameters(), *statistics]:
+        if tensor.dim() > 1:
+            drawn = torch.randn(tensor.shape, generator=draw) * (2 / tensor[0].numel()) ** 0.5
+        else:
+            drawn = torch.rand(tensor.shape, generator=draw) + 0.5
+        tensor.copy_(-drawn if name.endswith("running_mean") else drawn)
+
+
 def importance(made: tp.pruner.GroupNormPruner, group: UpstreamGroup) -> Tensor:
     """Upstream's importance of each structure of a group of the pruner's model, on the host."""
     layer = made.model.get_submodule(group.root)
@@ -385,16 +467,34 @@ def groups(made: tp.pruner.GroupNormPruner) -> list[UpstreamGroup]:
     return [_table(made, group, names, attentions) for group in _all_groups(made)]
 
 
-def unsupported(made: tp.pruner.GroupNormPruner) -> dict[str, str]:
-    """Roots of the groups that :func:`groups` refuses, and why."""
+def exact_groups(made: tp.pruner.GroupNormPruner, example: Tensor) -> list[UpstreamGroup]:
+    """:func:`groups`, each tried out by :func:`inexact`.
+
+    Raises:
+        UnsupportedLayerError: naming the layer that cannot be set to zero, or the group that is not
+            the same at zero and removed, and why.
+    """
+    found = groups(made)
+    for root, why in inexact(made.model, example, found).items():
+        raise UnsupportedLayerError(_not_exact(root, why))
+    return found
+
+
+def unsupported(made: tp.pruner.GroupNormPruner, example: Tensor) -> dict[str, str]:
+    """Roots of the groups that :func:`exact_groups` refuses, and why."""
     names, attentions = {m: n for n, m in made.model.named_modules()}, _attentions(made.model)
-    refused = {}
+    refused, found = {}, []
     for group in _all_groups(made):
         try:
-            _table(made, group, names, attentions)
+            found.append(_table(made, group, names, attentions))
         except UnsupportedLayerError as cause:
             refused[names[group[0].dep.target.module]] = str(cause)
-    return refused
+    odd = inexact(made.model, example, found)
+    return refused | {root: _not_exact(root, why) for root, why in odd.items()}
+
+
+def _not_exact(root: str, why: str) -> str:
+    return f"the group of {root!r} {why}. Name {root!r} in `ignored` to leave it unpruned"
 
 
 def _all_groups(made: tp.pruner.GroupNormPruner) -> Iterator[Any]:

@@ -452,6 +452,58 @@ def test_what_upstream_cannot_follow_is_refused_with_the_layers_and_the_reason()
         structure_groups(model, torch.randn(2, 4, 8, 8))
 
 
+class Between(nn.Module):
+    """Two layers, then something that upstream takes for a plain flatten, then two more."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.between = between
+        self.hidden = nn.Linear(6 * 64, 12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.between(functional.relu(self.norm(self.conv(x))))
+        return self.head(functional.relu(self.hidden(x)))
+
+
+NOT_EXACT = {
+    "positions before channels": lambda x: x.permute(0, 2, 3, 1).flatten(1),
+    "channels in another order": lambda x: x.flip(1).flatten(1),
+    "zeros do not stay zeros": lambda x: x.sigmoid().flatten(1),
+}
+
+
+@pytest.mark.parametrize("between", NOT_EXACT.values(), ids=NOT_EXACT)
+def test_a_removal_that_would_not_equal_the_zeros_is_refused_by_group(between):
+    model = Between(between).train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(AdapterError, match=r"'conv' gives different .*'conv' in `ignored`.*skip"):
+        DepGraph(context(model), DepGraphOptions(ratio=0.5)).check()
+    with pytest.raises(UnsupportedLayerError, match="'conv' gives different outputs"):
+        structure_groups(model, EXAMPLE)
+    DepGraph(context(model), DepGraphOptions(ratio=0.5, ignored=("conv",))).check()
+    assert [g.name for g in structure_groups(model, EXAMPLE, skip_unsupported=True)] == ["hidden"]
+    adapter = DepGraph(context(model), DepGraphOptions(ratio=0.5, skip_unsupported=True))
+    adapter.check()
+    assert set(adapter.skipped) == {"conv"}
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_plain_flatten_passes_whatever_the_weights_are():
+    model = Between(lambda x: x.flatten(1))
+    assert {g.name for g in structure_groups(model, EXAMPLE)} == {"conv", "hidden"}
+    for weights in (0.0, torch.nan):
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, weights)
+        assert {g.name for g in structure_groups(model, EXAMPLE)} == {"conv", "hidden"}
+        nowhere = Between(NOT_EXACT["positions before channels"])
+        nowhere.load_state_dict(model.state_dict())
+        with pytest.raises(UnsupportedLayerError, match="'conv' gives different outputs"):
+            structure_groups(nowhere, EXAMPLE)
+
+
 def test_layers_that_make_the_output_are_left_alone():
     assert dependency.output_layers(small_resnet(), EXAMPLE) == ["head"]
     groups = structure_groups(small_resnet(), EXAMPLE)

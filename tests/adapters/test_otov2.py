@@ -24,7 +24,7 @@ from tests.support.frameworks import EAGER, EXAMPLE, SmallResNet, batch, small_r
 from tests.support.snapshot import difference
 from tests.support.tiny import ROOT
 from tests.third_party.otov2_nets import IMAGES, Concatenated, Depthwise, Ended, stir
-from third_party import otov2
+from third_party import dependency, otov2
 
 OPTIONS = {
     "target_group_sparsity": 0.5,
@@ -585,15 +585,16 @@ def test_a_depthwise_convolution_contradicts_upstreams_groups_and_is_refused(tra
 
 
 def test_groups_that_do_not_fit_together_are_refused(monkeypatch):
-    shrink = OTOv2.shrink
+    remove = dependency.remove
 
     def only_one(model: nn.Module, example: Tensor, plan: list[Any]) -> None:
         if len(plan) > 1:
             raise ValueError("more than one")
-        shrink(model, example, plan)
+        remove(model, example, plan)
 
-    monkeypatch.setattr(OTOv2, "shrink", staticmethod(only_one))
-    assert "removed together, do not fit" in refusal(small_resnet())
+    monkeypatch.setattr(dependency, "remove", only_one)
+    message = refusal(small_resnet())
+    assert "cannot be removed: more than one, if all groups are removed together" in message
 
 
 def test_a_mean_that_is_taken_for_another_is_found_out():

@@ -76,12 +76,15 @@ def test_outputs_that_do_not_depend_on_images_show_nothing(monkeypatch):
 
 def test_figures_that_are_not_right_fail():
     good = {"pruned": 5, "decayed": 5, "macs": 9, "difference": 1e-14, "moved": 0.5}
+    good["rounding"] = 1e-13
     assert failure({"sp": good, "sr": good}) == ""
     for changes, message in (
         ({"pruned": 4}, "4 of 5"),
         ({"pruned": 0, "decayed": 0}, "0 of 0"),
         ({"difference": 1e-4}, "differ by 1.0e-04"),
         ({"difference": float("nan")}, "differ by nan"),
+        ({"difference": 1e-4, "rounding": 9e-5}, "differ by 1.0e-04"),
+        ({"rounding": 0.1}, "rounding moves the outputs by 1.0e-01"),
         ({"moved": 0.0}, "shows nothing"),
         ({"macs": 8}, "unlike amounts"),
     ):
@@ -113,6 +116,7 @@ def test_no_parameter_of_a_network_that_is_awake_is_constant():
 def made_up(name: str, **changes) -> dict:
     """A row as :func:`collect` keeps it."""
     figures = {"decayed": 7, "released": 0, "pruned": 7, "macs": 50, "difference": 2e-14}
+    figures["rounding"] = 3e-13
     row = {
         "network": name,
         "parameters": 1_500_000,

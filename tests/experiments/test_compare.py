@@ -147,6 +147,14 @@ def test_a_seeds_dense_model_is_there_before_the_others_start(tmp_path, machine,
         assert begins[f"tiny {name}"] >= ends[f"tiny base {name[-1]}"]
 
 
+def test_no_core_waits_for_another_seeds_dense_model(tmp_path, machine, monkeypatch):
+    machine.durations = {"base 0": 3, "base 1": 20}
+    begins, ends = begins_and_ends(machine, monkeypatch)
+    compare(jobs(tmp_path), at_once=2)
+    assert ends["tiny sp 0"] < ends["tiny sr 0"] < ends["tiny base 1"] <= begins["tiny sp 1"]
+    assert max(machine.at_once) == 2
+
+
 # ---------------------------------------------------------------------- several configurations
 
 LONGER = {"name": "longer", "smooth.steps": 6}

@@ -612,6 +612,17 @@ def test_a_layer_that_cannot_be_zero_is_refused_by_name():
         tied_gates(model, example)
 
 
+def test_a_group_whose_zeros_do_not_equal_its_removal_is_refused_by_name():
+    class Sigmoid(nn.Sequential):
+        def forward(self, x):
+            return self[2](self[1](self[0](x)).sigmoid())
+
+    model = Sigmoid(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    example = torch.randn(2, 4)
+    with refused(GateError, "'0'", "different outputs", "ignored", model=model):
+        tied_gates(model, example)
+
+
 def test_melting_is_refused_before_anything_changed():
     model = tied()
     groups = tied_gates(model, SMALL)

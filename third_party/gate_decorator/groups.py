@@ -58,8 +58,8 @@ def tied_gates(
         ignored: module names of layers whose whole group is left out.
 
     Raises:
-        GateError: the model has gates, a name is unknown, a layer cannot be set to zero, or no
-            group is left.
+        GateError: the model has gates, a name is unknown, a layer cannot be set to zero, a group
+            is not the same at zero and removed, or no group is left.
     """
     if gated(model):
         raise GateError("the model has gates already; groups are found in the plain model")
@@ -84,12 +84,14 @@ def tied_gates(
     heard = dependency.heard_without_norm(made)
     names = {m: n for n, m in modules.items()}
     areas = _areas(model, example)
+    silenced = [g for g in every if g.root not in heard and all(m in areas for m, _, _ in g.owners)]
+    for root, why in dependency.inexact(model, example, silenced).items():
+        raise GateError(f"the group of {root!r} {why}. Name {root!r} in `ignored`")
     found = []
-    for group in every:
-        if group.root not in heard and all(m in areas for m, _, _ in group.owners):
-            members = {names[m]: torch.tensor(index) for m, _, index in group.owners}
-            area = areas[group.owners[0][0]]
-            found.append(GateGroup(group.root, group.channels, group.structures, members, area))
+    for group in silenced:
+        members = {names[m]: torch.tensor(index) for m, _, index in group.owners}
+        area = areas[group.owners[0][0]]
+        found.append(GateGroup(group.root, group.channels, group.structures, members, area))
     if not found:
         raise GateError("no group of layers is silenced by BatchNorms alone; shorten `ignored`")
     places = list(modules)
