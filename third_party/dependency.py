@@ -392,10 +392,10 @@ def inexact(model: nn.Module, example: Tensor, groups: Sequence[UpstreamGroup]) 
 @torch.no_grad()
 def _unlike(model: nn.Module, example: Tensor, groups: Sequence[UpstreamGroup]) -> str | None:
     copies: dict[int, Any] = {}  # by the id of what was copied
-    trial = copy.deepcopy(model, copies).double().eval()
+    trial = copy.deepcopy(model, copies).eval()
     batch = example.double() if example.is_floating_point() else example
-    _draw(trial)
     try:
+        _draw(trial.double())
         dense = _flat(trial(batch))
     except Exception:  # a layer that insists on its own precision
         return None
@@ -403,8 +403,9 @@ def _unlike(model: nn.Module, example: Tensor, groups: Sequence[UpstreamGroup]) 
     for group in groups:
         rows = list(range(0, group.structures - 1, 2))
         for share in group.shares:
+            parameter = copies[id(share.parameter)]
             index = torch.tensor([p for k in rows for p in share.index[k]], dtype=torch.int64)
-            copies[id(share.parameter)].index_fill_(share.dim, index.to(example.device), 0)
+            parameter.index_fill_(share.dim, index.to(parameter.device), 0)
         plan += [(group.root, group.channels_of(rows))] if rows else []
     zeroed = _flat(trial(batch))
     try:
