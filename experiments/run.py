@@ -35,6 +35,7 @@ VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
 CONTROLS: tuple[Control, ...] = ("random", "least-resistant")
 """``sr`` with the releases of a control: as many on the same schedule, but other ones."""
 RECORD_VERSION = 3
+ANEW = "delete it, as --force does, to start anew"  # a comparison knows no --force
 CHECKPOINT_VERSION = 4
 LATENCY_BATCH = 128
 MODEL = "model.safetensors"
@@ -460,15 +461,11 @@ def _checkpoint(path: Path, request: Request) -> Mapping[str, Any] | None:
         saved: Mapping[str, Any] = torch.load(path, weights_only=True, map_location=request.device)
         identity, version = {"processes": 1, **saved["run"]}, saved["version"]
     except Exception as cause:
-        raise RunError(
-            f"{path} cannot be read ({_first_line(cause)}); --force starts anew"
-        ) from cause
+        raise RunError(f"{path} cannot be read ({_first_line(cause)}); {ANEW}") from cause
     if version != CHECKPOINT_VERSION:
-        raise RunError(f"{path} was written by another release; --force starts anew")
+        raise RunError(f"{path} was written by another release; {ANEW}")
     if identity != _identity(request):
-        raise RunError(
-            f"{path} is of another run ({identity}, here {_identity(request)}); --force starts anew"
-        )
+        raise RunError(f"{path} is of another run ({identity}, here {_identity(request)}); {ANEW}")
     return saved
 
 

@@ -504,7 +504,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_with_the_remedy(stoppe
     other = tiny.request(stopped.out, "sp", {**MINIATURE, **flat(change)}, resume=True)
     assert other.folder == stopped.folder
     before = (stopped.folder / "checkpoint.pt").read_bytes()
-    with pytest.raises(RunError, match=r"checkpoint\.pt is of another run.*--force starts anew"):
+    with pytest.raises(RunError, match=r"checkpoint\.pt is of another run.*delete it"):
         run(other)
     assert (stopped.folder / "checkpoint.pt").read_bytes() == before
     run(stopped)
@@ -527,7 +527,7 @@ def test_a_checkpoint_moved_from_another_run_is_refused(stopped, other):
     request = tiny.request(stopped.out, variant, MINIATURE, resume=True, seed=seed)
     request.folder.mkdir(parents=True)
     (stopped.folder / "checkpoint.pt").rename(request.folder / "checkpoint.pt")
-    with pytest.raises(RunError, match=r"of another run.*--force starts anew"):
+    with pytest.raises(RunError, match=r"of another run.*delete it, as --force does"):
         run(request)
 
 
@@ -535,7 +535,7 @@ def test_a_checkpoint_of_another_release_is_refused_with_the_remedy(stopped):
     path = stopped.folder / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
     torch.save({**saved, "version": saved["version"] - 1}, path)
-    with pytest.raises(RunError, match=r"written by another release; --force starts anew"):
+    with pytest.raises(RunError, match=r"written by another release; delete it, as --force does"):
         run(stopped)
 
 
@@ -550,7 +550,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(stopped, damage):
     else:
         path.write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
     with pytest.raises(
-        RunError, match=r"(?s)checkpoint\.pt cannot be read.*--force starts anew"
+        RunError, match=r"(?s)checkpoint\.pt cannot be read.*delete it, as --force does"
     ) as caught:
         run(stopped)
     # PyTorch's own advice, over many lines, is to load it without weights_only.
@@ -564,7 +564,7 @@ def test_a_checkpoint_of_another_version_is_refused(stopped):
     path = stopped.folder / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
     torch.save({**saved, "version": 99}, path)
-    with pytest.raises(RunError, match="--force starts anew"):
+    with pytest.raises(RunError, match="delete it, as --force does"):
         run(stopped)
 
 
