@@ -447,8 +447,7 @@ def _draw(model: nn.Module, batch: Tensor) -> None:
     with contextlib.suppress(ValueError):  # a single image and position has no variance
         model(batch)
     for norm in norms:
-        assert norm.running_mean is not None and norm.running_var is not None
-        norm.eval().running_mean -= norm.running_var.sqrt()
+        norm.eval().get_buffer("running_mean").sub_(norm.get_buffer("running_var").sqrt())
 
 
 def importance(made: tp.pruner.GroupNormPruner, group: UpstreamGroup) -> Tensor:
