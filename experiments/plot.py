@@ -602,13 +602,17 @@ def draw_tradeoff(
         if before := dense(members):
             mean = statistics.fmean(before)
             axis.plot(100, mean, marker, color=ink, fillstyle="none", markersize=8)
-    variants = [v for v in ORDER if v in used]
-    handles = [
+    colours = [
         Line2D([], [], color=COLOURS[v], marker="s", linestyle="none", label=NAMES[v])
-        for v in variants
-    ] + handles
+        for v in ORDER
+        if v in used
+    ]
+    # A column of each kind: long names in both would not fit.
+    rows = max(len(colours), len(handles))
+    for column in (colours, handles):
+        column += [Line2D([], [], linestyle="none", label=" ")] * (rows - len(column))
     axis.autoscale_view()
     axis.set_xlabel("MACs left, % of the dense network (hollow: dense)")
     axis.set_ylabel("final test accuracy, %")
-    figure.legend(handles=handles, frameon=False, loc="outside lower left", ncols=2)
+    figure.legend(handles=colours + handles, frameon=False, loc="outside lower left", ncols=2)
     return figure

@@ -543,6 +543,18 @@ def test_the_tradeoff_has_a_marker_per_variant_and_a_hollow_one_for_dense():
     assert [t.get_text() for t in legend.get_texts()] == ["base", "+SP", "first", "scratch"]
 
 
+def test_the_tradeoffs_legend_lies_within_the_figure_whatever_the_names():
+    variants = ("base", "sp", "sr", "random", "least-resistant")
+    runs = [record(variant, 0) for variant in variants]
+    names = [f"depgraph-blind-trajectory-{n}" for n in range(7)]
+    figure = plot.draw_tradeoff(dict.fromkeys(names, runs), size=(5, 4))
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box, whole = legend.get_window_extent(), figure.bbox
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+    assert [t.get_text() for t in legend.get_texts()][7:] == names
+
+
 def test_names_with_dollars_are_drawn_as_they_are(tmp_path):
     made = record("base", 0, data="$x^{", config={"name": "a$b", "stages": {}})
     assert len(plot.plot([(tmp_path / "r.json", made)], tmp_path)) == 2
