@@ -475,6 +475,16 @@ def groups(made: tp.pruner.GroupNormPruner) -> list[UpstreamGroup]:
     return [_table(made, group, names, attentions) for group in _all_groups(made)]
 
 
+def require_exact(model: nn.Module, example: Tensor, groups: Sequence[UpstreamGroup]) -> None:
+    """Refuse what :func:`inexact` finds.
+
+    Raises:
+        UnsupportedLayerError: naming the first such group, why, and the remedy.
+    """
+    for root, why in inexact(model, example, groups).items():
+        raise UnsupportedLayerError(_not_exact(root, why))
+
+
 def exact_groups(made: tp.pruner.GroupNormPruner, example: Tensor) -> list[UpstreamGroup]:
     """:func:`groups`, each tried out by :func:`inexact`.
 
@@ -483,8 +493,7 @@ def exact_groups(made: tp.pruner.GroupNormPruner, example: Tensor) -> list[Upstr
             the same at zero and removed, and why.
     """
     found = groups(made)
-    for root, why in inexact(made.model, example, found).items():
-        raise UnsupportedLayerError(_not_exact(root, why))
+    require_exact(made.model, example, found)
     return found
 
 

@@ -85,8 +85,10 @@ def tied_gates(
     names = {m: n for n, m in modules.items()}
     areas = _areas(model, example)
     silenced = [g for g in every if g.root not in heard and all(m in areas for m, _, _ in g.owners)]
-    for root, why in dependency.inexact(model, example, silenced).items():
-        raise GateError(f"the group of {root!r} {why}. Name {root!r} in `ignored`")
+    try:
+        dependency.require_exact(model, example, silenced)
+    except UnsupportedLayerError as cause:
+        raise GateError(str(cause)) from cause
     found = []
     for group in silenced:
         members = {names[m]: torch.tensor(index) for m, _, index in group.owners}
