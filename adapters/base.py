@@ -24,9 +24,10 @@ over.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,21 +46,14 @@ from dpm_core import (
     StructureGroup,
 )
 from dpm_core.groups import is_sharded
-from third_party.groups import UpstreamGroup
+from third_party import running
+from third_party.groups import Plan, UnsupportedLayerError, UpstreamGroup
 
 Variant = Literal["base", "sp", "sr"]
 Loss = Callable[[], Tensor]
 """Runs the model on the next training batch and returns the mean loss."""
 State = Mapping[str, Any]
 """What :meth:`Adapter.state_dict` gave."""
-Plan = list[tuple[str, list[int]]]
-"""What is removed: (layer's name, positions of its output as they are at its turn), in order.
-
-The positions are those in the dense model for all that is removed at once. After several removals
-their plans stand one after the other.
-"""
-
-
 class AdapterError(ValueError):
     """A framework cannot do what is asked of it. The message says why, and what to change."""
 
@@ -103,7 +97,8 @@ class Context:
 
     Attributes:
         model: the dense model; the adapter works on it in place.
-        example: one input batch of any size, on the model's device.
+        example: of its inputs, on its device: a batch of any size, several inputs in a tuple or
+            list, or a mapping of arguments. The forward pass takes no other than these.
         variant: ``base`` is the framework alone, ``sp`` decays, ``sr`` decays and rectifies.
         smooth: the decay's settings, for ``sp`` and ``sr``.
         rectify: the rectifier's settings, for ``sr``.
@@ -111,16 +106,24 @@ class Context:
         progress: called now and then during long work outside the training steps, with what is
             going on.
         seed: of the run, for what a framework draws.
+
+    Raises:
+        AdapterError: there is no such variant.
     """
 
     model: nn.Module
-    example: Tensor
+    example: Any
     variant: Variant
     smooth: SmoothPruning
     rectify: SelfRectifying
     stages: Mapping[str, Stage]
     progress: Callable[[str], object] = str
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.variant not in get_args(Variant):
+            known = ", ".join(map(repr, get_args(Variant)))
+            raise AdapterError(f"there is no variant {self.variant!r}; give one of {known}")
 
     def decay_steps(self) -> int:
         """Training steps from a decision until all is zero, replacements and hearings included."""
@@ -142,6 +145,8 @@ class Adapter(ABC):
         decided: whether the framework has begun to take structures out.
         removed: what :meth:`remove` has taken away, or ``None`` before.
         pruned: how many structures that were.
+        skipped: why groups are left as they are, by their root layer's name.
+        checked: whether :meth:`check` has passed; :meth:`begin` makes up for it.
 
     Abstract are :meth:`check`, :meth:`begin` and :meth:`remove`. What stands here of
     :meth:`settled` and :meth:`due` is that of a framework that decides once; one that removes
@@ -149,8 +154,11 @@ class Adapter(ABC):
     something in :meth:`begin`, the core above all, extends :meth:`load_state_dict`; one with
     progress of its own :meth:`state_dict`, too.
 
+    An adapter's own :meth:`check` and :meth:`begin` end, or begin, with those that stand here.
+
     Raises:
-        AdapterError: the model is wrapped in DistributedDataParallel, or sharded as FSDP does it.
+        AdapterError: the model is wrapped in DistributedDataParallel, or sharded as FSDP does it,
+            or a stage of training is missing or unknown.
     """
 
     Options: ClassVar[type]
@@ -176,8 +184,11 @@ class Adapter(ABC):
                 f"{type(self).__name__} chooses by itself what it decays in place of released "
                 "structures, so it cannot follow an exchange; take Trajectory() or Hearing()"
             )
+        _require_stages(context.stages, self.stages)
         self.context = context
         self.options = options
+        self.checked = False
+        self.skipped: dict[str, str] = {}
         self.dpm: DecayPruning | None = None
         self.decided = False
         self.removed: Plan | None = None
@@ -229,6 +240,12 @@ class Adapter(ABC):
         Raises:
             AdapterError: with cause and remedy.
         """
+        self.checked = True
+
+    def make_sure(self) -> None:
+        """:meth:`check`, unless that was done, or the model is small already."""
+        if not (self.checked or self.complete):
+            self.check()
 
     def check_length(self) -> None:
         """For :meth:`check`: refuse a stage 'prune' that is too short for the decay.
@@ -254,6 +271,30 @@ class Adapter(ABC):
             if name not in known:
                 raise AdapterError(f"ignored names {name!r}, which is no layer of the model")
 
+    @staticmethod
+    def frozen(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
+        """Why structures with a part in these (name, parameter) cannot decay, if one is frozen."""
+        for name, parameter in parameters:
+            if not parameter.requires_grad:
+                return f"holds {name!r}, which is frozen (requires_grad is False) and cannot decay"
+        return None
+
+    def check_trainable(self, root: str, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """For :meth:`check`: refuse to prune what is frozen.
+
+        Args:
+            root: the name of the group's root layer.
+            parameters: with a part in the group, by name.
+
+        Raises:
+            AdapterError: naming the layer and the remedy.
+        """
+        why = self.frozen(parameters)
+        if why is not None:
+            raise AdapterError(
+                f"the group of {root!r} {why}. Let it train, or name {root!r} in `ignored`"
+            )
+
     def optimizer(self, stage: str) -> Optimizer:
         """A new optimizer of the model's present parameters, for a stage."""
         return self.context.stages[stage].new_optimizer(self.context.model)
@@ -262,13 +303,32 @@ class Adapter(ABC):
     def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """A stage starts, or goes on after a removal.
 
+        What stands here, for an adapter's own to begin with, is the check, if it was left out.
+
         Args:
             stage: one of :attr:`stages`.
             optimizer: what :meth:`optimizer` gave; after a removal the same one, of the parameters
                 that the model has now, where :attr:`carries_optimizer` says so.
             loss: runs the model on the next training batch and returns the mean loss; for
                 hearings. Each call uses up one training step of the stage.
+
+        Raises:
+            AdapterError: as :meth:`check`, or there is no such stage, or the optimizer is of
+                another model, such as the large one after a removal.
         """
+        if stage not in self.context.stages:
+            raise AdapterError(
+                f"there is no stage {stage!r}; the context has {list(self.context.stages)}"
+            )
+        own = {p for p in self.context.model.parameters() if p.requires_grad}
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        if not own <= held and not held <= set(self.context.model.parameters()):
+            raise AdapterError(
+                "the optimizer is of another model: it holds parameters that this one has not, and "
+                "lacks some that this one has, as after a removal. Give the one that was carried "
+                "over (adapters.optimizer_state), or a new one of model.parameters()"
+            )
+        self.make_sure()
 
     def before_step(self, step: int) -> None:
         """A training step begins: for a framework with a learning rate or frozen layers of its own.
@@ -304,14 +364,31 @@ class Adapter(ABC):
         """
 
     @staticmethod
-    def shrink(model: nn.Module, example: Tensor, plan: Plan) -> None:
-        """Repeat a removal on a freshly built dense model, in place, as on reloading.
+    def shrink(model: nn.Module, example: Any, plan: Plan) -> None:
+        """Make a model smaller in which all that goes is zero, in place, whatever the framework.
 
-        By torch-pruning's dependency graph, whatever the framework.
+        By torch-pruning's dependency graph. The model's outputs for the example are compared before
+        and after, on a copy first.
+
+        Raises:
+            UnsupportedLayerError: the outputs would change by more than rounding, or upstream
+                cannot remove this. The model is as it was.
         """
         from third_party import dependency  # only now: it loads torch-pruning
 
         dependency.remove(model, example, plan)
+
+    @staticmethod
+    def rebuild(model: nn.Module, example: Any, plan: Plan) -> None:
+        """:meth:`shrink` a freshly built dense model, in which nothing is zero, as on reloading.
+
+        Raises:
+            UnsupportedLayerError: the small model would not compute what a copy computes in which
+                all that goes is zero, or upstream cannot remove this. The model is as it was.
+        """
+        from third_party import dependency  # only now: it loads torch-pruning
+
+        dependency.repeat(model, example, plan)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides model and optimizer."""
@@ -330,9 +407,10 @@ class Adapter(ABC):
         Its values are loaded next, then its optimizer, then :meth:`load_state_dict` is called. A
         state that says ``None`` of ``removed`` gives the layers from before the removal.
         """
+        self.checked = True  # before the run that made the state began
         self.removed = state["removed"]
         if self.removed is not None:
-            self.shrink(self.context.model, self.context.example, self.removed)
+            self.rebuild(self.context.model, self.context.example, self.removed)
 
     def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Take up a run in the middle of a stage; replaces :meth:`begin`.
@@ -343,6 +421,31 @@ class Adapter(ABC):
         self._seen = state["seen"]
         if self.dpm is not None and state["dpm"] is not None:
             self.dpm.load_state_dict(state["dpm"])
+
+
+def _require_stages(given: Mapping[str, Stage], known: Mapping[str, bool]) -> None:
+    """Refuse training stages that a framework does not have, or that it needs and are missing.
+
+    Raises:
+        AdapterError: naming them.
+    """
+    missing = [name for name, required in known.items() if required and name not in given]
+    unknown = [name for name in given if name not in known]
+    if missing or unknown:
+        raise AdapterError(
+            f"the stages are {list(given)}, but the framework has {list(known)}"
+            + (f" and needs {missing}" if missing else "")
+            + "; correct the context's `stages`"
+        )
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn what third_party refuses into an :class:`AdapterError`."""
+    try:
+        yield
+    except UnsupportedLayerError as cause:
+        raise AdapterError(str(cause)) from cause
 
 
 def _require_whole(model: nn.Module) -> None:
@@ -378,24 +481,19 @@ def structure_group(group: UpstreamGroup) -> StructureGroup:
     )
 
 
-def count_macs(model: nn.Module, example: Tensor) -> int:
+def count_macs(model: nn.Module, example: Any) -> int:
     """Multiply-accumulates of convolutions and linear layers for one sample.
 
     Counted by PyTorch's own FlopCounterMode on the model as it is; the model stays in its mode.
+
+    Args:
+        model: what to count.
+        example: of its inputs; of tensors with as many rows as the first, one row is taken.
     """
-    training = {m: m.training for m in model.modules()}
     counter = FlopCounterMode(display=False)
     # Attention's fast path is one operation to the counter, which it does not know.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        model.eval()
-        with torch.no_grad(), counter:
-            model(example[:1])
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in training.items():
-            module.training = mode
+    with running.evaluating(model), running.fast_path_off(), torch.no_grad(), counter:
+        running.call(model, running.first(example))
     return int(counter.get_total_flops()) // 2
 
 

@@ -12,7 +12,8 @@ its round, not in the next one, which decides anew.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpm_core import Phase, StructureGroup
-from third_party import dependency
-from third_party.groups import UnsupportedLayerError, UpstreamGroup
+from third_party import dependency, graph, trial
+from third_party.groups import Plan, UpstreamGroup, named
+from third_party.pruner import Pruner
 
-from .base import Adapter, AdapterError, Context, Loss, Plan, State, count_macs, structure_group
+from .base import Adapter, AdapterError, Context, Loss, State, count_macs, refusals, structure_group
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,7 @@ class DepGraphOptions:
 
 
 class DepGraph(Adapter):
-    """See the module.
-
-    Attributes:
-        skipped: the root layers of groups that ``skip_unsupported`` leaves as they are, and why.
-    """
+    """See the module."""
 
     Options: ClassVar[type] = DepGraphOptions
     stages: ClassVar[Mapping[str, bool]] = {"sparse": False, "prune": True}
@@ -89,44 +87,52 @@ class DepGraph(Adapter):
     def __init__(self, context: Context, options: DepGraphOptions) -> None:
         super().__init__(context, options)
         self.check_ignored(options.ignored)
-        try:
-            last = dependency.output_layers(context.model, context.example)
-        except dependency.TraceError as cause:
-            raise AdapterError(str(cause)) from cause
-        self._ignored = sorted({*options.ignored, *last})
-        self._stage = ""
-        self._pruner: Any = None
+        model, example = context.model, context.example
+        self._pruner: Pruner | None = None
         self._groups: dict[str, UpstreamGroup] = {}
+        self._stage = ""
         self._done = 0  # steps of the stage ``prune``, hearings' batches among them
         self._round = 0  # rounds that are over: their removal is done
         self._chosen = False  # whether the present round's decision has fallen
         self._left: dict[str, list[int]] = {}  # by group, what is left of the dense model's numbers
-        self.skipped: dict[str, str] = {}
-        if options.skip_unsupported:
-            made = self._new_pruner(context.model)
-            self.skipped = dependency.unsupported(made, context.example)
-            self._ignored = sorted({*self._ignored, *self.skipped})
+        with refusals():
+            if options.skip_unsupported:
+                reading, self.skipped = trial.exact_groups(
+                    model, example, options.ignored, skip_unsupported=True, progress=context.progress
+                )
+                for group in reading.groups:
+                    why = self.frozen((s.name, s.parameter) for s in group.shares)
+                    if why is not None:
+                        self.skipped[group.root] = f"the group of {group.root!r} {why}"
+                for why in self.skipped.values():
+                    context.progress(f"left out: {why}")
+            else:
+                reading = graph.read(model, example, options.ignored)
+                for why in reading.refused.values():
+                    raise AdapterError(f"{why}, or {_SKIP}")
+        self._ignored = sorted({*options.ignored, *reading.outputs, *self.skipped})
         # The model is the dense one, in a resumed run, too: it is made smaller later.
-        self._macs = count_macs(context.model, context.example)
+        self._macs = count_macs(model, example)
         self._counts: dict[str, int] = {}
         if options.ratio is not None and options.rounds > 1:
-            self._counts = dependency.counts(self._new_pruner(context.model))
+            self._counts = self._new_pruner(model).counts()
 
     # ------------------------------------------------------------------ the target
 
-    def _new_pruner(self, model: nn.Module) -> Any:
+    def _new_pruner(self, model: nn.Module) -> Pruner:
         o = self.options
-        return dependency.pruner(
-            model,
-            self.context.example,
-            ratio=1.0 if o.ratio is None else self._ratio(o.ratio),
-            steps=o.steps if o.ratio is None else 1,
-            global_pruning=o.global_pruning,
-            normalizer=o.normalizer or ("max" if "sparse" in self.context.stages else "mean"),
-            reg=o.reg,
-            ignored=self._ignored,
-            drawn=self.context.seed if o.importance == "random" else None,
-        )
+        with refusals():
+            return Pruner(
+                model,
+                self.context.example,
+                ratio=1.0 if o.ratio is None else self._ratio(o.ratio),
+                steps=o.steps if o.ratio is None else 1,
+                global_pruning=o.global_pruning,
+                normalizer=o.normalizer or ("max" if "sparse" in self.context.stages else "mean"),
+                reg=o.reg,
+                ignored=self._ignored,
+                drawn=self.context.seed if o.importance == "random" else None,
+            )
 
     def _way(self) -> float:
         """How much of the way to the target the model has gone after the present round."""
@@ -138,50 +144,70 @@ class DepGraph(Adapter):
         way = self._way()
         return target if way == 1 else 1 - (1 - target) ** way
 
-    def _prune(self, model: nn.Module) -> Plan:
-        """Upstream's own pruning of ``model``, to the present round's target."""
-        made, example = self._new_pruner(model), self.context.example
-        dependency.count_from(made, self._counts)
-        goal = None if self.options.ratio else self._macs / self.options.speed_up ** self._way()
+    def _selected(self) -> tuple[Plan, nn.Module]:
+        """What upstream removes now, to the present round's target, and a copy that it is gone from.
 
-        def reached() -> bool:
-            return goal is not None and count_macs(model, example) <= goal
-
-        def progress() -> None:
-            self.context.progress(f"selecting {made.current_step}/{made.iterative_steps}")
-
-        plan = dependency.run(made, reached, progress)
-        if goal is not None and not reached():
+        Raises:
+            AdapterError: upstream does not meet the target.
+        """
+        model, example, o = copy.deepcopy(self.context.model), self.context.example, self.options
+        pruner = self._new_pruner(model)
+        if o.ratio is not None:
+            wanted = pruner.wanted(self._counts)
+            with refusals():
+                plan = pruner.run(lambda: False, self.context.progress)
+            taken = pruner.taken(plan)
+            if any(n < wanted[kind] for kind, n in taken.items()):
+                kind = next(kind for kind, n in taken.items() if n < wanted[kind])
+                raise AdapterError(
+                    f"ratio {o.ratio} is not met: upstream takes {taken[kind]} {kind} of the "
+                    f"{wanted[kind]} that it asks for, as it leaves every group whole that would "
+                    "lose all it has. Lower ratio, or name such a layer in `ignored`"
+                )
+            return plan, model
+        assert o.speed_up is not None
+        goal = self._macs / o.speed_up ** self._way()
+        with refusals():
+            plan = pruner.run(lambda: count_macs(model, example) <= goal, self.context.progress)
+        if count_macs(model, example) > goal:
             raise AdapterError(
-                f"speed_up {self.options.speed_up} was not reached: {count_macs(model, example)} "
+                f"speed_up {o.speed_up} was not reached: {count_macs(model, example)} "
                 f"MACs are left, {goal:.0f} wanted; lower speed_up or raise steps"
             )
-        return plan
+        return plan, model
 
     def check(self) -> None:
-        """Refuse too short a stage, odd layers, and a speed-up beyond one channel per group."""
+        """Refuse too short a stage, odd or frozen layers, and a target that cannot be met."""
         self.check_length()
         if self.options.rounds > 1:
             self._check_rounds()
-        model = copy.deepcopy(self.context.model)
-        try:
-            groups = dependency.exact_groups(self._new_pruner(model), self.context.example)
-        except UnsupportedLayerError as cause:
-            raise AdapterError(
-                f"{cause}, or set `skip_unsupported` to leave out all groups of that kind"
-            ) from cause
+        model, example = self.context.model, self.context.example
+        groups = self._new_pruner(model).groups
+        for group in groups:
+            self.check_trainable(group.root, ((s.name, s.parameter) for s in group.shares))
+        if not self.options.skip_unsupported:  # else each was tried at the start
+            odd = trial.inexact(model, example, groups, self.context.progress)
+            for root, why in odd.items():
+                raise AdapterError(f"{named(root, why)}, or {_SKIP}")
         if not groups:
-            raise AdapterError("no group of layers is left to prune; shorten `ignored`")
+            left_out = f" ({'; '.join(self.skipped.values())})" if self.skipped else ""
+            raise AdapterError(
+                f"no group of layers is left to prune{left_out}; shorten `ignored`"
+            )
         if self.options.speed_up is not None:
-            dense = count_macs(model, self.context.example)
             most = [(g.root, g.channels_of(range(1, g.structures))) for g in groups]
-            dependency.remove(model, self.context.example, [p for p in most if p[1]])
-            limit = dense / count_macs(model, self.context.example)
+            small = copy.deepcopy(model)
+            with refusals():
+                dependency.take_out(small, example, [p for p in most if p[1]])
+            limit = self._macs / count_macs(small, example)
             if self.options.speed_up > limit:
                 raise AdapterError(
                     f"speed_up {self.options.speed_up} is impossible: with one channel left in "
                     f"every group it is {limit:.1f}. Lower speed_up"
                 )
+        else:
+            self._selected()
+        super().check()
 
     def _check_rounds(self) -> None:
         o, stage, needed = self.options, self.context.stages["prune"], self.context.decay_steps()
@@ -197,7 +223,7 @@ class DepGraph(Adapter):
                 f"to {needed}, but the stage 'prune' has {stage.steps}; give it more epochs or "
                 "shorten smooth.steps, or lower rounds or round_epochs"
             )
-        if o.ratio is not None and dependency.has_heads(self.context.model):
+        if o.ratio is not None and graph.attentions(self.context.model):
             raise AdapterError(
                 "upstream counts a ratio of attention heads within one step only; with rounds give "
                 "speed_up"
@@ -222,6 +248,7 @@ class DepGraph(Adapter):
 
     def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Sparse learning starts, or a round; after the last removal there is no more."""
+        super().begin(stage, optimizer, loss)
         self._stage = stage
         if self.complete:
             return
@@ -241,7 +268,7 @@ class DepGraph(Adapter):
 
         clock = 0 if self.dpm is None else self.dpm.clock
         self._pruner = self._new_pruner(self.context.model)
-        self._groups = {g.root: g for g in dependency.groups(self._pruner)}
+        self._groups = {g.root: g for g in self._pruner.groups}
         groups = map(structure_group, self._groups.values())
         self.attach_core(groups, optimizer, counted).clock = clock
 
@@ -251,7 +278,7 @@ class DepGraph(Adapter):
             return
         self.decided = self._chosen = True
         if self.dpm is not None:
-            plan = self._prune(copy.deepcopy(self.context.model))
+            plan, _ = self._selected()
             self.dpm.decay({root: self._groups[root].structures_of(c) for root, c in plan})
 
     def before_step(self, step: int) -> None:
@@ -261,12 +288,14 @@ class DepGraph(Adapter):
             and step
             and step % self.context.stages[self._stage].steps_per_epoch == 0
         ):
+            assert self._pruner is not None
             self._pruner.update_regularizer()
 
     def after_backward(self) -> None:
         """Upstream's regularizer, while sparse learning lasts."""
         if self._stage == "sparse":
-            self._pruner.regularize(self.context.model)
+            assert self._pruner is not None
+            self._pruner.regularize()
 
     def after_step(self) -> None:
         """Decay others of the same group for released ones: upstream's next, or the hearing's."""
@@ -277,9 +306,10 @@ class DepGraph(Adapter):
             if event.kind != "release":
                 continue
             assert self.dpm is not None
+            assert self._pruner is not None
             score = self.dpm.worth(event.group)
             if score is None:
-                score = dependency.importance(self._pruner, self._groups[event.group])
+                score = self._pruner.importance(self._groups[event.group])
             score[~self.dpm.available(event.group)] = torch.inf
             lowest = score.argsort(stable=True)[: len(event.structures)]
             self.dpm.decay({event.group: lowest}, wave=event.wave + 1)
@@ -298,16 +328,19 @@ class DepGraph(Adapter):
 
     def remove(self) -> None:
         """Upstream removes: by its own ranking in ``base``, what is zero in ``sp`` and ``sr``."""
+        model, example = self.context.model, self.context.example
         if self.dpm is None:
-            groups = dependency.groups(self._new_pruner(self.context.model))
-            self._groups = {g.root: g for g in groups}
-            plan = self._prune(self.context.model)
+            self._groups = {g.root: g for g in self._new_pruner(model).groups}
+            plan, _ = self._selected()
+            with refusals():
+                self.rebuild(model, example, plan)
         else:
             gone = {r: (self.dpm.phases(r) == Phase.PRUNED).nonzero()[:, 0] for r in self._groups}
             plan = [(r, self._groups[r].channels_of(k.tolist())) for r, k in gone.items()]
-            self.dpm.detach()
             plan = [(root, channels) for root, channels in plan if channels]
-            self.shrink(self.context.model, self.context.example, plan)
+            with refusals():
+                self.shrink(model, example, plan)
+            self.dpm.detach()
         for root, channels in plan:
             structures = set(self._groups[root].structures_of(channels))
             numbers = enumerate(self.numbers(root))
@@ -343,38 +376,40 @@ class DepGraph(Adapter):
 
 def structure_groups(
     model: nn.Module,
-    example: Tensor,
-    ignored: tuple[str, ...] = (),
+    example: Any,
+    ignored: Collection[str | nn.Module] = (),
     *,
     skip_unsupported: bool = False,
+    progress: Callable[[str], object] = str,
 ) -> list[StructureGroup]:
     """Every structure group of a model, for use of the core without this adapter.
 
+    Each is tried out: its structures, removed, leave the network that they leave at zero.
+
     Args:
         model: stays in its mode.
-        example: an input batch on the model's device.
-        ignored: names of layers to leave out, besides those that make the output.
-        skip_unsupported: leave out, too, the groups whose channels cannot be decayed.
+        example: of its inputs, on its device: a batch, several inputs in a tuple or list, or a
+            mapping of arguments.
+        ignored: layers, or their names, to leave out, besides those that make the output.
+        skip_unsupported: leave out, too, the groups whose channels cannot be decayed; a warning
+            says which, and why.
+        progress: called now and then with what is going on; large networks take some seconds.
 
     Raises:
         UnsupportedLayerError: naming a layer whose channels cannot be decayed, or whose removal
             is not the same as zeros.
     """
+    reading, skipped = trial.exact_groups(
+        model, example, list(ignored), skip_unsupported=skip_unsupported, progress=progress
+    )
+    if skipped:
+        listed = "\n".join(f"- {why}" for why in skipped.values())
+        warnings.warn(f"left unpruned:\n{listed}", LeftUnprunedWarning, stacklevel=2)
+    return [structure_group(g) for g in reading.groups]
 
-    def pruner(left: set[str]) -> Any:
-        return dependency.pruner(
-            model,
-            example,
-            ratio=0.5,
-            steps=1,
-            global_pruning=True,
-            normalizer="mean",
-            reg=0.0,
-            ignored=sorted(left),
-        )
 
-    left = {*ignored, *dependency.output_layers(model, example)}
-    made = pruner(left)
-    if skip_unsupported:
-        made = pruner({*left, *dependency.unsupported(made, example)})
-    return [structure_group(g) for g in dependency.exact_groups(made, example)]
+class LeftUnprunedWarning(UserWarning):
+    """Groups of layers were left out, and why."""
+
+
+_SKIP = "set `skip_unsupported` to leave out all groups of that kind"

@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 
 from dpm_core import Owner, Phase, Slice, StructureGroup
 from third_party import gate_decorator as method
+from third_party import graph, running
 
-from .base import Adapter, AdapterError, Context, Loss, State
+from .base import Adapter, AdapterError, Context, Loss, State, refusals
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class GateDecorator(Adapter):
                 keep=o.keep,
                 strength=o.strength,
                 ignored=o.ignored,
+                progress=self.context.progress,
             )
         except method.GateError as cause:
             raise AdapterError(str(cause)) from cause
@@ -119,13 +121,23 @@ class GateDecorator(Adapter):
                 f"fine-tuning the stage 'prune' has {self._last}; give it more epochs or shorten "
                 "smooth.steps, tock_epochs or finetune_epochs"
             )
-        made = self._decorated(copy.deepcopy(self.context.model))
+        model = self.context.model
+        with refusals():
+            graph.require_plain_weights(model)
+        made = self._decorated(copy.deepcopy(model))
+        layers = {p.rpartition(".")[0]: [] for p, _ in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            layers[name.rpartition(".")[0]].append((name, parameter))
+        for group in made.groups:
+            for name in group.members:
+                self.check_trainable(group.name, layers[name])
         least = made.least() / made.costs.dense
         if self.options.macs < least:
             raise AdapterError(
                 f"macs {self.options.macs} is impossible: with what is protected in every group, "
                 f"{least:.4f} are left. Raise macs, or lower keep"
             )
+        super().check()
 
     # ------------------------------------------------------------------ the run
 
@@ -135,11 +147,13 @@ class GateDecorator(Adapter):
         if self.removed is not None:
             settings = replace(settings, momentum=self.options.finetune_momentum)
         elif self._made is None:
+            self.make_sure()
             self._made = self._decorated(self.context.model)
         return settings.new_optimizer(self.context.model)
 
     def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Ticks and tocks begin, or fine-tuning."""
+        super().begin(stage, optimizer, loss)
         self._optimizer = optimizer
         if self.removed is None and self.context.variant != "base":
             groups = (structure_group(g, self._made.gates) for g in self._made.groups)
@@ -209,7 +223,7 @@ class GateDecorator(Adapter):
     def _by_structure(self, what: Callable[[str], Tensor]) -> Tensor:
         """What the core says of each group's structures, in the order of the method's table."""
         found = torch.cat([what(group.name) for group in self._made.groups])
-        return found.to(self.context.example.device)
+        return found.to(running.device_of(self.context.example, self.context.model))
 
     def _alive(self) -> Tensor:
         """Structures that stay, as things are: decaying ones count as gone."""
@@ -235,11 +249,14 @@ class GateDecorator(Adapter):
 
     def remove(self) -> None:
         """Melt: plain BatchNorms again, without the masked structures."""
+        pruned = int((~self._alive()).sum())
+        try:
+            self.removed = self._made.melt(self.context.example)
+        except method.GateError as cause:
+            raise AdapterError(str(cause)) from cause
         if self.dpm is not None:
             self.dpm.detach()
-        self.pruned = int((~self._alive()).sum())
-        self.removed = self._made.melt(self.context.example)
-        self._made = None
+        self.pruned, self._made = pruned, None
 
     # ------------------------------------------------------------------ saving
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Plan
+from third_party.groups import Plan
 
 _KNOWN = ("params", "param_groups", "state")
 
@@ -35,20 +35,20 @@ class CarryOverError(ValueError):
     """An optimizer cannot go on over a removal. The message says why, and what to do."""
 
 
-def remove(model: nn.Module, example: Tensor, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
+def remove(model: nn.Module, example: Any, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
     """Make a model physically smaller, in place, and let its optimizer go on with what stays.
 
     Args:
-        model: whose structures to remove.
-        example: an input batch on the model's device.
+        model: whose structures to remove; they are zero.
+        example: of its inputs, on its device.
         plan: what to remove, by positions in the model as it is now.
         optimizer: of the model's parameters; it may hold others as well, which are left alone.
 
     Raises:
         CarryOverError: the optimizer's state cannot be divided by structure, or layers that share
             a parameter would no longer do so. Nothing has changed.
-        UnsupportedLayerError: what would stay of a parameter is not whole rows and columns.
-            Nothing has changed.
+        UnsupportedLayerError: what would stay of a parameter is not whole rows and columns, or
+            the outputs for the example would change by more than rounding. Nothing has changed.
     """
     from third_party import dependency  # only now: it loads torch-pruning
 
@@ -92,25 +92,33 @@ class CarryOver:
                     self._check(f"{key!r} of {name!r}", value, held_one.shape)
         self._before = copy.deepcopy(model)
 
-    def finish(self, example: Tensor, plan: Plan) -> None:
+    def finish(self, example: Any, plan: Plan) -> None:
         """The model is small: let the optimizer go on with its parameters.
 
         Frozen parameters stay frozen, and new states have their parameters' memory layout.
 
         Args:
-            example: an input batch on the model's device.
+            example: of its inputs, on its device.
             plan: what was removed, by positions in the model as it was.
 
         Raises:
+            UnsupportedLayerError: the model does not compute what the one before does with all
+                that went at zero. The optimizer has not changed.
             CarryOverError: the model is not what the plan makes of it, or layers that shared a
                 parameter no longer do so. The optimizer has not changed and still holds the large
                 model's parameters: make a new one.
         """
+        from third_party import dependency  # only now: it loads torch-pruning
+
         stays = self.survivors(example, plan)
         self.check(stays)
+        self._in_place_of(stays)
+        small = copy.deepcopy(self._before)
+        dependency.repeat(small, example, plan)
+        dependency.compare(small, self.model, example, plan)
         self.replace(stays)
 
-    def survivors(self, example: Tensor, plan: Plan) -> dict[str, list[Tensor]]:
+    def survivors(self, example: Any, plan: Plan) -> dict[str, list[Tensor]]:
         """By parameter and dimension, the positions that a plan leaves, (N,) on the host."""
         from third_party import dependency  # only now: it loads torch-pruning
 
@@ -131,18 +139,7 @@ class CarryOver:
 
     def replace(self, stays: Mapping[str, list[Tensor]]) -> None:
         """Put the model's present parameters in the place of those before, with their state."""
-        now = dict(self.model.named_parameters(remove_duplicate=False))
-        fresh: dict[Tensor, nn.Parameter] = {}
-        for old in self._held():
-            name = self._names[old][0]
-            left = torch.Size(len(i) for i in stays[name])
-            if name not in now or now[name].shape != left:
-                found = f"has shape {tuple(now[name].shape)}" if name in now else "is gone"
-                raise CarryOverError(
-                    f"{name!r} {found}, where the plan leaves {tuple(left)}: the model was "
-                    "changed by something besides this plan; make a new optimizer"
-                )
-            fresh[old] = now[name]
+        fresh = self._in_place_of(stays)
         states: dict[Tensor, dict[str, Any]] = {}
         for old, new in fresh.items():
             if new is old or old not in self.optimizer.state:
@@ -161,6 +158,22 @@ class CarryOver:
         for old, state in states.items():
             del self.optimizer.state[old]
             self.optimizer.state[fresh[old]] = state
+
+    def _in_place_of(self, stays: Mapping[str, list[Tensor]]) -> dict[Tensor, nn.Parameter]:
+        """The model's present parameters, by those before."""
+        now = dict(self.model.named_parameters(remove_duplicate=False))
+        fresh: dict[Tensor, nn.Parameter] = {}
+        for old in self._held():
+            name = self._names[old][0]
+            left = torch.Size(len(i) for i in stays[name])
+            if name not in now or now[name].shape != left:
+                found = f"has shape {tuple(now[name].shape)}" if name in now else "is gone"
+                raise CarryOverError(
+                    f"{name!r} {found}, where the plan leaves {tuple(left)}: the model was "
+                    "changed by something besides this plan; make a new optimizer"
+                )
+            fresh[old] = now[name]
+        return fresh
 
     def _held(self) -> list[Tensor]:
         """Parameters of the model before that the optimizer holds."""

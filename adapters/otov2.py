@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpm_core import DecayPruning, Phase
-from third_party import dependency, otov2
+from third_party import otov2, trial
 from third_party.groups import UnsupportedLayerError
 
-from .base import Adapter, AdapterError, Context, Loss, State, structure_group
+from .base import Adapter, AdapterError, Context, Loss, State, refusals, structure_group
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,21 @@ class OTOv2(Adapter):
                 f"target_group_sparsity {self.options.target_group_sparsity} is impossible: with "
                 f"one structure left in every group it is {most:.3f}. Lower it"
             )
-        for root, why in dependency.inexact(model, example, found).items():
+        own = dict(self.context.model.named_parameters())
+        for group in found:
+            why = self.frozen((s.name, own[s.name]) for s in group.shares)
+            if why is not None:
+                raise AdapterError(
+                    f"the group of {group.root!r} {why}. Upstream leaves out no layers; let it train"
+                )
+        with refusals():
+            odd = trial.inexact(model, example, found, self.context.progress)
+        for root, why in odd.items():
             raise AdapterError(  # of the first: a model with others cannot be pruned, either
                 f"the group of {root!r} {why}. Upstream's groups and the dependency graph disagree "
                 "on this model, so it cannot be pruned"
             )
+        super().check()
 
     # ------------------------------------------------------------------ the run
 
@@ -140,6 +150,7 @@ class OTOv2(Adapter):
         """DHSPG; the stage's own optimizer once the model is small."""
         if self.removed is not None:
             return super().optimizer(stage)
+        self.make_sure()
         settings, o = self.context.stages[stage], self.options
         self._made = otov2.graph(self.context.model, self.context.example)
         kind = otov2.DHSPG if self.context.variant == "base" else otov2.DeferringDHSPG
@@ -163,6 +174,7 @@ class OTOv2(Adapter):
 
     def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """Decays follow the optimizer's steps; in ``base`` there is nothing to do."""
+        super().begin(stage, optimizer, loss)
         if self.removed is not None:
             return
         self._optimizer = optimizer
@@ -300,11 +312,12 @@ class OTOv2(Adapter):
             g.root: (structure_group(g).norms() == 0).nonzero()[:, 0].tolist()
             for g in otov2.groups(self._made, model)
         }
+        plan = [(root, rows) for root, rows in zero.items() if rows]
+        with refusals():
+            self.shrink(model, self.context.example, plan)
         if self.dpm is not None:
             self.dpm.detach()
-        self.removed = [(root, rows) for root, rows in zero.items() if rows]
-        self.pruned = sum(len(rows) for _, rows in self.removed)
-        self.shrink(model, self.context.example, self.removed)
+        self.removed, self.pruned = plan, sum(len(rows) for _, rows in plan)
         self._made = self._optimizer = None
 
     # ------------------------------------------------------------------ saving

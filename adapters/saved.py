@@ -24,7 +24,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .base import Adapter, Plan
+from third_party.groups import Plan
+
+from .base import Adapter
 
 FORMAT = "decay-pruning model"
 VERSION = 1
@@ -62,10 +64,12 @@ class Saved:
 
     def load_into(self, model: nn.Module, example: Tensor) -> nn.Module:
         """Make a dense model the saved one, in place; see :func:`load_pruned`."""
+        from third_party import dependency  # only now: it loads torch-pruning
+
         self._check_names(model.state_dict())
         trial = copy.deepcopy(model)
         try:
-            Adapter.shrink(trial, example, self.plan)
+            Adapter.rebuild(trial, example, self.plan)
         except Exception as cause:  # whatever upstream trips over in a model of another kind
             raise MismatchError(
                 "what was removed from the saved model cannot be removed from this one "
@@ -88,7 +92,7 @@ class Saved:
                     "tensor with another layer, and the saved model did not, or changes it on "
                     "loading; build the dense model with the same settings"
                 )
-        Adapter.shrink(model, example, self.plan)
+        dependency.take_out(model, example, self.plan)  # as was tried on the copy
         model.load_state_dict(self.tensors)
         return model
 

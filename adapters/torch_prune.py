@@ -18,9 +18,8 @@ from torch.nn.utils import prune
 from torch.optim import Optimizer
 
 from dpm_core import Phase, Slice, StructureGroup
-from third_party.groups import UnsupportedLayerError
 
-from .base import Adapter, AdapterError, Context, Loss, State
+from .base import Adapter, AdapterError, Context, Loss, State, refusals
 from .depgraph import structure_groups
 
 
@@ -58,10 +57,10 @@ class TorchPrune(Adapter):
 
     def _groups(self) -> list[StructureGroup]:
         model, example = self.context.model, self.context.example
-        try:
-            return structure_groups(model, example, self.options.ignored)
-        except UnsupportedLayerError as cause:
-            raise AdapterError(str(cause)) from cause
+        with refusals():
+            return structure_groups(
+                model, example, self.options.ignored, progress=self.context.progress
+            )
 
     def _choice(self, groups: Iterable[StructureGroup]) -> dict[str, Tensor]:
         """The structures of each group that upstream masks."""
@@ -74,6 +73,8 @@ class TorchPrune(Adapter):
         groups, amount = self._groups(), self.options.amount
         if not groups:
             raise AdapterError("no group of layers is left to prune; shorten `ignored`")
+        for group in groups:
+            self.check_trainable(group.name, ((s.name, s.parameter) for s in group.slices))
         chosen = self._choice(groups)
         for group in groups:
             if len(chosen[group.name]) == group.size:
@@ -86,9 +87,11 @@ class TorchPrune(Adapter):
                 f"amount {amount} takes nothing: upstream rounds it to no channel of any layer. "
                 "Raise amount"
             )
+        super().check()
 
     def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
         """The decision falls; after the removal there is no more."""
+        super().begin(stage, optimizer, loss)
         if self.removed is not None:
             return
         self.decided = True
@@ -116,10 +119,14 @@ class TorchPrune(Adapter):
             groups = self.dpm.groups
             phases = {name: self.dpm.phases(name) for name in groups}
             gone = {name: (phase == Phase.PRUNED).nonzero()[:, 0] for name, phase in phases.items()}
+        every = [(name, channels(groups[name], structures)) for name, structures in gone.items()]
+        plan = [(name, positions) for name, positions in every if positions]
+        make_small = self.shrink if self.dpm is not None else self.rebuild
+        with refusals():
+            make_small(self.context.model, self.context.example, plan)
+        if self.dpm is not None:
             self.dpm.detach()
-        plan = [(name, channels(groups[name], structures)) for name, structures in gone.items()]
-        self.removed = [(name, positions) for name, positions in plan if positions]
-        self.shrink(self.context.model, self.context.example, self.removed)
+        self.removed = plan
         self.pruned = sum(len(structures) for structures in gone.values())
 
     def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+Plan = list[tuple[str, list[int]]]
+"""What is removed, in order: (root layer's name, its output channels as they are at its turn)."""
 
 
 class UnsupportedLayerError(ValueError):
@@ -31,41 +35,58 @@ class UpstreamGroup:
 
     Attributes:
         root: the name of the layer that the group is named after.
-        channels: the root's number of output channels.
-        repeats: how many of the root's channels make up a structure.
-        consecutive: which those are. False: structure k is made of the channels k,
-            k + channels / repeats, and so on, as in a grouped convolution; True: of ``repeats`` in
-            a row, as an attention head is.
+        members: by structure, the root's output channels that make it up, in ascending order. They
+            are what the removal of any one of them takes: two halves that are multiplied, say, or
+            the channels in the same place of every part of a grouped convolution.
+        heads: whether a structure is an attention head, and the root the layer of its values.
         shares: parameters whose output positions belong to the structures.
         owners: (module, dim, index): modules whose output carries the structures.
     """
 
     root: str
-    channels: int
-    repeats: int = 1
-    consecutive: bool = False
+    members: list[list[int]]
+    heads: bool = False
     shares: list[Share] = field(default_factory=list)
     owners: list[tuple[nn.Module, int, list[list[int]]]] = field(default_factory=list)
 
     @property
+    def channels(self) -> int:
+        """The root's number of output channels."""
+        return sum(map(len, self.members))
+
+    @property
     def structures(self) -> int:
         """How many structures the group holds."""
-        return self.channels // self.repeats
+        return len(self.members)
 
-    def structure_of(self, channel: int) -> int:
-        """The structure that one of the root's channels belongs to."""
-        return channel // self.repeats if self.consecutive else channel % self.structures
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that have a part in the structures, in order."""
+        return list(dict.fromkeys(s.name.rpartition(".")[0] for s in self.shares))
 
-    def channels_of(self, structures: Sequence[int]) -> list[int]:
+    def structure_of(self) -> dict[int, int]:
+        """The structure that each of the root's channels belongs to."""
+        return {c: k for k, channels in enumerate(self.members) for c in channels}
+
+    def channels_of(self, structures: Iterable[int]) -> list[int]:
         """The root's channels that make up some structures, sorted."""
-        step, stride = (self.repeats, 1) if self.consecutive else (1, self.structures)
-        return sorted(k * step + r * stride for k in structures for r in range(self.repeats))
+        return sorted(c for k in structures for c in self.members[k])
 
     def structures_of(self, channels: Sequence[int]) -> list[int]:
-        """The structures that some of the root's channels make up, sorted."""
-        found = sorted({self.structure_of(c) for c in channels})
-        if self.channels_of(found) != sorted(channels):
+        """The structures that some of the root's channels make up, sorted.
+
+        Raises:
+            UnsupportedLayerError: they are not whole structures.
+        """
+        of = self.structure_of()
+        structures = sorted({of[c] for c in channels})
+        if self.channels_of(structures) != sorted(channels):
             raise UnsupportedLayerError(
                 f"upstream removes channels of {self.root!r} that are not whole structures"
             )
-        return found
+        return structures
+
+
+def named(root: str, why: str) -> str:
+    """What a refusal says of a group, with the remedy."""
+    return f"the group of {root!r} {why}. Name {root!r} in `ignored` to leave it unpruned"

@@ -41,8 +41,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .dependency import modes_kept
 from .groups import Share, UnsupportedLayerError, UpstreamGroup
+from .running import device_of, evaluating
 from .upstreams import require
 
 require("only_train_once")
@@ -139,21 +139,21 @@ def running(device: torch.device) -> Iterator[None]:
             torch.Tensor.cuda = before  # type: ignore[method-assign]
 
 
-def graph(model: nn.Module, example: Tensor) -> Any:
+def graph(model: nn.Module, example: Any) -> Any:
     """Upstream's ``OTO`` of a model: its graph, partitioned into zero-invariant groups.
 
     Args:
         model: stays in its mode.
-        example: an input batch on the model's device.
+        example: of its inputs, on its device: a tensor, or several in a tuple or list, or by name.
     """
     operators, had = dict(OPERATORS), hasattr(torch.onnx, "_optimize_graph")
     if not had:
         torch.onnx._optimize_graph = _optimize_graph()  # type: ignore[attr-defined]
     made = only_train_once.OTO()
     try:
-        with modes_kept(model), running(example.device), warnings.catch_warnings():
+        with evaluating(model), running(device_of(example, model)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made.initialize(model, example)
+            made.initialize(model, tuple(example) if isinstance(example, list) else example)
             for node in made._graph.nodes.values():
                 if _keeps_channels(node):
                     node.op = _graph_module.Operator(name=node.op.name, zero_invariant=True)
@@ -229,7 +229,7 @@ def groups(made: Any, model: nn.Module) -> list[UpstreamGroup]:
         if group["group_type"] < _LINEAR:
             continue
         size, root = group["num_groups"], group["root"]
-        made_group = UpstreamGroup(root, size)
+        made_group = UpstreamGroup(root, [[k] for k in range(size)])
         norms: dict[tuple[str, int], None] = {}
         producers: dict[tuple[str, int], None] = {}
         places = [(name, 0) for name in group["names"]]

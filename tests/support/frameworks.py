@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters import registry
-from adapters.base import Adapter, Context, Plan, Stage
+from adapters.base import Adapter, Context, Stage
+from third_party.groups import Plan
 from adapters.optimizer_state import CarryOver
 from dpm_core import Event, SelfRectifying, SmoothPruning, Trajectory
 

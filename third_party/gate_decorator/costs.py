@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import dependency
+from .. import dependency, graph, running
 from .gates import GateError, gated
 from .groups import GateGroup
 
@@ -35,14 +36,14 @@ class CostModel:
         GateError: the model has gates.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor, groups: Sequence[GateGroup]) -> None:
+    def __init__(self, model: nn.Module, example: Any, groups: Sequence[GateGroup]) -> None:
         if gated(model):
             raise GateError("the model has gates; the costs are found in the plain dense model")
         copied = copy.deepcopy(model).eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            copied(example[:1])
+        with torch.no_grad(), running.fast_path_off(), FlopCounterMode(display=False) as counter:
+            running.call(copied, running.first(example))
         self.dense = counter.get_total_flops() // 2
-        kinds = tuple(dependency.ROOTS)
+        kinds = tuple(graph.ROOTS)
         layers = {n: m for n, m in copied.named_modules() if isinstance(m, kinds)}
         by_name, prefix = counter.get_flop_counts(), type(copied).__name__
         macs = [sum(by_name.get(f"{prefix}.{n}", {}).values()) // 2 for n in layers]
@@ -58,11 +59,8 @@ class CostModel:
         # A lone structure cannot go.
         first = {g.name: i for i, g in enumerate(groups) if g.structures > 1}
         plan = [(groups[i].name, groups[i].channels_of([0])) for i in first.values()]
-        before = self._dims
-        for name in dependency.removing(copied, example, plan):
-            after = shapes()
-            self._less[first[name]] = before - after
-            before = after
+        for name in dependency.one_by_one(copied, example, plan):
+            self._less[first[name]] = self._dims - shapes()
 
     def macs(self, kept: Tensor) -> Tensor:
         """MACs of one sample.

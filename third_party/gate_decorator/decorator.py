@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from .. import dependency
+from ..groups import Plan
 from .costs import CostModel
 from .gates import GateError, add_sparsity_gradient, decorate, freeze, unfreeze
 from .groups import GateTable, melt, tied_gates
@@ -39,7 +39,7 @@ class GateDecorator:
         fraction: the paper's p: 0.005 for VGG16, 0.002 for ResNet-56.
         eta, keep: as in :func:`select`.
         strength: of the sparsity penalty.
-        ignored: as in :func:`tied_gates`.
+        ignored, progress: as in :func:`tied_gates`.
 
     Attributes:
         groups, costs, gates, table, scores: the parts, as their classes describe them.
@@ -51,13 +51,14 @@ class GateDecorator:
     def __init__(
         self,
         model: nn.Module,
-        example: Tensor,
+        example: Any,
         *,
         fraction: float,
         eta: float = 0.0,
         keep: float = KEEP,
         strength: float = 1e-3,
         ignored: Sequence[str] = (),
+        progress: Callable[[str], object] = str,
     ) -> None:
         if not 0 < fraction <= 1 or not 0 <= keep <= 1 or eta < 0 or strength < 0:
             raise GateError(
@@ -66,7 +67,7 @@ class GateDecorator:
         self.model = model
         self._kind = ""  # of the last step's turn; unknown again after a resume
         self.fraction, self.eta, self.keep, self.strength = fraction, eta, keep, strength
-        self.groups = tied_gates(model, example, ignored=ignored)
+        self.groups = tied_gates(model, example, ignored=ignored, progress=progress)
         self.costs = CostModel(model, example, self.groups)
         self.gates = decorate(model, [n for g in self.groups for n in g.members])
         self.table = GateTable(self.groups, self.gates)
@@ -154,7 +155,7 @@ class GateDecorator:
         """MACs with every group down to what is protected; no lower target can be met."""
         return int(self.costs.macs(protected(self.costs.sizes, self.keep)))
 
-    def melt(self, example: Tensor) -> dependency.Plan:
+    def melt(self, example: Any) -> Plan:
         """:func:`melt` the model; nothing else here can be used afterwards."""
         return melt(self.model, example, self.groups)
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import dependency
-from ..groups import BATCH_NORMS, UnsupportedLayerError, UpstreamGroup
+from .. import dependency, graph, running, trial
+from ..groups import BATCH_NORMS, Plan, UnsupportedLayerError
 from .gates import GatedBatchNorm, GateError, gated, undecorate, unfreeze
 
 
@@ -21,26 +23,32 @@ class GateGroup:
 
     Attributes:
         name: the layer that the dependency graph roots the group in.
-        channels: that layer's output channels.
-        structures: K, how many structures these make up.
+        channels: by structure, that layer's output channels that make it up.
         members: by the BatchNorm's module name, int64 (K, m): its m channels in each structure.
         area: positions of their feature map, such as height * width.
     """
 
     name: str
-    channels: int
-    structures: int
+    channels: Sequence[Sequence[int]]
     members: Mapping[str, Tensor]
     area: int
 
+    @property
+    def structures(self) -> int:
+        """K, how many structures the group holds."""
+        return len(self.channels)
+
     def channels_of(self, structures: Iterable[int]) -> list[int]:
         """The root's channels that make up some structures, sorted."""
-        upstream = UpstreamGroup(self.name, self.channels, self.channels // self.structures)
-        return upstream.channels_of(list(structures))
+        return sorted(c for k in structures for c in self.channels[k])
 
 
 def tied_gates(
-    model: nn.Module, example: Tensor, *, ignored: Sequence[str] = ()
+    model: nn.Module,
+    example: Any,
+    *,
+    ignored: Sequence[str] = (),
+    progress: Callable[[str], object] = str,
 ) -> list[GateGroup]:
     """The gate groups of a plain model, from its dependency graph, in the order of their roots.
 
@@ -54,8 +62,10 @@ def tied_gates(
 
     Args:
         model: has no gates yet; stays as it is, in its mode.
-        example: a batch of any size on the model's device.
+        example: of its inputs, on its device: a batch of any size, several inputs in a tuple or
+            list, or a mapping of arguments.
         ignored: module names of layers whose whole group is left out.
+        progress: called now and then with what is going on.
 
     Raises:
         GateError: the model has gates, a name is unknown, a layer cannot be set to zero, a group
@@ -63,44 +73,32 @@ def tied_gates(
     """
     if gated(model):
         raise GateError("the model has gates already; groups are found in the plain model")
-    modules = dict(model.named_modules())
-    unknown = sorted(set(ignored) - set(modules))
-    if unknown:
-        raise GateError(f"ignored names {unknown}, which are no layers of the model")
-    made = dependency.pruner(
-        model,
-        example,
-        ratio=0.5,
-        steps=1,
-        global_pruning=True,
-        normalizer="mean",
-        reg=0.0,
-        ignored=sorted({*ignored, *dependency.output_layers(model, example)}),
-    )
     try:
-        every = dependency.groups(made)
+        reading = graph.read(model, example, ignored)
+        for why in reading.refused.values():
+            raise UnsupportedLayerError(why)
+        heard, areas = graph.heard_without_norm(reading, model), _areas(model, example)
+        silenced = [
+            g
+            for g in reading.groups
+            if g.root not in heard and all(m in areas for m, _, _ in g.owners)
+        ]
+        trial.require_exact(trial.inexact(model, example, silenced, progress))
     except UnsupportedLayerError as cause:
         raise GateError(str(cause)) from cause
-    heard = dependency.heard_without_norm(made)
-    names = {m: n for n, m in modules.items()}
-    areas = _areas(model, example)
-    silenced = [g for g in every if g.root not in heard and all(m in areas for m, _, _ in g.owners)]
-    try:
-        dependency.require_exact(model, example, silenced)
-    except UnsupportedLayerError as cause:
-        raise GateError(str(cause)) from cause
+    names = {m: n for n, m in model.named_modules()}
     found = []
     for group in silenced:
         members = {names[m]: torch.tensor(index) for m, _, index in group.owners}
         area = areas[group.owners[0][0]]
-        found.append(GateGroup(group.root, group.channels, group.structures, members, area))
+        found.append(GateGroup(group.root, group.members, members, area))
     if not found:
         raise GateError("no group of layers is silenced by BatchNorms alone; shorten `ignored`")
-    places = list(modules)
+    places = list(names.values())
     return sorted(found, key=lambda g: places.index(g.name))
 
 
-def _areas(model: nn.Module, example: Tensor) -> dict[nn.Module, int]:
+def _areas(model: nn.Module, example: Any) -> dict[nn.Module, int]:
     """Positions of each BatchNorm's feature map; the model stays as it is."""
     areas: dict[nn.Module, int] = {}
 
@@ -110,8 +108,8 @@ def _areas(model: nn.Module, example: Tensor) -> dict[nn.Module, int]:
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
     hooks = [m.register_forward_hook(note) for m in norms]
     try:
-        with dependency.modes_kept(model), torch.no_grad():
-            model.eval()(example[:1])
+        with running.evaluating(model), torch.no_grad():
+            running.call(model, running.first(example))
     finally:
         for hook in hooks:
             hook.remove()
@@ -209,7 +207,7 @@ class GateTable:
             gate.mask.copy_(part)
 
 
-def melt(model: nn.Module, example: Tensor, groups: Sequence[GateGroup]) -> dependency.Plan:
+def melt(model: nn.Module, example: Any, groups: Sequence[GateGroup]) -> Plan:
     """Turn a gated model into a plain one without the masked structures, in place.
 
     Module names are those of the plain dense model. Masked channels outside the groups stay, with
@@ -225,7 +223,8 @@ def melt(model: nn.Module, example: Tensor, groups: Sequence[GateGroup]) -> depe
 
     Raises:
         GateError: the groups are not those of the model, a structure is masked in some of its
-            members only, or a group has no structure left; the model is untouched.
+            members only, a group has no structure left, or the plain model would not compute what
+            the gated one does; the model is untouched.
     """
     table = GateTable(groups, gated(model))
     masks = torch.cat([g.mask for g in table.gates.values()])
@@ -238,7 +237,14 @@ def melt(model: nn.Module, example: Tensor, groups: Sequence[GateGroup]) -> depe
         raise GateError(f"groups {empty} have no structure left; unmask one in each")
     gone = table.split((~alive).nonzero()[:, 0])
     plan = [(g.name, g.channels_of(gone[g.name])) for g in groups if g.name in gone]
+    plain = copy.deepcopy(model)
+    undecorate(plain)
+    try:
+        dependency.compare(model, plain, example, plan)
+        dependency.remove(plain, example, plan)
+    except UnsupportedLayerError as cause:
+        raise GateError(str(cause)) from cause
     unfreeze(model)
     undecorate(model)
-    dependency.remove(model, example, plan)
+    dependency.take_out(model, example, plan)
     return plan

@@ -1,0 +1,774 @@
+"""The touch points in torch-pruning 1.6.1: its dependency graph, and its groups as index tables.
+
+Facts this file answers, all of them of that version. Building a graph leaves the model in eval
+mode, follows gradients and silently misses frozen layers, so all train while it is built; it unpacks
+an example of one sample into the model's arguments, so the forward pass is given; it fails at
+outputs that are no tensors (``graph._trace``). A layer whose output is returned *and* used further
+does not look like an output. GRU and RNN are taken for operations element by element, an LSTM is
+entered, so each is traced as one piece. The raw form of a group says which channels go together; the
+merged one does not (``Group.add_and_merge``). A walk over the graph need not end, as with
+grouped-query attention (``get_pruning_group``). Index maps are worked out anew for every group
+(``index_mapping``), though nothing but a removal changes them; after one, a split keeps the offsets
+it had before (``SplitPruner``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from . import running
+from .attention import SplitAttention
+from .groups import BATCH_NORMS, Share, UnsupportedLayerError, UpstreamGroup, named
+from .upstreams import require
+
+require("torch-pruning")
+import torch_pruning as tp  # noqa: E402  (only after its version is known)
+from torch_pruning.dependency import graph as _graph_module  # noqa: E402
+from torch_pruning.dependency import index_mapping as _index_mapping  # noqa: E402
+
+ROOTS = [tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR]
+WALK = 20
+"""How many times as many steps as the graph has edges a walk may take; ours. Most take one each."""
+
+
+class TraceError(UnsupportedLayerError):
+    """Upstream cannot follow the channels through a network."""
+
+
+# ---------------------------------------------------------------------- building the graph
+
+
+class _Group(_graph_module.Group):  # type: ignore[misc]
+    """Upstream's group, with what merging loses, and an end to every walk.
+
+    Attributes:
+        raw: (dependency, indices) of every step of the walk; an index knows its root's.
+    """
+
+    bound: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw: list[tuple[Any, Any]] = []
+        self._seen: dict[tuple[Any, Any], list[Any]] = {}
+
+    def add_dep(self, dep: Any, idxs: Any) -> None:
+        if len(self._group) > self.bound:
+            raise OverflowError("the walk from layer to layer does not end")
+        self._seen.setdefault((dep.target, dep.handler), []).append(idxs)
+        super().add_dep(dep, idxs)
+
+    def has_pruning_op(self, dep: Any, idxs: Any) -> bool:
+        return idxs in self._seen.get((dep.target, dep.handler), ())
+
+    def add_and_merge(self, dep: Any, idxs: Any) -> None:
+        self.raw.append((dep, idxs))
+        super().add_and_merge(dep, idxs)
+
+    def prune(self, idxs: Any = None, record_history: bool = True) -> None:
+        super().prune(idxs, record_history)
+        self._DG.maps_stand = False
+        for module in self._DG.module2node:
+            if isinstance(module, tp.ops._SplitOp) and module.split_sizes is not None:
+                sizes = torch.tensor([0, *module.split_sizes])
+                module.offsets = sizes.cumsum(0).tolist()
+
+
+_MAPS = {
+    tp.ops.OPTYPE.CONCAT: _index_mapping.update_concat_index_mapping,
+    tp.ops.OPTYPE.SPLIT: _index_mapping.update_split_index_mapping,
+    tp.ops.OPTYPE.RESHAPE: _index_mapping.update_reshape_index_mapping,
+    tp.ops.OPTYPE.UNBIND: _index_mapping.update_unbind_index_mapping,
+    tp.ops.OPTYPE.EXPAND: _index_mapping.update_expand_index_mapping,
+    tp.ops.OPTYPE.SLICE: _index_mapping.update_slice_index_mapping,
+}
+
+
+def _update_maps(graph: Any) -> None:
+    """Upstream's index maps, worked out only where a removal has changed something.
+
+    An operation whose sizes upstream cannot tell keeps none; a group that passes through it is
+    refused when it is tried.
+    """
+    if not getattr(graph, "maps_stand", False):
+        for node in list(graph.module2node.values()):
+            if node.type in _MAPS:
+                with contextlib.suppress(AttributeError, IndexError, TypeError, ZeroDivisionError):
+                    _MAPS[node.type](graph, node)
+        graph.maps_stand = bool(getattr(graph, "module2node", None))
+    edges = sum(len(node.dependencies) for node in graph.module2node.values())
+    _Group.bound = max(200, WALK * edges)
+
+
+@contextmanager
+def upstream(model: nn.Module) -> Iterator[None]:
+    """While upstream reads or prunes a model: its facts are answered, and its errors explained.
+
+    It takes reshapes for flattens by the number of channels it guesses behind them. Where that
+    goes wrong it fails at some later place, or multiplies positions for hours; so there is a bound.
+
+    Raises:
+        TraceError: upstream fails; the message says where.
+    """
+    bound = 16 * max((max(p.shape, default=1) for p in model.parameters()), default=1)
+    flatten = _index_mapping._FlattenIndexMapping
+
+    class Bounded(flatten):  # type: ignore[misc, valid-type]
+        def __call__(self, idxs: Sequence[Any]) -> list[Any]:
+            if not self.reverse and len(idxs) * self._stride > bound:
+                raise OverflowError(
+                    f"{len(idxs)} channels would become {len(idxs) * self._stride} positions, more "
+                    "than any layer has"
+                )
+            return flatten.__call__(self, idxs)  # type: ignore[no-any-return]
+
+    before = _graph_module.Group, _index_mapping.update_index_mapping
+    _index_mapping._FlattenIndexMapping = Bounded
+    _graph_module.Group, _index_mapping.update_index_mapping = _Group, _update_maps
+    try:
+        with running.evaluating(model), _all_trainable(model), torch.enable_grad(), _quiet():
+            yield
+    except UnsupportedLayerError:
+        raise
+    except Exception as cause:
+        where = _place(cause, model)
+        if where is None:  # the network's own forward pass, say
+            raise
+        raise TraceError(_untraced(cause, where)) from cause
+    finally:
+        _index_mapping._FlattenIndexMapping = flatten
+        _graph_module.Group, _index_mapping.update_index_mapping = before
+
+
+def _untraced(cause: BaseException, where: str) -> str:
+    return (
+        f"torch-pruning cannot follow the channels {where} ({type(cause).__name__}: {cause}). "
+        "Reshapes other than flattens, such as a channel shuffle, are not known to it; prune "
+        "this network by another framework, or write that part of it in other layers"
+    )
+
+
+@contextmanager
+def _all_trainable(model: nn.Module) -> Iterator[None]:
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def build(model: nn.Module, example: Any) -> Any:
+    """Upstream's dependency graph of a model, which stays in its mode.
+
+    Raises:
+        UnsupportedLayerError: upstream cannot trace the network; the message says where, and why.
+    """
+    require_plain_weights(model)
+    tracing = Tracing()
+    with upstream(model):
+        built = tp.DependencyGraph().build_dependency(
+            model, example, verbose=False, **tracing.settings()
+        )
+    return tracing.finish(built)
+
+
+class Tracing:
+    """How a model is run while upstream traces it, and which tensors it puts out."""
+
+    def __init__(self) -> None:
+        self._put_out: list[Any] = []
+
+    def settings(self) -> dict[str, Any]:
+        """Upstream's arguments, of its graph and of its pruners alike."""
+        return {
+            "forward_fn": self._forward,
+            "output_transform": self._traceable,
+            "customized_pruners": dict.fromkeys(_RECURRENT, _RecurrentPruner()),
+        }
+
+    def finish(self, built: Any) -> Any:
+        """Let the graph know its outputs."""
+        built.put_out = set(self._put_out)
+        return built
+
+    @staticmethod
+    def _forward(model: nn.Module, example: Any) -> Any:
+        layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+        own = {m: m.__dict__.get("forward") for m in layers}
+        for layer in layers:
+            layer.forward = _in_one_piece(layer.forward)  # type: ignore[method-assign]
+        try:
+            return running.call(model, example)
+        finally:
+            for layer, forward in own.items():
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward  # type: ignore[method-assign]
+
+    def _traceable(self, outputs: Any) -> list[Tensor]:
+        """The outputs that upstream can trace, each once."""
+        traceable = {t.grad_fn: t for t in running.tensors(outputs) if t.grad_fn is not None}
+        if not traceable:
+            raise UnsupportedLayerError(
+                "no output of the model depends on its parameters, so its channels cannot be "
+                "traced; return the tensors that the loss is made of, without detaching them"
+            )
+        self._put_out += traceable
+        return list(traceable.values())
+
+
+class _Piece(torch.autograd.Function):
+    """One node of autograd's graph for whatever runs inside."""
+
+    @staticmethod
+    def forward(_ctx: Any, run: Callable[..., Any], given: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in running.tensors(run(given)))
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradients: Any) -> Any:
+        raise RuntimeError("this graph is for tracing only")
+
+
+def _in_one_piece(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A recurrent layer's forward pass, whose outputs all come of one node."""
+
+    def run(given: Any, state: Any = None) -> Any:
+        if isinstance(given, PackedSequence):
+            return forward(given, state)
+        out, *states = _Piece.apply(lambda x: forward(x, state), given)
+        return out, tuple(states) if len(states) == 2 else states[0]
+
+    return run
+
+
+_RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
+
+
+class _RecurrentPruner(tp.BasePruningFunc):  # type: ignore[misc]
+    """Inputs of a recurrent layer can go; its hidden units cannot."""
+
+    def prune_in_channels(self, layer: nn.RNNBase, idxs: Sequence[int]) -> nn.Module:
+        gone = set(idxs)
+        keep = [i for i in range(layer.input_size) if i not in gone]
+        for name in ("weight_ih_l0", "weight_ih_l0_reverse"):
+            if hasattr(layer, name):
+                left = self._prune_parameter_and_grad(getattr(layer, name), keep, 1)
+                setattr(layer, name, left)
+        layer.input_size = len(keep)
+        return layer
+
+    def prune_out_channels(self, layer: nn.RNNBase, idxs: Sequence[int]) -> nn.Module:
+        raise UnsupportedLayerError("hidden units of a recurrent layer cannot be removed")
+
+    def get_in_channels(self, layer: nn.RNNBase) -> int:
+        return layer.input_size
+
+    def get_out_channels(self, layer: nn.RNNBase) -> int:
+        return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+
+
+def _place(cause: Exception, model: nn.Module) -> str | None:
+    """Where in the graph upstream was: at a layer, or at an operation behind some."""
+    names = _names(model)
+    nodes: list[Any] = []
+    for frame, _ in traceback.walk_tb(cause.__traceback__):
+        nodes += [v for v in frame.f_locals.values() if isinstance(v, tp.dependency.Node)][:1]
+    if not nodes:
+        return None
+    ahead, seen, layers = [nodes[-1]], set(), set()
+    while ahead:
+        node = ahead.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.module in names:
+            layers.add(names[node.module])
+        else:
+            ahead += node.inputs
+    kind = nodes[-1].module
+    if kind in names:
+        return f"at {names[kind]!r}"
+    behind = ", ".join(map(repr, sorted(layers)[:4])) or "the input"
+    if len(layers) > 4:
+        behind += f" and {len(layers) - 4} more"
+    operation = type(kind).__name__.strip("_").removesuffix("Op").lower()
+    return f"through the {operation} behind {behind}"
+
+
+# ---------------------------------------------------------------------- weights of their own
+
+
+def require_plain_weights(model: nn.Module) -> None:
+    """Refuse layers whose weight is worked out anew in every pass, by a hook of the old kind.
+
+    Such a weight is no parameter; a model that holds one cannot even be copied.
+
+    Raises:
+        UnsupportedLayerError: naming layer and remedy.
+    """
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            for kind, what, remedy in _HOOKS:
+                if isinstance(hook, kind):
+                    raise UnsupportedLayerError(
+                        f"{name!r} has {what}, so its weight is worked out anew in every pass and "
+                        f"cannot be decayed or removed in part; call {remedy} on it first"
+                    )
+
+
+_HOOKS: list[tuple[type, str, str]] = [
+    (WeightNorm, "weight normalisation", "torch.nn.utils.remove_weight_norm(layer)"),
+    (SpectralNorm, "spectral normalisation", "torch.nn.utils.remove_spectral_norm(layer)"),
+    (BasePruningMethod, "a mask of torch.nn.utils.prune", "prune.remove(layer, 'weight')"),
+]
+
+
+def _require_no_parametrization(name: str, module: nn.Module) -> None:
+    if parametrize.is_parametrized(module):
+        weights = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        raise UnsupportedLayerError(
+            f"involves {name!r}, whose {weights} is parametrized: what is trained is not what is "
+            "removed. Call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') "
+            "on it first"
+        )
+
+
+# ---------------------------------------------------------------------- reading the groups
+
+
+@dataclass
+class Reading:
+    """A network's groups, as index tables.
+
+    Attributes:
+        graph: upstream's.
+        outputs: names of the layers whose outputs leave the network; their channels stay.
+        groups: of structures that may be zeroed and removed, as far as the graph can tell.
+        refused: why other groups may not, by their root.
+    """
+
+    graph: Any
+    outputs: list[str] = field(default_factory=list)
+    groups: list[UpstreamGroup] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def known_layers(model: nn.Module, ignored: Collection[str | nn.Module]) -> list[str]:
+    """Names of the layers to ignore, that may be given as the layers themselves.
+
+    Raises:
+        UnsupportedLayerError: one is no layer of the model.
+    """
+    layers = dict(model.named_modules(remove_duplicate=False))
+    names = _names(model)
+    found = [names.get(i, i) if isinstance(i, nn.Module) else i for i in ignored]
+    for name in found:
+        if name not in layers:
+            what = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+            raise UnsupportedLayerError(f"ignored names {what}, which is no layer of the model")
+    return [str(name) for name in found]
+
+
+def read(
+    model: nn.Module, example: Any, ignored: Collection[str | nn.Module] = ()
+) -> Reading:
+    """All groups of a network but those of ignored layers and of its outputs.
+
+    Only output positions are listed: they are disjoint between groups and, at zero, leave nothing
+    for the consumers' inputs to read.
+
+    Args:
+        model: stays as it is, in its mode.
+        example: of its inputs, on its device: a tensor, several, or a mapping of arguments.
+        ignored: layers, or their names; all inside them is ignored, too.
+
+    Raises:
+        UnsupportedLayerError: the network cannot be traced at all, or an ignored name is unknown.
+    """
+    left = known_layers(model, ignored)
+    inside = {m for name in left for m in model.get_submodule(name).modules()}
+    return read_built(build(model, example), model, inside)
+
+
+def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> Reading:
+    """What a graph of a model holds, without the groups of the layers ``inside``."""
+    reading = Reading(built)
+    names = _names(model)
+    heads = attentions(model)
+    with upstream(model):
+        for root, group, cause in _walks(reading.graph, inside):
+            name = names[root]
+            if cause is not None:
+                where = _place(cause, model) or "on from there"
+                reading.refused[name] = named(
+                    name,
+                    f"cannot be read: torch-pruning loses its channels {where} "
+                    f"({type(cause).__name__}: {cause}); reshapes other than flattens are not "
+                    "known to it",
+                )
+                continue
+            produced = [
+                i.dep.target
+                for i in group.items
+                if reading.graph.is_out_channel_pruning_fn(i.dep.handler)
+            ]
+            if any(_leaves(reading.graph, node) for node in produced):
+                reading.outputs += [names[n.module] for n in produced if n.module in names]
+                continue
+            if any(node.module in inside for node in produced):
+                continue
+            try:
+                reading.groups.append(_table(reading.graph, group, names, heads))
+            except UnsupportedLayerError as why:
+                reading.refused[name] = named(name, str(why))
+    reading.outputs = sorted(set(reading.outputs))
+    return reading
+
+
+def tables(model: nn.Module, example: Any, roots: Iterable[str]) -> dict[str, UpstreamGroup]:
+    """The groups of some layers, whichever layer :func:`read` would root them in, by these.
+
+    Raises:
+        UnsupportedLayerError: naming a layer whose group cannot be read, and why.
+    """
+    built = build(model, example)
+    with upstream(model):
+        return {name: _table_of(built, model, name) for name in roots}
+
+
+def _table_of(built: Any, model: nn.Module, name: str) -> UpstreamGroup:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        layer = None
+    if layer not in built.module2node or not isinstance(layer, tuple(ROOTS)):
+        raise UnsupportedLayerError(
+            f"{name!r} is no convolution or linear layer of the model that its outputs depend on"
+        )
+    channels = range(built.get_pruner_of_module(layer).get_out_channels(layer))
+    try:
+        return _table(built, whole(built, layer, channels), _names(model), attentions(model))
+    except UnsupportedLayerError as why:
+        raise UnsupportedLayerError(named(name, str(why))) from why
+
+
+def require_whole(built: Any, model: nn.Module, name: str, channels: Sequence[int]) -> None:
+    """Refuse channels of a layer that are not all that their removal takes.
+
+    Raises:
+        UnsupportedLayerError: naming the layer, and what goes with them.
+    """
+    table = _table_of(built, model, name)
+    beyond = [c for c in channels if not 0 <= c < table.channels]
+    if beyond or len(set(channels)) != len(channels):
+        raise UnsupportedLayerError(
+            f"{name!r} has channels 0 to {table.channels - 1}; {list(channels)[:8]} reaches "
+            "outside, or names one twice"
+        )
+    of = table.structure_of()
+    with_them = table.channels_of({of[c] for c in channels})
+    missing = sorted(set(with_them) - set(channels))
+    if missing:
+        raise UnsupportedLayerError(
+            f"channels of {name!r} go together with others of the same layer: the removal of "
+            f"{sorted(channels)[:8]} takes {missing[:8]} along. Give whole structures (a structure "
+            "group's `index` lists their channels)"
+        )
+
+
+def _names(model: nn.Module) -> dict[nn.Module, str]:
+    return {m: n for n, m in model.named_modules()}
+
+
+def _walks(built: Any, inside: Collection[nn.Module]) -> Iterator[tuple[nn.Module, Any, Any]]:
+    """Upstream's groups with all their channels: root, group, and what upstream stumbled over."""
+    visited: set[nn.Module] = set()
+    for module in list(built.module2node):
+        if not isinstance(module, tuple(ROOTS)) or module in inside or module in visited:
+            continue
+        prune = built.get_pruner_of_module(module)
+        try:
+            channels = range(prune.get_out_channels(module))
+            group = built.get_pruning_group(module, prune.prune_out_channels, list(channels))
+        except Exception as cause:  # whatever upstream stumbles over in this group
+            yield module, None, cause
+            continue
+        for item in group.items:
+            if built.is_out_channel_pruning_fn(item.dep.handler):
+                visited.add(item.dep.target.module)
+        yield module, group, None
+
+
+def _leaves(built: Any, node: Any) -> bool:
+    """Whether what a node puts out leaves the network."""
+    return bool(
+        not node.outputs or node.type == tp.ops.OPTYPE.OUTPUT or node.grad_fn in built.put_out
+    )
+
+
+def attentions(model: nn.Module) -> list[SplitAttention]:
+    """The attentions whose heads may go."""
+    return [m for m in model.modules() if isinstance(m, SplitAttention)]
+
+
+def attention_of(
+    built: Any, group: Any, among: Sequence[SplitAttention]
+) -> SplitAttention | None:
+    """The attention whose heads a group holds, if it holds any."""
+    values = {a.value: a for a in among}
+    for item in group.items if values else ():
+        module, produced = item.dep.target.module, item.dep.handler
+        if module in values and built.is_out_channel_pruning_fn(produced):
+            return values[module]
+    return None
+
+
+def whole(built: Any, layer: nn.Module, channels: Sequence[int]) -> Any:
+    """Upstream's group of some output channels of a layer."""
+    prune = built.get_pruner_of_module(layer).prune_out_channels
+    return built.get_pruning_group(layer, prune, list(channels))
+
+
+def _table(
+    built: Any,
+    group: Any,
+    names: Mapping[nn.Module, str],
+    among: Sequence[SplitAttention],
+) -> UpstreamGroup:
+    """One group as index tables; a refusal's message follows "the group of ..."."""
+    root, attention = group[0].dep.target.module, attention_of(built, group, among)
+    if attention is not None:
+        root = attention.value
+        group = whole(built, root, range(root.out_features))
+        size = attention.head_dim
+        tied = [list(range(k * size, (k + 1) * size)) for k in range(attention.heads)]
+    else:
+        tied = members(built, group)
+    table = UpstreamGroup(names[root], tied, attention is not None)
+    of = table.structure_of()
+    rows: dict[Any, list[set[int]]] = {}
+    for dep, idxs in group.raw:
+        if built.is_out_channel_pruning_fn(dep.handler):
+            by_structure = rows.setdefault(dep.target, [set() for _ in tied])
+            for i in idxs:
+                by_structure[of[i.root_idx]].add(i.idx)
+        if isinstance(dep.target.module, nn.Module) and dep.target.module in names:
+            _require_no_parametrization(names[dep.target.module], dep.target.module)
+    producers: list[tuple[nn.Module, int, list[list[int]]]] = []
+    norms: list[tuple[nn.Module, int, list[list[int]]]] = []
+    for node, positions in rows.items():
+        module = node.module
+        if isinstance(module, nn.Parameter):
+            name = built._param_to_name[module]
+            index = _even(positions, name)
+            table.shares.append(
+                _share(name, module, node.pruning_dim % module.dim(), False, index)
+            )
+            continue
+        if module not in names:
+            continue  # an operation between layers
+        kind = _kind(module, names[module])
+        if kind is None:
+            continue
+        dims, norm = kind
+        index = _even(positions, names[module])
+        for attribute, dim in dims.items():
+            parameter = getattr(module, attribute)
+            if parameter is not None:
+                name = f"{names[module]}.{attribute}"
+                table.shares.append(_share(name, parameter, dim, norm, index))
+        last = isinstance(module, (nn.Linear, nn.Embedding))
+        (norms if norm else producers).append((module, -1 if last else 1, index))
+    if attention is not None:  # without its values a head says nothing, whatever it looks at
+        producers = [p for p in producers if p[0] is attention.value]
+    table.owners = norms or producers
+    return table
+
+
+def members(built: Any, group: Any) -> list[list[int]]:
+    """The root's channels by structure: those of which the removal of one takes the others.
+
+    Two channels belong together where they meet in one position of some layer, or lie in the same
+    place of a grouped convolution's parts.
+    """
+    root, count = group[0].dep, len(group[0].idxs)
+    meetings: dict[tuple[Any, Any], set[tuple[int, int]]] = {}  # (place, root's channel)
+    for dep, idxs in group.raw:
+        met = meetings.setdefault((dep.target, dep.handler), set())
+        met.update((i.idx, i.root_idx) for i in idxs)
+        if (dep.target, dep.handler) == (root.target, root.handler):
+            met.update((i.idx, i.idx) for i in idxs)
+    pairs = []
+    for (node, handler), met in meetings.items():
+        if any(c is None or not 0 <= c < count for _, c in met):
+            raise UnsupportedLayerError(
+                "shares channels in a way that torch-pruning does not tell, as heads of attention do"
+            )
+        places, channels = torch.tensor(sorted(met)).T
+        parts, size = _parts(built, node, handler)
+        if parts > 1:
+            if len(places.unique()) != size:
+                raise UnsupportedLayerError(
+                    "covers a part of the channels of a grouped layer only, as behind a "
+                    "concatenation"
+                )
+            places = places % (size // parts)
+        pairs.append((places, channels))
+    label = torch.arange(count)
+    while True:
+        before = label.clone()
+        for places, channels in pairs:
+            lowest = torch.full((int(places.max()) + 1,), count)
+            lowest.scatter_reduce_(0, places, label[channels], "amin")
+            label.scatter_reduce_(0, channels, lowest[places], "amin")
+        if torch.equal(before, label):
+            break
+    tied = [(label == k).nonzero()[:, 0].tolist() for k in label.unique().tolist()]
+    return _even(tied, "its root")
+
+
+def _parts(built: Any, node: Any, handler: Any) -> tuple[int, int]:
+    """In how many parts a layer works on these channels, and on how many channels."""
+    module = node.module
+    if not isinstance(module, nn.Module) or not any(True for _ in module.parameters()):
+        return 1, 0
+    pruner = built.get_pruner_of_module(module)
+    if isinstance(pruner, type(tp.ops.DummyPruner())) or _depthwise(module):
+        return 1, 0
+    if built.is_out_channel_pruning_fn(handler):
+        return pruner.get_out_channel_groups(module), pruner.get_out_channels(module)
+    return pruner.get_in_channel_groups(module), pruner.get_in_channels(module)
+
+
+def _depthwise(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and 1 < module.groups == module.out_channels
+
+
+def _even(rows: Sequence[Collection[int]], layer: str) -> list[list[int]]:
+    """Positions by structure, of which each has equally many.
+
+    Raises:
+        UnsupportedLayerError: they do not.
+    """
+    if len({len(r) for r in rows}) != 1:
+        what = layer if layer == "its root" else repr(layer)
+        raise UnsupportedLayerError(
+            f"gives its structures unequal shares of {what}, as where one half of a split is added "
+            "to something and the other is not"
+        )
+    return [sorted(r) for r in rows]
+
+
+def _share(name: str, parameter: Tensor, dim: int, norm: bool, index: list[list[int]]) -> Share:
+    """One parameter's part in a group, whose positions have to be there."""
+    last = max(map(max, index))
+    if last >= parameter.shape[dim]:
+        raise UnsupportedLayerError(
+            f"reaches position {last} of {name!r}, which has {parameter.shape[dim]}: torch-pruning "
+            "takes its channels for others on their way"
+        )
+    return Share(name, parameter, dim, norm, index)
+
+
+def _kind(module: nn.Module, name: str) -> tuple[dict[str, int], bool] | None:
+    """Dimensions of the output positions by attribute, and whether it normalises by channel.
+
+    ``None`` where nothing has to be zero for the output to be zero.
+
+    Raises:
+        UnsupportedLayerError: a channel of zeros does not equal a removed one in this layer.
+    """
+    if isinstance(module, _ConvTransposeNd):
+        if module.groups == 1:
+            return {"weight": 1, "bias": 0}, False
+        if _depthwise(module) and module.groups == module.in_channels:
+            return {"weight": 0, "bias": 0}, False
+        why = "whose parts torch-pruning cannot take channels from"
+    elif isinstance(module, (_ConvNd, nn.Linear)):
+        return {"weight": 0, "bias": 0}, False
+    elif isinstance(module, nn.Embedding):
+        return {"weight": 1}, False
+    elif isinstance(module, (_BatchNorm, _InstanceNorm)):
+        if module.affine:
+            return {"weight": 0, "bias": 0}, True
+        if not module.track_running_stats:
+            return None
+        why = "which has no weight and bias, so it shifts zeros by its running mean"
+    elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
+        why = "whose mean and variance are over several channels, those of zeros among them"
+    elif isinstance(module, nn.PReLU) or not any(True for _ in module.parameters()):
+        return None  # zero in, zero out
+    else:
+        why = "whose output channels cannot be set to zero one by one"
+    raise UnsupportedLayerError(
+        f"involves {name!r}, a {type(module).__name__}, {why}: a channel of zeros does not equal a "
+        "removed one"
+    )
+
+
+def heard_without_norm(reading: Reading, model: nn.Module) -> set[str]:
+    """Roots of the groups that BatchNorms alone cannot silence.
+
+    In these some layer's output comes to a layer that reads it, or leaves the network, without a
+    BatchNorm on the way. Operations between layers are taken to answer zeros with zeros.
+    """
+    built, heard = reading.graph, set()
+    for table in reading.groups:
+        layer = model.get_submodule(table.root)
+        with upstream(model):
+            items = whole(built, layer, range(table.channels)).items
+        nodes = {i.dep.target for i in items if built.is_out_channel_pruning_fn(i.dep.handler)}
+        ahead = [n for n in nodes if not _passes_zeros(n.module) and not _is_norm(n.module)]
+        seen = set(ahead)
+        while ahead:
+            for node in ahead.pop().outputs or [None]:
+                if node is None or not (_is_norm(node.module) or _passes_channels(node.module)):
+                    heard.add(table.root)
+                elif node not in seen and not _is_norm(node.module):
+                    seen.add(node)
+                    ahead.append(node)
+    return heard
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, BATCH_NORMS)
+
+
+def _passes_channels(module: nn.Module) -> bool:
+    """Whether each channel of the output comes of the same channel of the input alone."""
+    if isinstance(module, _ConvNd):
+        return 1 < module.groups == module.in_channels == module.out_channels
+    bare = not isinstance(module, nn.Parameter) and not any(True for _ in module.parameters())
+    return bare or isinstance(module, nn.PReLU)
+
+
+def _passes_zeros(module: nn.Module) -> bool:
+    """Whether, besides, zeros come out where zeros go in."""
+    return _passes_channels(module) and getattr(module, "bias", None) is None

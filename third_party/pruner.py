@@ -1,0 +1,227 @@
+"""The touch points in torch-pruning 1.6.1's pruners: its ranking, its runs, its sparse learning.
+
+Facts this file answers, all of that version. Pruners share dictionaries given as mutable defaults
+(``BasePruner.__init__``), so fresh ones are passed. Channels are counted and ranked one by one, but
+for grouped layers and heads, though the removal of one may take others (``BasePruner._prune``): so
+what goes together is ranked together here. A layer that would lose all its channels loses none
+(``DependencyGraph.check_pruning_group``). Groups kept across a removal go stale, so they are kept
+as (root, indices) and fetched anew. A group of attention heads is handed out rooted at the inputs
+of the layer behind; a step in which global ranking has no head to remove fails; heads are counted
+as removed even where the removal is then refused, as that of a layer's last ones is.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import graph
+from .graph import tp
+from .groups import Plan, UnsupportedLayerError, UpstreamGroup
+
+
+class Pruner:
+    """Upstream's GroupNormPruner with the group magnitude (p = 2), free of shared defaults.
+
+    The attentions that are :class:`~third_party.attention.SplitAttention` lose whole heads, as
+    large a share as ``ratio``; they are ranked among one another.
+
+    Args:
+        model: what to prune; it stays as it is until :meth:`run`.
+        example: of its inputs, on its device.
+        ratio, steps, global_pruning, normalizer, reg: upstream's own.
+        ignored: layers that stay as they are, those of the network's outputs among them.
+        drawn: a seed, to draw channels instead of ranking them.
+
+    Attributes:
+        upstream: its pruner.
+        groups: what it may prune.
+
+    Raises:
+        UnsupportedLayerError: naming a group that cannot be read, and why.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        *,
+        ratio: float,
+        steps: int,
+        global_pruning: bool,
+        normalizer: str,
+        reg: float,
+        ignored: Collection[str],
+        drawn: int | None = None,
+    ) -> None:
+        self._model = model
+        importance: Any = tp.importance.GroupMagnitudeImportance(p=2, normalizer=normalizer)
+        if drawn is not None:
+            importance = _drawn(model, drawn)
+        self._importance = importance
+        self._attentions = graph.attentions(model)
+        parts = [(p, a) for a in self._attentions for p in (a.query, a.key, a.value)]
+        tracing = graph.Tracing()
+        graph.require_plain_weights(model)
+        with graph.upstream(model):
+            self.upstream = tp.pruner.GroupNormPruner(
+                model,
+                example,
+                importance=self._by_structure,
+                reg=reg,
+                global_pruning=global_pruning,
+                pruning_ratio=ratio,
+                iterative_steps=steps,
+                ignored_layers=[model.get_submodule(name) for name in ignored],
+                root_module_types=list(graph.ROOTS),
+                in_channel_groups={},
+                out_channel_groups={},
+                num_heads={part: attention.heads for part, attention in parts},
+                prune_num_heads=True,
+                prune_head_dims=False,
+                head_pruning_ratio=ratio,
+                **tracing.settings(),
+            )
+        self._graph = tracing.finish(self.upstream.DG)
+        reading = graph.read_built(self._graph, model, set(self.upstream.ignored_layers))
+        for why in reading.refused.values():
+            raise UnsupportedLayerError(why)
+        self.groups = reading.groups
+        self._tied = {model.get_submodule(g.root) for g in self.groups if not self._tie(g)}
+
+    def _tie(self, group: UpstreamGroup) -> bool:
+        """Let upstream rank and count the channels of a structure as one, if it can say so.
+
+        It can where they lie as in a grouped convolution.
+        """
+        count, size = group.structures, len(group.members[0])
+        if size > 1 and not group.heads:
+            if group.members != [list(range(k, group.channels, count)) for k in range(count)]:
+                return False
+            self.upstream.out_channel_groups[self._model.get_submodule(group.root)] = size
+        return True
+
+    def _by_structure(self, group: Any, **settings: Any) -> Any:
+        """Upstream's importance; all channels of a structure have the mean of theirs."""
+        scores = self._importance(group, **settings)
+        if group[0].dep.target.module in self._tied:
+            for members in graph.members(self._graph, group):
+                scores[members] = scores[members].mean()
+        return scores
+
+    def importance(self, group: UpstreamGroup) -> Tensor:
+        """Upstream's importance of each structure of a group, (K,) on the host."""
+        layer = self._model.get_submodule(group.root)
+        with graph.upstream(self._model), torch.no_grad():
+            whole = graph.whole(self._graph, layer, range(group.channels))
+            scores: Tensor = self._importance(whole)
+        return scores.detach().cpu()[torch.tensor(group.members)].mean(1)
+
+    def counts(self) -> dict[str, int]:
+        """How many structures there are, by upstream's scopes of ranking, of which a ratio is a share.
+
+        Upstream counts them in a pruner's first step. Here that is one of a ratio of zero, which
+        removes nothing.
+        """
+        with graph.upstream(self._model):
+            for _ in self.upstream._prune():
+                raise RuntimeError("torch-pruning removes structures at a ratio of zero")
+        return dict(self.upstream._scope_initial_channels)
+
+    def count_from(self, before: Mapping[str, int]) -> None:
+        """Let the ratio be one of what :meth:`counts` gave for the model before it was pruned."""
+        self.upstream._scope_initial_channels.update(before)
+
+    def wanted(self, before: Mapping[str, int]) -> dict[str, int]:
+        """How many channels (tied ones as one, where upstream can) and heads its ratio asks for.
+
+        Args:
+            before: what :meth:`counts` gave for the model before it was pruned, if it was.
+        """
+        up, now = self.upstream, self.counts()
+        self.count_from(before)
+        ratio = up.pruning_ratio
+        heads = [a.heads for a in self._attentions if a.value not in up.ignored_layers]
+        if up.global_pruning:
+            of_heads = sum(heads) - int(sum(heads) * (1 - ratio))
+        else:
+            of_heads = sum(math.ceil(ratio * n) for n in heads)
+        channels = (n - int(before.get(scope, n) * (1 - ratio)) for scope, n in now.items())
+        return {"channels": sum(max(0, n) for n in channels), "heads": of_heads}
+
+    def taken(self, plan: Plan) -> dict[str, int]:
+        """How many a plan takes, counted as in :meth:`wanted`."""
+        groups, taken = {g.root: g for g in self.groups}, {"channels": 0, "heads": 0}
+        for root, channels in plan:
+            group = groups[root]
+            tied = self._model.get_submodule(root) in self._tied
+            count = len(channels) if tied else len(channels) // len(group.members[0])
+            taken["heads" if group.heads else "channels"] += count
+        return taken
+
+    def run(self, reached: Callable[[], bool], progress: Callable[[str], object]) -> Plan:
+        """Upstream's own pruning, step by step until the target is reached or the steps are done.
+
+        Returns:
+            What was removed, by the channels' positions before the run.
+        """
+        names = {m: n for n, m in self._model.named_modules()}
+        trained = {n: p.requires_grad for n, p in self._model.named_parameters()}
+        left: dict[str, list[int]] = {}
+        removed: dict[str, list[int]] = {}
+        up = self.upstream
+        while not reached() and up.current_step < up.iterative_steps:
+            self._count_heads()
+            with graph.upstream(self._model):
+                for group in up.step(interactive=True):
+                    root, here = group[0].dep.target.module, sorted(group[0].idxs)
+                    attention = graph.attention_of(self._graph, group, self._attentions)
+                    if attention is not None:  # inputs and values are counted alike
+                        root = attention.value
+                    name = names[root]
+                    before = left.setdefault(name, list(range(up.DG.get_out_channels(root))))
+                    removed.setdefault(name, []).extend(before[i] for i in here)
+                    gone = set(here)
+                    left[name] = [c for i, c in enumerate(before) if i not in gone]
+                    group.prune()
+            progress(f"selecting {up.current_step}/{up.iterative_steps}")
+        for name, parameter in self._model.named_parameters():
+            parameter.requires_grad_(trained[name])
+        return [(name, sorted(channels)) for name, channels in removed.items()]
+
+    def _count_heads(self) -> None:
+        """Tell upstream how many heads there are, and not to ask for none in the next step."""
+        up, left = self.upstream, 0
+        for attention in self._attentions:
+            for part in (attention.query, attention.key, attention.value):
+                up.num_heads[part] = up.out_channel_groups[part] = attention.heads
+            if attention.value not in up.ignored_layers and attention.value.out_features > 1:
+                left += attention.heads
+        ratios, step = up.per_step_head_pruning_ratio, up.current_step + 1
+        if up.global_pruning and left <= int(up.initial_total_heads * (1 - ratios[step])):
+            ratios[step] = 0.0
+
+    def update_regularizer(self) -> None:
+        """Upstream's, once an epoch of sparse learning."""
+        with graph.upstream(self._model):
+            self.upstream.update_regularizer()
+
+    def regularize(self) -> None:
+        """Upstream's, after backward."""
+        self.upstream.regularize(self._model)
+
+
+def _drawn(model: nn.Module, seed: int) -> Callable[..., Tensor]:
+    """An importance that knows nothing: always the same for a layer, a channel and a seed."""
+    names = {m: n for n, m in model.named_modules()}
+
+    def importance(group: Any, **_: object) -> Tensor:
+        key = zlib.crc32(f"{seed} {names[group[0].dep.target.module]}".encode())
+        return torch.rand(len(group[0].idxs), generator=torch.Generator().manual_seed(key))
+
+    return importance

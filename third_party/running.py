@@ -1,0 +1,334 @@
+"""Running somebody's model on an example, so that two of its runs can be compared to rounding.
+
+Whoever removes channels has to know that outputs stay what they were. That takes care: inputs may
+be several, outputs may be anything that holds tensors, a forward pass may draw random numbers, and
+what rounding does to the outputs depends on the network and has to be measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TIMES = 100.0
+"""How many times the measured rounding outputs may differ: by how removal regroups sums, ours."""
+FLOOR = 1e-8
+"""What they may differ at least, as a share of their size, in double precision; ours."""
+HOPELESS = 1e-2
+"""Where rounding alone may move outputs so far, nothing can be told from them; ours."""
+
+
+def call(model: nn.Module, example: Any) -> Any:
+    """A model's outputs for an example: one tensor, several in a tuple or list, or by their names.
+
+    Args:
+        model: as it is.
+        example: a tensor, a tuple or list of positional arguments, or a mapping of arguments.
+    """
+    if isinstance(example, Mapping):
+        return model(**example)
+    if isinstance(example, tuple | list):
+        return model(*example)
+    return model(example)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """An example with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: map_tensors(v, change) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [map_tensors(v, change) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def first(example: Any, samples: int = 1) -> Any:
+    """An example's first samples: of all tensors with as many rows as its first tensor."""
+    rows = next((t.shape[0] for t in tensors(example) if t.dim()), 0)
+    return map_tensors(example, lambda t: t[:samples] if t.dim() and t.shape[0] == rows else t)
+
+
+def shortened(model: nn.Module, example: Any, samples: int) -> Any:
+    """:func:`first`, where the model takes that; else the whole example."""
+    try:
+        outputs(model, first(example, samples))
+    except Exception:  # rows that are no samples, or inputs that have to fit one another
+        return example
+    return first(example, samples)
+
+
+def device_of(example: Any, model: nn.Module) -> torch.device:
+    """The device that an example is on, or else the model."""
+    for tensor in tensors(example):
+        return tensor.device
+    for parameter in model.parameters():
+        return parameter.device
+    return torch.device("cpu")
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """Every tensor in a model's outputs, in order, with floats as tensors; nothing else counts.
+
+    Looked into are sequences, mappings (transformers' outputs are such), dataclasses and plain
+    objects.
+    """
+    return list(_tensors(outputs, set()))
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, float):
+        yield torch.tensor(value, dtype=torch.float64)
+    elif isinstance(value, int | complex | str | bytes | type(None)):
+        return
+    elif id(value) in seen:
+        return
+    else:
+        seen.add(id(value))
+        for part in _parts(value):
+            yield from _tensors(part, seen)
+
+
+def _parts(value: Any) -> Sequence[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, tuple | list | set | frozenset):
+        return list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, f.name) for f in dataclasses.fields(value)]
+    if isinstance(value, nn.Module | type) or callable(value):
+        return []
+    return list(getattr(value, "__dict__", {}).values())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is back in the mode it was in."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class _Watched(TorchDispatchMode):
+    """Gives every random draw of a pass a seed of its own place, and notes what the pass does.
+
+    A draw then depends on how many came before it, not on their sizes.
+
+    Attributes:
+        draws: shapes of what was drawn, in order.
+        eps: of the coarsest precision that something was computed in.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draws: list[torch.Size] = []
+        self.eps = 0.0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        drawing = torch.Tag.nondeterministic_seeded in func.tags
+        if drawing:
+            torch.manual_seed(len(self.draws))
+            if isinstance(kwargs.get("generator"), torch.Generator):
+                kwargs["generator"].manual_seed(len(self.draws))
+        out = func(*args, **kwargs)
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, Tensor):
+                if tensor.is_floating_point():
+                    self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
+                if drawing:
+                    self.draws.append(tensor.shape)
+        return out
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Whatever is drawn inside leaves no trace outside, and is the same each time."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    numbers = numpy.random.get_state() if numpy is not None else None
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        random.seed(0)
+        if numpy is not None:
+            numpy.random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(numbers)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a pass gave.
+
+    Attributes:
+        values: floating outputs, detached.
+        draws: shapes of what it drew.
+        eps: of the coarsest precision it computed in.
+    """
+
+    values: list[Tensor]
+    draws: list[torch.Size]
+    eps: float
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, example: Any) -> Outputs:
+    """A model's floating outputs in evaluation, with the same draws each time; it stays as it is.
+
+    Buffers that a pass changes are put back.
+    """
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    with evaluating(model), same_draws(), fast_path_off(), _Watched() as watched:
+        given = tensors(call(model, example))
+    for name, buffer in model.named_buffers():
+        before = buffers.get(name)
+        if before is not None and before.shape == buffer.shape:
+            buffer.copy_(before)
+    values = [t.detach().clone() for t in given if t.is_floating_point() or t.is_complex()]
+    return Outputs(values, watched.draws, watched.eps)
+
+
+@contextmanager
+def fast_path_off() -> Iterator[None]:
+    """Attention's fast path is another computation than the one that is trained."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class Precision:
+    """The precision that a model's outputs are compared in: double where it runs so, else its own.
+
+    Args:
+        model: stays as it is.
+        example: of its inputs.
+
+    Attributes:
+        double: whether it runs in double precision.
+    """
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.double = True
+        try:
+            outputs(*self.of(model, example))
+        except Exception:  # a layer that insists on its own precision
+            self.double = False
+
+    def of(self, model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
+        """A copy of a model, and its example, in this precision."""
+        copied = copy.deepcopy(model)
+        return self.cast_(copied), self.example(example)
+
+    def cast_(self, model: nn.Module) -> nn.Module:
+        """A model in this precision, in place."""
+        return model.double() if self.double else model
+
+    def example(self, example: Any) -> Any:
+        """An example in this precision."""
+        if not self.double:
+            return example
+        return map_tensors(
+            example,
+            lambda t: t.to(torch.complex128 if t.is_complex() else torch.float64)
+            if t.is_floating_point() or t.is_complex()
+            else t,
+        )
+
+
+@torch.no_grad()
+def rounding(model: nn.Module, example: Any, given: Outputs) -> list[float]:
+    """What rounding does to each of a model's outputs.
+
+    Every parameter is moved by its last digit, up or down, and put back.
+
+    Args:
+        model: in the precision of the comparison.
+        example: of its inputs.
+        given: its :func:`outputs` for the example.
+
+    Returns:
+        The largest change of each output, where both are finite.
+    """
+    draw = torch.Generator().manual_seed(1)
+    kept = [(p, p.clone()) for p in model.parameters()]
+    try:
+        for parameter, value in kept:
+            if value.is_floating_point() or value.is_complex():
+                eps = max(given.eps, torch.finfo(value.dtype).eps)
+                signs = torch.randint(0, 2, value.shape, generator=draw, dtype=torch.float64)
+                parameter.copy_(value * (1 + eps * (2 * signs - 1)).to(value.device))
+        moved = outputs(model, example)
+    finally:
+        for parameter, value in kept:
+            parameter.copy_(value)
+    return [_apart(a, b) for a, b in zip(given.values, moved.values, strict=False)]
+
+
+def unlike(before: Outputs, after: Outputs, rounding: Sequence[float]) -> str | None:
+    """How outputs differ by more than rounding makes them, to follow "its removal"; or ``None``.
+
+    Args:
+        before: of the model as it was.
+        after: of what should be the same.
+        rounding: what rounding does to each of ``before``.
+    """
+    shapes = [[tuple(t.shape) for t in o.values] for o in (before, after)]
+    if shapes[0] != shapes[1]:
+        odd = next((p for p in zip(*shapes, strict=False) if p[0] != p[1]), shapes)
+        return f"changes the shape of an output, from {odd[0]} to {odd[1]}"
+    if not any(bool(t.isfinite().any()) for t in before.values):
+        return "cannot be judged: no output of the model is finite"
+    for one, other, moved in zip(before.values, after.values, rounding, strict=True):
+        if not torch.equal(one.isfinite(), other.isfinite()):
+            return "makes finite outputs infinite, or infinite ones finite"
+        size, off = _size(one), _apart(one, other)
+        allowed = max(TIMES * moved, FLOOR * size)
+        if off <= allowed and allowed <= HOPELESS * size:
+            continue
+        if off <= allowed and size > 0:
+            return (
+                f"cannot be judged: rounding alone moves the model's outputs by {moved / size:.0e} "
+                "of their size"
+            )
+        if off > allowed:
+            drawn = (
+                "" if before.draws == after.draws else "; the forward pass draws by its channels"
+            )
+            share = f"{off / size:.0e} of their size" if size > 0 else f"{off:.0e} from zero"
+            return f"changes the outputs by {share}{drawn}"
+    return None
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    if one.shape != other.shape or not one.numel():
+        return 0.0
+    both = one.isfinite() & other.isfinite()
+    return float((one - other)[both].abs().max()) if bool(both.any()) else 0.0
+
+
+def _size(tensor: Tensor) -> float:
+    finite = tensor[tensor.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0

@@ -1,0 +1,264 @@
+"""Trying a removal before anything decays: are structures at zero the same as structures removed?
+
+That is not so where the graph loses track of channels, or where something answers zeros with more
+than zeros. It is tried on a copy with weights drawn at random, so that nothing hides behind what a
+network has not learnt yet, for several draws of structures, which take unequal shares of halves and
+thirds, so that no two mistakes cancel. All of this is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from . import dependency, graph, running
+from .groups import UnsupportedLayerError, UpstreamGroup, named
+
+ROWS = 2
+"""How many samples of the example are enough; ours."""
+Subset = Callable[[int, torch.Generator], list[int]]
+"""Draws some of so many structures: never none, never all."""
+REASONS = (
+    ": the dependency graph takes its channels for others on their way, as behind a flatten of "
+    "permuted axes, or something answers their zeros with more than zeros"
+)
+
+
+def exact_groups(
+    model: nn.Module,
+    example: Any,
+    ignored: Sequence[str | nn.Module] = (),
+    *,
+    skip_unsupported: bool = False,
+    progress: Callable[[str], object] = str,
+) -> tuple[graph.Reading, dict[str, str]]:
+    """A network's groups, each tried out, and why others are left out, by their root.
+
+    Args:
+        model: stays as it is, in its mode.
+        example: of its inputs, on its device.
+        ignored: layers, or their names, to leave out besides those that make the output.
+        skip_unsupported: leave out what would be refused.
+        progress: called now and then with what is going on.
+
+    Raises:
+        UnsupportedLayerError: a group is not the same at zero and removed; it is named, and why.
+    """
+    reading = graph.read(model, example, ignored)
+    if not skip_unsupported:
+        for why in reading.refused.values():
+            raise UnsupportedLayerError(why)
+    odd = inexact(model, example, reading.groups, progress)
+    if not skip_unsupported:
+        require_exact(odd)
+    reading.groups = [g for g in reading.groups if g.root not in odd]
+    return reading, reading.refused | {root: named(root, why) for root, why in odd.items()}
+
+
+def require_exact(odd: dict[str, str]) -> None:
+    """Refuse what :func:`inexact` says.
+
+    Raises:
+        UnsupportedLayerError: naming the first such group, why, and the remedy.
+    """
+    for root, why in odd.items():
+        raise UnsupportedLayerError(named(root, why))
+
+
+def inexact(
+    model: nn.Module,
+    example: Any,
+    groups: Sequence[UpstreamGroup],
+    progress: Callable[[str], object] = str,
+) -> dict[str, str]:
+    """Groups whose structures, removed, leave another network than at zero.
+
+    Args:
+        model: what the groups are of; left as it is.
+        example: of its inputs, on its device.
+        groups: as of :func:`third_party.graph.read`, or another upstream's.
+        progress: called now and then with what is going on.
+
+    Returns:
+        Why, by the group's root, to follow its name; nothing if all is well.
+    """
+    # Layers of one kind side by side: they are mostly at fault together, or not at all.
+    groups = sorted((g for g in groups if g.structures > 1), key=lambda g: _kind(g.root))
+    if not groups:
+        return {}
+    trial = Trial(model, example, groups)
+    odd: dict[str, str] = {}
+    while left := [g for g in groups if g.root not in odd]:
+        progress(f"trying out {len(left)} groups of channels")
+        for subset in _SUBSETS:
+            why = trial.unlike(left, subset)
+            if why is not None:
+                break
+        else:
+            break
+        culprits = dict(_culprits(trial, left, subset, progress))
+        odd |= culprits or {g.root: f"{why}, if all groups are removed together" for g in left}
+    return {g.root: odd[g.root] for g in groups if g.root in odd}
+
+
+def _kind(root: str) -> str:
+    return re.sub(r"\d+", "#", root)
+
+
+def _culprits(
+    trial: Trial,
+    groups: Sequence[UpstreamGroup],
+    subset: Subset,
+    progress: Callable[[str], object],
+) -> Iterator[tuple[str, str]]:
+    """Those of some groups that are at fault by themselves, by halves."""
+    half = len(groups) // 2
+    for part in (groups[:half], groups[half:]) if half else (groups,):
+        progress(f"trying out {part[0].root!r}" + (f" to {part[-1].root!r}" if part[1:] else ""))
+        why = trial.unlike(part, subset)
+        if why is not None and len(part) > 1:
+            yield from _culprits(trial, part, subset, progress)
+        elif why is not None:
+            yield part[0].root, why
+
+
+class Trial:
+    """A copy of a model, of which parts can be removed and put back.
+
+    It computes in double precision if the model can, else in its own.
+
+    Args:
+        model: left as it is.
+        example: of its inputs, on its device.
+        groups: of it.
+    """
+
+    def __init__(self, model: nn.Module, example: Any, groups: Sequence[UpstreamGroup]) -> None:
+        graph.require_plain_weights(model)
+        example = running.shortened(model, example, ROWS)
+        precision = running.Precision(model, example)
+        copies: dict[int, Any] = {}
+        self._model = copy.deepcopy(model, copies).eval()
+        self._graph = graph.build(self._model, example)  # in the network's own type
+        precision.cast_(self._model)
+        self._example = precision.example(example)
+        self._own = {id(s.parameter): copies[id(s.parameter)] for g in groups for s in g.shares}
+        _draw(self._model, self._example)
+        dense = running.outputs(self._model, self._example)
+        self._rounding = running.rounding(self._model, self._example, dense)
+
+    @torch.no_grad()
+    def unlike(self, groups: Sequence[UpstreamGroup], subset: Subset) -> str | None:
+        """What is wrong with the removal of a subset of some groups' structures, if anything.
+
+        To follow the groups' names.
+        """
+        chosen = {g.root: subset(g.structures, _seeded(g.root)) for g in groups}
+        kept = dependency.parts(self._model)
+        try:
+            with graph.upstream(self._model):
+                plan = [(g.root, g.channels_of(chosen[g.root])) for g in groups]
+                taken = dependency.gathered(self._graph, self._model, plan)
+                dependency.apply(self._graph, self._model, taken)
+            removed = running.outputs(self._model, self._example)
+        except Exception as cause:  # whatever the removal of other channels than these breaks
+            line = (str(cause).splitlines() or [type(cause).__name__])[0]
+            return f"cannot be removed ({type(cause).__name__}: {line}){REASONS}"
+        finally:
+            dependency.put_back(kept)
+        with self._at_zero(groups, chosen):
+            zeroed = running.outputs(self._model, self._example)
+        why = running.unlike(zeroed, removed, self._rounding)
+        if why is None or why.startswith("cannot be judged"):
+            return why
+        return f"gives different outputs at zero and removed: its removal {why}{REASONS}"
+
+    @contextmanager
+    def _at_zero(
+        self, groups: Sequence[UpstreamGroup], chosen: dict[str, list[int]]
+    ) -> Iterator[None]:
+        shares = [s for g in groups for s in g.shares]
+        own = {id(p): p for p in (self._own[id(s.parameter)] for s in shares)}
+        values = [(p, p.clone()) for p in own.values()]
+        for group in groups:
+            dependency.zero(group, chosen[group.root], lambda p: self._own[id(p)])
+        try:
+            yield
+        finally:
+            for parameter, value in values:
+                parameter.copy_(value)
+
+
+def _seeded(root: str) -> torch.Generator:
+    """Each group has draws of its own, the same whatever else is tried."""
+    return torch.Generator().manual_seed(zlib.crc32(root.encode()))
+
+
+def _some(count: int, share: float, draw: torch.Generator) -> list[int]:
+    """A drawn subset of ``range(count)``, neither empty nor all of it (1 gives none)."""
+    order = torch.rand(count, generator=draw)
+    return order.argsort()[: max(1, min(count - 1, round(share * count)))].sort().values.tolist()
+
+
+def _anywhere(count: int, draw: torch.Generator) -> list[int]:
+    return _some(count, float(torch.empty(()).uniform_(0.3, 0.7, generator=draw)), draw)
+
+
+def _early(count: int, draw: torch.Generator) -> list[int]:
+    """Of the first two fifths, some: more of the first half, and of the first third."""
+    part = max(1, round(0.4 * count))
+    return _some(part, 0.8, draw) if part > 1 else [0]
+
+
+def _late(count: int, draw: torch.Generator) -> list[int]:
+    """All kinds of places, but more and more towards the end."""
+    part = max(1, round(0.3 * count))
+    last = [count - 1 - k for k in (_some(part, 0.7, draw) if part > 1 else [0])]
+    first = _some(count - part, 0.1, draw) if count - part > 3 else []
+    return sorted({*last, *first})
+
+
+_SUBSETS = (_anywhere, _early, _late)
+
+
+def _draw(model: nn.Module, example: Any) -> None:
+    """Draw a model's weights by He's rule and its vectors from 0.5 to 1.5.
+
+    Norms with running statistics get those of the example, but lower means: one that reads zeros
+    speaks up, and no ReLU silences it.
+    """
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if not tensor.is_floating_point():
+                continue
+            if tensor.dim() > 1:
+                drawn = torch.randn(tensor.shape, generator=draw) * (2 / tensor[0].numel()) ** 0.5
+            else:
+                drawn = torch.rand(tensor.shape, generator=draw) + 0.5
+            tensor.copy_(drawn)
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    hooks = [m.register_forward_pre_hook(_take_statistics) for m in norms]
+    try:
+        with torch.no_grad(), running.same_draws():
+            running.call(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _take_statistics(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+    x = given[0]
+    over = [d for d in range(x.dim()) if d != 1]
+    var = x.var(over, correction=0)
+    var = torch.where(var > 1e-12 * (1 + x.square().mean(over)), var, 1.0)
+    norm.get_buffer("running_mean").copy_(x.mean(over) - var.sqrt())
+    norm.get_buffer("running_var").copy_(var)
