@@ -23,24 +23,29 @@ class GateGroup:
 
     Attributes:
         name: the layer that the dependency graph roots the group in.
-        channels: by structure, that layer's output channels that make it up.
+        tied: by structure, that layer's output channels that make it up.
         members: by the BatchNorm's module name, int64 (K, m): its m channels in each structure.
         area: positions of their feature map, such as height * width.
     """
 
     name: str
-    channels: Sequence[Sequence[int]]
+    tied: Sequence[Sequence[int]]
     members: Mapping[str, Tensor]
     area: int
 
     @property
     def structures(self) -> int:
         """K, how many structures the group holds."""
-        return len(self.channels)
+        return len(self.tied)
+
+    @property
+    def channels(self) -> int:
+        """How many output channels the root layer has."""
+        return sum(map(len, self.tied))
 
     def channels_of(self, structures: Iterable[int]) -> list[int]:
         """The root's channels that make up some structures, sorted."""
-        return sorted(c for k in structures for c in self.channels[k])
+        return sorted(c for k in structures for c in self.tied[k])
 
 
 def tied_gates(
