@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from adapters.base import AdapterError, count_macs, count_parameters
 from adapters.registry import ADAPTERS
 from dpm_core import Hearing, LeastResistant, Phase, RandomRelease, SelfRectifying, SmoothPruning
+from tests.support import rounding
 from tests.support.frameworks import CASES, EXAMPLE, Case, Drive
+from tests.support.rounding import in_double
 
 VARIANTS = ("base", "sp", "sr")
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -76,8 +78,8 @@ def test_all_variants_meet_the_same_target(case):
 @cases
 @pytest.mark.parametrize("variant", ["sp", "sr"])
 def test_the_smaller_model_gives_the_zeroed_models_outputs(case, variant):
-    # At each removal: the steps after it change the model.
-    drive = Drive(case, case.adapter(case.build(), variant))
+    # At each removal: the steps after it change the model. All of it is in double precision.
+    drive = Drive(case, case.adapter(in_double(case.build()), variant))
     adapter, seen = drive.adapter, []
     shrink = type(adapter).remove
 
@@ -95,7 +97,7 @@ def test_the_smaller_model_gives_the_zeroed_models_outputs(case, variant):
     assert len(seen) == case.removals
     for before, after in seen:
         assert not torch.equal(before, torch.zeros_like(before))
-        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+        rounding.assert_exact(after, before)
 
 
 @cases
@@ -252,14 +254,14 @@ def test_a_sound_request_passes_the_check_and_changes_nothing(case):
 @cases
 def test_nothing_is_lost_at_the_decision(case):
     """Selection works on a copy: the real model is only decayed."""
-    model = case.build()
+    model = in_double(case.build())
     adapter = case.adapter(model, "sp")
     before = outputs(copy.deepcopy(model))
     for stage in adapter.context.stages:
         adapter.begin(stage, adapter.optimizer(stage), lambda: torch.zeros(()))
     assert not adapter.due()
     assert not adapter.settled()
-    torch.testing.assert_close(outputs(copy.deepcopy(model)), before, atol=1e-6, rtol=1e-6)
+    rounding.assert_exact(outputs(copy.deepcopy(model)), before)
 
 
 @cases
