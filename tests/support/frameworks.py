@@ -15,6 +15,7 @@ from adapters import registry
 from adapters.base import Adapter, Context, Plan, Stage
 from adapters.optimizer_state import CarryOver
 from dpm_core import Event, SelfRectifying, SmoothPruning, Trajectory
+from tests.support.rounding import in_double
 
 CLASSES = 5
 
@@ -130,6 +131,12 @@ class Case:
     """Whether a released structure is replaced in its own group, so that all sizes are the same."""
     removals: int = 1
     build: Callable[[], nn.Module] = small_resnet
+    computes: bool = False
+    """Whether a removal computes parameters, and so rounds them, instead of only keeping them."""
+
+    def exact(self) -> nn.Module:
+        """The model, in double precision where else a removal would round its parameters."""
+        return in_double(self.build()) if self.computes else self.build()
 
     def adapter(
         self,
@@ -144,7 +151,7 @@ class Case:
         kind = registry.load(self.framework)
         context = Context(
             model=model,
-            example=EXAMPLE,
+            example=EXAMPLE.to(next(model.parameters()).dtype),
             variant=variant,  # type: ignore[arg-type]
             smooth=smooth or SmoothPruning(6),
             rectify=rectify,
@@ -218,6 +225,7 @@ CASES = [
         {"macs": 0.01},
         short=14,
         refills_in_group=False,
+        computes=True,
     ),
     Case("torch-prune", "torch-prune", {"amount": 0.4}, {"prune": 16}, 0.5, {"amount": 0.99}),
 ]

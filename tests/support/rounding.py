@@ -25,7 +25,8 @@ def in_double(model: nn.Module) -> nn.Module:
     """A copy that computes in double precision, whatever the precision of its inputs."""
     made = copy.deepcopy(model).double()
     made.register_forward_pre_hook(
-        lambda _, given: tuple(t.double() if torch.is_floating_point(t) else t for t in given)
+        # Not where nothing is to be done: frameworks that trace a model see every operation.
+        lambda _, given: tuple(t.double() if t.dtype == torch.float32 else t for t in given)
     )
     return made
 
