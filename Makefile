@@ -91,7 +91,7 @@ test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones
 # differing from `make test` (this processor's own kernels, one thread) and from the others: the
 # kernels of PyTorch, of oneDNN (convolutions) and of MKL (products of matrices), and the threads.
 # Elsewhere than on x86 the kernels are the processor's own. Chosen are the folders and files in which
-# numbers are compared, without the slow tests and those that compare a computation with itself.
+# numbers are compared, without slow tests, refusals, and those of a computation with itself.
 PORTABLE := \
   ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=SSE41,MKL_ENABLE_INSTRUCTIONS=SSE4_2,OMP_NUM_THREADS=1 \
   ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2,MKL_ENABLE_INSTRUCTIONS=AVX2,OMP_NUM_THREADS=2 \
@@ -103,7 +103,7 @@ NUMERIC := tests/core tests/third_party tests/adapters \
 test-portable: $(SETUP) ## the numeric tests with the kernels of other processors, and two threads
 	@for setting in $(PORTABLE); do echo "$$setting"; \
 	  env OMP_WAIT_POLICY=PASSIVE $$(echo $$setting | tr , ' ') $(PY) -m pytest -n auto -q \
-	    -m 'not slow' -k 'not same_bits' $(NUMERIC) $(FLAGS) || exit 1; done
+	    -m 'not slow' -k 'not same_bits and not refused and not killed' $(NUMERIC) $(FLAGS) || exit 1; done
 
 notebooks: $(SETUP) ## the tutorials' notebooks anew from their scripts
 	@$(PY) tutorials/make_notebooks.py
