@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 EXACT = 1e-9
-"""In double precision, relative to the largest value: rounding is a millionth of it, and some steps
-of training multiply it by less than a thousand."""
+"""In double precision, relative to the largest value. One rounding is a ten-millionth of it; ten
+steps of training with Adagrad, the worst of the tests, make it a hundredth (1.4e-11 measured)."""
 TIMES = 32
 """How often two ways in single precision may be as far apart as one of them is from the truth."""
 
