@@ -32,7 +32,7 @@ launch = $(if $(filter-out 1,$(NPROC)),torch.distributed.run --standalone --npro
 small = $(CONFIGS)/$(FRAMEWORK)-$(if $(filter-out digits,$(DATA)),$(NETWORK),digits).toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint $(BENCHES) compare bench-overhead table table-models plots report results notebooks docs clean
+.PHONY: help setup demo test test-portable lint $(BENCHES) compare bench-overhead table table-models plots report results notebooks docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1|\2/' \
@@ -86,6 +86,24 @@ results: $(SETUP) ## RESULTS.md and the README's tables, anew from the kept reco
 
 test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones
 	@$(PY) -m pytest -n auto $(FLAGS)
+
+# Another processor adds numbers up in another order. These settings make this one do so, too, each
+# differing from `make test` (this processor's own kernels, one thread) and from the others: the
+# kernels of PyTorch, of oneDNN (convolutions) and of MKL (products of matrices), and the threads.
+# Elsewhere than on x86 the kernels are the processor's own. Chosen are the folders and files in which
+# numbers are compared, without slow tests, refusals, and those of a computation with itself.
+PORTABLE := \
+  ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=SSE41,MKL_ENABLE_INSTRUCTIONS=SSE4_2,OMP_NUM_THREADS=1 \
+  ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2,MKL_ENABLE_INSTRUCTIONS=AVX2,OMP_NUM_THREADS=2 \
+  ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=AVX2,OMP_NUM_THREADS=1 \
+  OMP_NUM_THREADS=2
+NUMERIC := tests/core tests/third_party tests/adapters \
+  $(patsubst %,tests/experiments/test_%.py,breadth export overhead ranks rounds run training)
+
+test-portable: $(SETUP) ## the numeric tests with the kernels of other processors, and two threads
+	@for setting in $(PORTABLE); do echo "$$setting"; \
+	  env OMP_WAIT_POLICY=PASSIVE $$(echo $$setting | tr , ' ') $(PY) -m pytest -n auto -q \
+	    -m 'not slow' -k 'not same_bits and not refused and not killed' $(NUMERIC) $(FLAGS) || exit 1; done
 
 notebooks: $(SETUP) ## the tutorials' notebooks anew from their scripts
 	@$(PY) tutorials/make_notebooks.py

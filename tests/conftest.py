@@ -12,9 +12,9 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("suite")
 
 # The tests' tensors are small: threads wait for one another longer than they work, and on a busy
-# machine by a factor of ten.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
+# machine by a factor of ten. `make test-portable` asks for two, which split sums in another way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start as well
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 os.environ["MPLBACKEND"] = "agg"  # pictures are drawn into files, on no screen
 
 

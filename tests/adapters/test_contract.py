@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from adapters.base import AdapterError, count_macs, count_parameters
 from adapters.registry import ADAPTERS
 from dpm_core import Hearing, LeastResistant, Phase, RandomRelease, SelfRectifying, SmoothPruning
+from tests.support import rounding
 from tests.support.frameworks import CASES, EXAMPLE, Case, Drive
+from tests.support.rounding import exact_outputs
 
 VARIANTS = ("base", "sp", "sr")
+IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
@@ -25,9 +28,8 @@ def finished(case: Case, variant: str, **settings) -> Drive:
 
 
 def outputs(model: torch.nn.Module) -> torch.Tensor:
-    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        return model.eval()(images)
+        return model.eval()(IMAGES)
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -77,7 +79,7 @@ def test_all_variants_meet_the_same_target(case):
 @pytest.mark.parametrize("variant", ["sp", "sr"])
 def test_the_smaller_model_gives_the_zeroed_models_outputs(case, variant):
     # At each removal: the steps after it change the model.
-    drive = Drive(case, case.adapter(case.build(), variant))
+    drive = Drive(case, case.adapter(case.exact(), variant))
     adapter, seen = drive.adapter, []
     shrink = type(adapter).remove
 
@@ -88,14 +90,14 @@ def test_the_smaller_model_gives_the_zeroed_models_outputs(case, variant):
         shrink(adapter)
         small = copy.deepcopy(adapter.context.model)
         assert count_macs(small, EXAMPLE) < count_macs(large, EXAMPLE)
-        seen.append((outputs(large), outputs(small)))
+        seen.append((exact_outputs(large, IMAGES), exact_outputs(small, IMAGES)))
 
     adapter.remove = remove
     drive.run()
     assert len(seen) == case.removals
     for before, after in seen:
         assert not torch.equal(before, torch.zeros_like(before))
-        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+        rounding.assert_exact(after, before)
 
 
 @cases
@@ -252,14 +254,14 @@ def test_a_sound_request_passes_the_check_and_changes_nothing(case):
 @cases
 def test_nothing_is_lost_at_the_decision(case):
     """Selection works on a copy: the real model is only decayed."""
-    model = case.build()
+    model = case.exact()
     adapter = case.adapter(model, "sp")
-    before = outputs(copy.deepcopy(model))
+    before = exact_outputs(model, IMAGES)
     for stage in adapter.context.stages:
         adapter.begin(stage, adapter.optimizer(stage), lambda: torch.zeros(()))
     assert not adapter.due()
     assert not adapter.settled()
-    torch.testing.assert_close(outputs(copy.deepcopy(model)), before, atol=1e-6, rtol=1e-6)
+    rounding.assert_exact(exact_outputs(model, IMAGES), before)
 
 
 @cases

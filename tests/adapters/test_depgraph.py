@@ -17,7 +17,9 @@ from adapters.base import AdapterError, Context, Stage, count_macs
 from adapters.depgraph import DepGraph, DepGraphOptions, structure_groups
 from dpm_core import Exchange, Phase, SelfRectifying, SmoothPruning
 from experiments import models
+from tests.support import rounding
 from tests.support.frameworks import CASES, EXAMPLE, Case, Drive, Shuffled, batch, small_resnet
+from tests.support.rounding import exact_outputs
 from third_party import dependency, upstreams
 from third_party.groups import UnsupportedLayerError
 
@@ -277,11 +279,10 @@ def test_grouped_depthwise_transposed_and_concatenated_layers_leave_equal_output
         optimizer.step()
         adapter.after_step()
         step += 1
-    with torch.no_grad():
-        zeroed = model.eval()(EXAMPLE)
-        adapter.remove()
-        assert model.grouped.out_channels == 12
-        torch.testing.assert_close(model.eval()(EXAMPLE), zeroed, atol=1e-5, rtol=0)
+    zeroed = exact_outputs(model, EXAMPLE)
+    adapter.remove()
+    assert model.grouped.out_channels == 12
+    rounding.assert_exact(exact_outputs(model, EXAMPLE), zeroed)
 
 
 @pytest.mark.slow
@@ -303,11 +304,9 @@ def test_networks_of_torchvision_give_the_zeroed_models_outputs(name):
     adapter.after_step()
     assert adapter.due()
     dense = count_macs(model, example)
-    with torch.no_grad():
-        zeroed = model.eval()(example)
-        adapter.remove()
-        small = model.eval()(example)
-    torch.testing.assert_close(small, zeroed, atol=1e-5, rtol=1e-5)
+    zeroed = exact_outputs(model, example)
+    adapter.remove()
+    rounding.assert_exact(exact_outputs(model, example), zeroed)
     assert count_macs(model, example) < dense
 
 
@@ -327,10 +326,9 @@ def test_the_recipes_networks_give_the_zeroed_models_outputs(name):
     optimizer.step()
     adapter.after_step()
     dense = count_macs(model, example)
-    with torch.no_grad():
-        zeroed = model.eval()(example)
-        adapter.remove()
-        torch.testing.assert_close(model.eval()(example), zeroed, atol=1e-5, rtol=0)
+    zeroed = exact_outputs(model, example)
+    adapter.remove()
+    rounding.assert_exact(exact_outputs(model, example), zeroed)
     assert count_macs(model, example) <= dense / 2
 
 

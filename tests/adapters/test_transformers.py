@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +12,9 @@ from adapters.base import AdapterError, Context, Stage, count_macs
 from adapters.depgraph import DepGraph, DepGraphOptions, structure_groups
 from adapters.optimizer_state import CarryOver
 from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning
+from tests.support import rounding
 from tests.support.frameworks import EAGER
+from tests.support.rounding import exact_outputs
 from third_party import dependency
 from third_party.attention import SplitAttention, split_attention
 from third_party.groups import UnsupportedLayerError, UpstreamGroup
@@ -47,8 +47,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def outputs(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return copy.deepcopy(model).eval()(batch(1000)[0])
+    return exact_outputs(model, batch(1000)[0])
 
 
 def adapter(model: nn.Module, variant: str, rectify: SelfRectifying = EAGER, **options) -> DepGraph:
@@ -103,7 +102,7 @@ def test_the_smaller_transformer_gives_the_zeroed_ones_outputs(build):
         made = adapter(model, variant, **{**OPTIONS, "speed_up": speed_up})
         before, after = removed(made)
         if variant != "base":
-            torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+            rounding.assert_exact(after, before)
         assert before.std() > 0.1
         macs = count_macs(model, EXAMPLE)
         assert macs <= dense / speed_up
@@ -131,7 +130,7 @@ def test_a_hearing_gates_hidden_units_and_the_values_of_heads():
         split_vit(), "sr", SelfRectifying(Hearing(batches=2, threshold=-1), max_share=0.4)
     )
     before, after = removed(made)
-    torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    rounding.assert_exact(after, before)
     assert any(e.kind == "release" for e in made.dpm.events)
 
 
@@ -193,12 +192,12 @@ def test_an_attention_taken_apart_computes_the_same(bias):
     made = SplitAttention.of(layer)
     x, y = torch.randn(2, 5, 12).double(), torch.randn(2, 7, 12).double()
     expected, _ = layer(x, y, y.flip(1), need_weights=False)
-    torch.testing.assert_close(made(x, y, y.flip(1))[0], expected, atol=1e-12, rtol=0)
+    rounding.assert_exact(made(x, y, y.flip(1))[0], expected)
     assert made.heads == 3
 
 
 def test_a_transformer_taken_apart_computes_the_same():
-    torch.testing.assert_close(outputs(split_vit()), outputs(whole_vit()), atol=1e-5, rtol=0)
+    rounding.assert_exact(outputs(split_vit()), outputs(whole_vit()))
 
 
 def test_an_attention_that_cannot_be_taken_apart_is_refused_and_nothing_is_changed():
@@ -255,7 +254,7 @@ def test_a_transformer_is_pruned_in_rounds():
             carried = CarryOver(model, optimizer)
             made.remove()
             carried.finish(EXAMPLE, made.removed[plan:])
-            torch.testing.assert_close(outputs(model), before, atol=1e-5, rtol=0)
+            rounding.assert_exact(outputs(model), before)
             seen.append((count_macs(model, EXAMPLE), sum(heads(model))))
             made.begin("prune", optimizer, loss)
     dense = count_macs(split_vit(), EXAMPLE)

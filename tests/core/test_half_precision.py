@@ -101,7 +101,9 @@ def test_norms_and_evidence_are_summed_in_float32(
     dpm = DecayPruning([group], SmoothPruning(8), SelfRectifying()).attach(optimizer)
     shares = oracle.shares_of(group)
     first = [oracle.length(oracle.values(shares, k)) for k in range(3)]
-    assert group.norms().tolist() == pytest.approx(first, rel=1e-5)
+    # No order in which 700 squares are added up in float32 is farther off.
+    single = 700 * 2**-24
+    assert group.norms().tolist() == pytest.approx(first, rel=single)
     dpm.decay({"rows": [0, 2]})
     resistance, bound = {0: 0.0, 2: 0.0}, {0: 0.0, 2: 0.0}
     for _ in range(4):
@@ -114,7 +116,7 @@ def test_norms_and_evidence_are_summed_in_float32(
     found = dpm.state_dict()["groups"]["rows"]
     for k in resistance:
         # The schedule gives ||x|| to the rounding of x.
-        assert float(found["gradient"][k]) == pytest.approx(bound[k], rel=1e-5)
+        assert float(found["gradient"][k]) == pytest.approx(bound[k], rel=single)
         assert float(found["resistance"][k]) == pytest.approx(resistance[k], rel=ROUNDING[dtype])
 
 

@@ -14,6 +14,7 @@ from adapters.depgraph import DepGraph
 from experiments import breadth
 from experiments.breadth import Network, awake, collect, failure, in_process, main, markdown, read
 from experiments.run import RunError
+from tests.support import rounding
 from tests.support.frameworks import EXAMPLE, Mixed, Shuffled
 
 WORKS = Network("mixed", 8, Mixed)
@@ -32,7 +33,7 @@ def test_a_network_that_works_meets_its_target_with_equal_outputs(row):
     assert sp["macs"] == sr["macs"] < row["macs"]
     assert (sp["released"], sr["released"] > 0) == (0, True)
     for found in (sp, sr):
-        assert found["difference"] < 1e-12
+        assert found["difference"] < rounding.EXACT
         assert found["moved"] > 1e-3
     assert row["skipped"] == {}
     assert row["parameters"] == sum(p.numel() for p in Mixed().parameters())

@@ -15,7 +15,8 @@ from adapters.base import structure_group
 from experiments import export, models
 from experiments.run import MODEL, RunError, run
 from experiments.training import outputs
-from tests.support import tiny
+from tests.support import rounding, tiny
+from tests.support.rounding import exact_outputs
 from third_party import otov2
 
 NETWORKS = {
@@ -55,17 +56,14 @@ def check(model: nn.Module, size: int, path) -> None:
     example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         zeroed, small = pruned(awake(model), example)
-        expected = outputs(zeroed, example)
-    scale = float(expected.abs().max())
+    expected = exact_outputs(zeroed, example)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in zeroed.parameters())
-    torch.testing.assert_close(outputs(small, example), expected, rtol=0, atol=1e-5 * scale)
+    rounding.assert_exact(exact_outputs(small, example), expected)
     export.onnx(small, example, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     # A batch of another size than the one it was made with.
     (found,) = session.run(None, {"images": example[:1].numpy()})
-    torch.testing.assert_close(
-        torch.from_numpy(found), outputs(zeroed, example[:1]), rtol=0, atol=1e-4 * scale
-    )
+    rounding.assert_rounded(torch.from_numpy(found), outputs(zeroed, example[:1]), expected[:1])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -124,7 +122,8 @@ def test_a_program_gives_the_models_outputs_for_any_batch(tmp_path, name):
     assert export.program(model, example, tmp_path / "model.pt2") < 1e-4
     again = torch.export.load(tmp_path / "model.pt2").module()
     larger = torch.randn(5, 3, 32, 32)
-    assert torch.allclose(again(larger), outputs(model, larger), atol=1e-5)
+    exact = exact_outputs(model, larger)
+    rounding.assert_rounded(again(larger), outputs(model, larger), exact)
 
 
 def test_a_program_that_cannot_be_exported_is_refused_and_not_written(tmp_path):

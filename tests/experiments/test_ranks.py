@@ -26,10 +26,11 @@ from experiments.data import DataError
 from experiments.ranks import Averaging, Ranks
 from experiments.run import RunError, load_model, run
 from experiments.training import Stopped
-from tests.support import tiny
+from tests.support import rounding, tiny
 from tests.support.frameworks import CASES, small_resnet
 from tests.support.ranks import COUNT, two
 from tests.support.ranks import Ranks as Pair
+from tests.support.rounding import in_double
 from tests.support.snapshot import assert_says, difference, says
 from tests.support.tiny import GONE, MINIATURE
 
@@ -129,7 +130,8 @@ def carry_out(
 
     with pytest.MonkeyPatch.context() as patch, tiny.one_thread():
         tiny.miniature(patch)
-        patch.setitem(models.MODELS, "plain", Plain)
+        # In double precision: what is decided, and when, must not hang on rounding.
+        patch.setitem(models.MODELS, "plain", lambda *sizes: in_double(Plain(*sizes)))
         patch.setattr(run_module, "_framework_loop", built)
         wanted = tiny.request(out, variant, changes, ranks=Ranks(rank, count), **settings)
         asked = tiny.asked_when(lambda step: (rank, step) == stop) if stop else nullcontext()
@@ -166,7 +168,7 @@ def test_two_processes_and_one_decide_release_and_end_alike(pair, tmp_path, crit
     assert (alone["rows"], left["rows"], right["rows"]) == ({40}, {20}, {20})
     assert (alone["steps"][-1] > 0) == (criterion == "hearing")
     for name, p in alone["model"].items():
-        torch.testing.assert_close(left["model"][name], p, rtol=1e-3, atol=1e-5)
+        rounding.assert_exact(left["model"][name], p, name)
     assert figures(alone)["processes"] == 1
     assert figures(left)["processes"] == 2
     for key in ("structures", "channels", "macs", "parameters", "releases"):
@@ -310,12 +312,12 @@ def test_a_folder_is_decoded_by_one_process_and_read_by_the_others(pair, tmp_pat
 def thawed(rank: int) -> list[dict[str, Tensor]]:
     """Gradients of steps in which layers are frozen, thawed and replaced."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double()
     forward, found = Averaging(model), []
-    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).double()
     for frozen in (True, False, False, True, None):
         if frozen is None:
-            model[1] = nn.Linear(6, 3)
+            model[1] = nn.Linear(6, 3).double()
         model[0].requires_grad_(frozen is False)
         model.zero_grad()
         forward(x.chunk(COUNT)[rank]).square().mean().backward()
@@ -324,7 +326,7 @@ def thawed(rank: int) -> list[dict[str, Tensor]]:
         model(x).square().mean().backward()  # of the whole batch, by no wrapper
         for name, p in model.named_parameters():
             if p.requires_grad:
-                torch.testing.assert_close(mine.pop(name), p.grad)
+                rounding.assert_exact(mine.pop(name), p.grad, name)
         assert not mine
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     return found

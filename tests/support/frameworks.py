@@ -16,6 +16,7 @@ from adapters.base import Adapter, Context, Stage
 from third_party.groups import Plan
 from adapters.optimizer_state import CarryOver
 from dpm_core import Event, SelfRectifying, SmoothPruning, Trajectory
+from tests.support.rounding import in_double
 
 CLASSES = 5
 
@@ -131,6 +132,12 @@ class Case:
     """Whether a released structure is replaced in its own group, so that all sizes are the same."""
     removals: int = 1
     build: Callable[[], nn.Module] = small_resnet
+    computes: bool = False
+    """Whether a removal computes parameters, and so rounds them, instead of only keeping them."""
+
+    def exact(self) -> nn.Module:
+        """The model, in double precision where else a removal would round its parameters."""
+        return in_double(self.build()) if self.computes else self.build()
 
     def adapter(
         self,
@@ -145,7 +152,7 @@ class Case:
         kind = registry.load(self.framework)
         context = Context(
             model=model,
-            example=EXAMPLE,
+            example=EXAMPLE.to(next(model.parameters()).dtype),
             variant=variant,  # type: ignore[arg-type]
             smooth=smooth or SmoothPruning(6),
             rectify=rectify,
@@ -219,6 +226,7 @@ CASES = [
         {"macs": 0.01},
         short=14,
         refills_in_group=False,
+        computes=True,
     ),
     Case("torch-prune", "torch-prune", {"amount": 0.4}, {"prune": 16}, 0.5, {"amount": 0.99}),
 ]

@@ -12,6 +12,8 @@ from torch.optim import SGD
 from torch.optim.swa_utils import update_bn
 
 from adapters.base import count_macs
+from tests.support import rounding
+from tests.support.rounding import in_double
 from tests.support.snapshot import refused, same_bits, says
 from tests.third_party.gate_nets import (
     IMAGES,
@@ -61,7 +63,6 @@ def train_step(model, optimizer) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", NETS)
 def test_a_gated_network_is_the_plain_one(name, training):
-    # float64: in float32, 56 normalised layers blow rounding up beyond the bound.
     plain, images = network(name).double(), IMAGES[:2].double()
     model = copy.deepcopy(plain)
     modes = [m.training for m in model.train(training).modules()]
@@ -70,22 +71,26 @@ def test_a_gated_network_is_the_plain_one(name, training):
     assert len(gates) == sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
     plain.train(training)
     with torch.no_grad():
-        difference = (model(images) - plain(images)).abs().max()
-    assert difference < 1e-6
+        rounding.assert_exact(model(images), plain(images))
     expected = dict(plain.named_buffers())
     for key, buffer in model.named_buffers():
-        assert key.endswith("mask") or torch.allclose(buffer, expected[key], atol=1e-9), key
+        if key.endswith("num_batches_tracked"):
+            assert buffer == expected[key]
+        elif not key.endswith("mask"):
+            rounding.assert_exact(buffer, expected[key], key)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_a_single_precision_network_is_the_plain_one(training):
     plain = tied().train(training)
     model = copy.deepcopy(plain)
+    exact = in_double(plain)
     decorate(model)
-    torch.testing.assert_close(model(SMALL), plain(SMALL), atol=1e-6, rtol=1e-6)
-    loss(model).backward()
-    loss(plain).backward()
-    torch.testing.assert_close(model.stem.weight.grad, plain.stem.weight.grad, atol=1e-6, rtol=1e-5)
+    rounding.assert_rounded(model(SMALL), plain(SMALL), exact(SMALL))
+    for one in (model, plain, exact):
+        loss(one).backward()
+    gradients = (m.stem.weight.grad for m in (model, plain, exact))
+    rounding.assert_rounded(*gradients, what="gradients")
     assert plain.stem.weight.grad.abs().max() > 1e-3
 
 
@@ -117,28 +122,30 @@ def test_every_kind_and_setting_carries_over_and_back(kind, shape, options):
         x = torch.randn(shape).double()
         plain.train(training), gate.train(training), back.train(training)
         expected = plain(x)
-        torch.testing.assert_close(gate(x), expected)
-        torch.testing.assert_close(back(x), expected)
+        rounding.assert_exact(gate(x), expected)
+        rounding.assert_exact(back(x), expected)
     for key, value in plain.state_dict().items():
-        torch.testing.assert_close(back.state_dict()[key], value)
-        if key not in ("weight", "bias"):
-            torch.testing.assert_close(gate.state_dict()[key], value)
+        for norm in (back, gate):
+            if key == "num_batches_tracked":
+                assert norm.state_dict()[key] == value
+            elif norm is back or key not in ("weight", "bias"):
+                rounding.assert_exact(norm.state_dict()[key], value, key)
     with pytest.raises(ValueError, match="expected"):
         gate(torch.randn(5))
 
 
 def test_statistics_that_are_held_stay_held():
-    plain = nn.BatchNorm1d(4)
-    plain(torch.randn(5, 4))
+    plain = nn.BatchNorm1d(4).double()
+    plain(torch.randn(5, 4).double())
     plain.track_running_stats = False  # they still serve in eval mode
     gate = GatedBatchNorm(plain)
     back = gate.plain()
-    x = torch.randn(5, 4)
+    x = torch.randn(5, 4).double()
     for norm in (plain, gate, back):
         norm(x)
         assert norm.num_batches_tracked == 1
         assert torch.equal(norm.running_mean, plain.running_mean)
-        torch.testing.assert_close(norm.eval()(x), plain.eval()(x))
+        rounding.assert_exact(norm.eval()(x), plain.eval()(x))
 
 
 def test_the_gate_takes_the_weight_and_the_shift_is_clamped():
@@ -175,8 +182,8 @@ def test_update_bn_estimates_the_plain_networks_statistics():
     update_bn(batches, plain)
     for name, gate in gated(model).items():
         norm = plain.get_submodule(name)
-        torch.testing.assert_close(gate.running_mean, norm.running_mean)
-        torch.testing.assert_close(gate.running_var, norm.running_var)
+        rounding.assert_exact(gate.running_mean, norm.running_mean)
+        rounding.assert_exact(gate.running_var, norm.running_var)
         assert gate.momentum == 0.1
         assert gate.num_batches_tracked == 2
 
@@ -230,7 +237,7 @@ def test_masked_gates_stay_silent_while_training_goes_on():
 
 
 def test_undecorating_gives_plain_modules_and_the_same_outputs():
-    model = tied().eval()
+    model = in_double(tied()).eval()
     table = gate_all(model, SMALL)
     table.mask(some(table))
     expected = model(SMALL)
@@ -239,7 +246,7 @@ def test_undecorating_gives_plain_modules_and_the_same_outputs():
     assert [n for n, _ in model.named_modules()] == names
     assert not gated(model)
     assert all(not m.training for m in model.modules())
-    torch.testing.assert_close(model(SMALL), expected, atol=1e-6, rtol=0)
+    rounding.assert_exact(model(SMALL), expected)
     assert model.state_dict().keys() == tied().state_dict().keys()
 
 
@@ -277,7 +284,7 @@ def test_the_sparsity_gradient_is_that_of_the_penalty():
     model.zero_grad()
     (0.02 * sum(g.gate.abs().sum() for g in gates.values())).backward()
     for name, gate in gates.items():
-        torch.testing.assert_close(added[name], gate.gate.grad)
+        rounding.assert_exact(added[name], gate.gate.grad)
         assert gate.gate.grad.count_nonzero() == len(gate.gate) - (name == "norm")
 
 
@@ -313,7 +320,7 @@ def test_the_groups_of_a_vgg_are_its_batch_norms():
 
 @pytest.mark.parametrize("name", NETS)
 def test_a_melted_network_equals_the_masked_one_and_costs_what_was_said(name):
-    model = network(name).eval()
+    model = in_double(network(name)).eval()
     groups, example = tied_gates(model, IMAGES), IMAGES
     costs = CostModel(model, example, groups)
     assert costs.dense == count_macs(model, example)
@@ -325,7 +332,7 @@ def test_a_melted_network_equals_the_masked_one_and_costs_what_was_said(name):
         expected = model(example)
         said = costs.macs(table.kept(table.alive()))
         plan = melt(model, example, groups)
-        torch.testing.assert_close(model(example), expected, atol=1e-5, rtol=0)
+        rounding.assert_exact(model(example), expected)
     assert int(said) == count_macs(model, example) < costs.dense
     assert [n for n, _ in model.named_modules()] == names
     assert not gated(model)
@@ -364,7 +371,7 @@ class Mixed(nn.Module):
 
 def test_layers_of_every_kind_melt_exactly():
     torch.manual_seed(0)
-    model = wake(Mixed()).eval()
+    model = in_double(wake(Mixed())).eval()
     groups = tied_gates(model, SMALL)
     assert {frozenset(g.members) for g in groups} == {
         frozenset({"norm", "separable_norm"}),
@@ -390,7 +397,7 @@ def test_layers_of_every_kind_melt_exactly():
     kept = table.kept(table.alive())
     assert kept.tolist() == [g.structures - 1 for g in groups]
     melt(model, SMALL, groups)
-    torch.testing.assert_close(model(SMALL), expected, atol=1e-5, rtol=0)
+    rounding.assert_exact(model(SMALL), expected)
     assert int(costs.macs(kept)) == count_macs(model, SMALL)
 
 
@@ -421,7 +428,7 @@ def test_groups_that_gates_cannot_silence_are_left_out():
 
     torch.manual_seed(0)
     # The sum of stem and outer is read through two BatchNorms, which silence it together.
-    model = wake(Heard(beside=False)).eval()
+    model = in_double(wake(Heard(beside=False))).eval()
     assert found(model) == [["inner_norm"], ["post", "pre"]]
     assert found(Heard(beside=True)) == [["inner_norm"]]
     groups = tied_gates(model, SMALL)
@@ -429,7 +436,7 @@ def test_groups_that_gates_cannot_silence_are_left_out():
     table.mask(some(table))
     expected = model(SMALL)
     assert len(melt(model, SMALL, groups)) == 2
-    torch.testing.assert_close(model(SMALL), expected, atol=1e-5, rtol=0)
+    rounding.assert_exact(model(SMALL), expected)
 
 
 def test_masking_and_numbers():
@@ -471,14 +478,14 @@ def test_costs_along_a_sequence_of_removals():
 
 
 def test_melting_inside_a_tick_leaves_all_trainable():
-    model = tied()
+    model = in_double(tied())
     groups = tied_gates(model, SMALL)
     table = GateTable(groups, decorate(model))
     table.mask(some(table))
     freeze(model)
     expected = model.eval()(SMALL)
     melt(model, SMALL, groups)
-    torch.testing.assert_close(model(SMALL), expected, atol=1e-5, rtol=0)
+    rounding.assert_exact(model(SMALL), expected)
     assert all(p.requires_grad for p in model.parameters())
     assert model.stem.out_channels < 12
 
@@ -572,12 +579,12 @@ def test_decorating_is_refused_before_anything_changed(change, words):
 def test_zero_weights_without_a_bias_and_left_out_layers_are_fine():
     model = edited(zero_weight)
     assert set(decorate(model, ignored=["inner_norm"])) == {"norm", "outer_norm"}
-    model = edited(zero_weight)
+    model = in_double(edited(zero_weight))
     with torch.no_grad():
         model.inner_norm.bias[2] = 0
     expected = copy.deepcopy(model)(SMALL)
     decorate(model)
-    torch.testing.assert_close(model(SMALL), expected, atol=1e-6, rtol=1e-6)
+    rounding.assert_exact(model(SMALL), expected)
 
 
 def test_unknown_names_are_refused():

@@ -12,6 +12,8 @@ from torch.nn import functional
 from torch.optim import SGD
 
 from adapters.base import count_macs
+from tests.support import rounding
+from tests.support.rounding import in_double
 from tests.support.snapshot import difference, refused, same_bits, says
 from tests.third_party.gate_nets import LABELS, SMALL, gate_all, some, tied
 from third_party.gate_decorator import (
@@ -235,7 +237,7 @@ class Run:
     """The loop of GateDecorator's docstring, which can stop and go on."""
 
     def __init__(self) -> None:
-        self.model = tied()
+        self.model = in_double(tied())
         self.made = GateDecorator(self.model, SMALL, fraction=0.05)
         self.optimizer = SGD(self.model.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
         self.step = 0
@@ -280,7 +282,7 @@ def test_a_run_meets_its_target_and_melts():
     run.model.eval()
     expected, macs = run.model(SMALL), run.made.macs()
     plan = run.made.melt(SMALL)
-    torch.testing.assert_close(run.model(SMALL), expected, atol=1e-5, rtol=0)
+    rounding.assert_exact(run.model(SMALL), expected)
     assert count_macs(run.model, SMALL) == macs
     taken = {name: [] for name, _ in plan}
     for _, gone in run.taken:
@@ -343,12 +345,12 @@ def test_the_settings_reach_the_selection():
     assert len(selected(keep=0.5)) < len(usual) == 26
     assert selected(eta=50.0) != usual
     assert len(selected(fraction=0.3)) == 12
-    made = GateDecorator(tied(), SMALL, fraction=0.1, strength=0.5)
+    made = GateDecorator(in_double(tied()), SMALL, fraction=0.1, strength=0.5)
     functional.cross_entropy(made.model(SMALL), LABELS).backward()
     before = made.model.norm.gate.grad.clone()
     made.after_backward(Turn("tock", 0, 0, 3))
     added = made.model.norm.gate.grad - before
-    torch.testing.assert_close(added, 0.5 * made.model.norm.gate.sign())
+    rounding.assert_exact(added, 0.5 * made.model.norm.gate.sign())
     assert made.end(Turn("tock", 0, 2, 3)) == made.end(Turn("tick", 0, 1, 3)) == {}
 
 
