@@ -106,9 +106,9 @@ def set_to_zero(model: nn.Module, example: Any, plan: Plan) -> None:
 def zero(table: UpstreamGroup, structures: Sequence[int], of: Callable[[Tensor], Tensor] = lambda p: p) -> None:
     """Set some structures of a group to zero, in the parameters that ``of`` gives for its own."""
     for share in table.shares:
-        positions = [p for k in structures for p in share.index[k]]
+        positions = torch.tensor([p for k in structures for p in share.index[k]], dtype=torch.int64)
         parameter = of(share.parameter)
-        parameter.index_fill_(share.dim, torch.tensor(positions, device=parameter.device), 0)
+        parameter.index_fill_(share.dim, positions.to(parameter.device), 0)
 
 
 def separate(plan: Plan) -> Iterator[Plan]:

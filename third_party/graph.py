@@ -430,8 +430,8 @@ def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> R
                 reading.refused[name] = named(
                     name,
                     f"cannot be read: torch-pruning loses its channels {where} "
-                    f"({type(cause).__name__}: {cause}); reshapes other than flattens are not "
-                    "known to it",
+                    f"({type(cause).__name__}: {cause}); reshapes other than flattens, such as "
+                    "a channel shuffle, are not known to it",
                 )
                 continue
             produced = [
