@@ -29,6 +29,7 @@ FIELDS = {
     "framework": str,
     "model": str,
     "data": str,
+    "images": str,
     "variant": str,
     "seed": int,
     "versions": {"decay-pruning": str, "python": str, "torch": str, "torch-pruning": str},
@@ -60,6 +61,7 @@ FIELDS = {
     "latency": {"batch": int, "dense": float, "pruned": float},
     "seconds": float,
     "loading": float,
+    "sha256": str,
 }
 
 
