@@ -88,7 +88,8 @@ class Images:
         if cached is None:
             pixels = self.train.double() / 255
             shape = (1, self.channels, 1, 1)
-            mean, deviation = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+            mean = pixels.mean((0, 2, 3))
+            deviation = pixels.std((0, 2, 3), correction=min(1, pixels[:, 0].numel() - 1))
             constant = self.train.amax((0, 2, 3)) == self.train.amin((0, 2, 3))
             deviation = torch.where(constant, 1.0, deviation)  # which rounding may leave above 0
             cached = (mean.float().view(shape), deviation.float().view(shape))
@@ -352,7 +353,7 @@ def _classes(folder: Path, seen: dict[str, Path]) -> Classes:
     loose = []
     _once(folder, seen)
     for entry in _entries(folder):
-        if entry.is_dir():
+        if _is_folder(entry):
             found[entry.name] = sorted(_below(Path(entry.path), seen), key=_place)
         elif Path(entry.name).suffix.lower() in Image.registered_extensions():
             loose.append(entry.name)
@@ -377,7 +378,7 @@ def _below(folder: Path, seen: dict[str, Path]) -> Iterator[Path]:
         here = waiting.pop()
         _once(here, seen)
         for entry in _entries(here):
-            if entry.is_dir():
+            if _is_folder(entry):
                 waiting.append(Path(entry.path))
             else:
                 yield Path(entry.path)
@@ -400,6 +401,13 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
     except OSError as cause:
         raise DataError(f"{folder} cannot be read ({cause.strerror})") from cause
     return [e for e in entries if not e.name.startswith(".") and e.name not in UNWANTED]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _stamp(path: Path, parts: Mapping[str, Classes], size: int) -> str:
