@@ -402,9 +402,9 @@ class Loop:
 
     def _require_finite_model(self) -> None:
         self._require_finite_loss()
-        weights = [bool(p.isfinite().all()) for p in self.model.parameters()]
-        if self.ranks.any(not all(weights)):
-            raise self._diverged("a weight")
+        state = [bool(t.isfinite().all()) for t in self.model.state_dict().values()]
+        if self.ranks.any(not all(state)):
+            raise self._diverged("a weight or statistic")
         probe = outputs(self.model, self.images.normalize(self.images.test[:64]))
         if self.ranks.any(not bool(probe.isfinite().all())):
             raise self._diverged("an output")
