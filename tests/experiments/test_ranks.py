@@ -269,10 +269,10 @@ def decoded(rank: int, root: Path, images: Path, fails: bool) -> tuple[int, Any]
     """How many files a process decoded, and the images it then has, or what it was told."""
     ranks, files, decode = Ranks(rank, COUNT), [], data._decode
 
-    def counted(names: list[str], size: int, what: str) -> Tensor:
-        files.extend(names)
-        time.sleep(0.2)  # the others would come by in this time
-        return decode(names, size, what)
+    def counted(file: Path, size: int) -> Tensor:
+        files.append(file)
+        time.sleep(0.1)  # the others would come by in this time
+        return decode(file, size)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "_decode", counted)
