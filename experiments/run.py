@@ -242,8 +242,8 @@ def run(request: Request) -> Path:
         "loading": loop.seconds_loading / max(loop.seconds_training, 1e-9),
     }
     save_json(record_path, vouched(made))
-    for path in checkpoints:
-        path.unlink(missing_ok=True)
+    (folder / DENSE_CHECKPOINT).unlink(missing_ok=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
     return record_path
 
 
