@@ -27,7 +27,7 @@ from third_party.upstreams import PINS, require
 
 from . import data, models
 from .config import Config, ConfigError, Control
-from .files import FileError, load_tensors, save_json, save_tensors, vouched, vouches
+from .files import FileError, load_tensors, save_json, save_tensors, vouches
 from .ranks import Ranks
 from .training import Loop, Progress, Stopped, accuracy, latency, outputs
 
@@ -186,62 +186,65 @@ def run(request: Request) -> Path:
             "run": _run_of(request, images),
         },
     )
-    trace = {"trace": p.trace, "events": p.events}
-    save_tensors(folder / "trace.pt", trace, trace_of(_run_of(request, images)))
-    made = {
-        "version": RECORD_VERSION,
-        "config": config.model_dump(mode="json"),
-        "config_hash": config.hash(),
-        "framework": config.framework,
-        "model": config.model,
-        "data": images.label,
-        "images": images.digest(),
-        "variant": request.variant,
-        "seed": request.seed,
-        "versions": _versions(config),
-        "revision": revision(),
-        "device": device_name(request.device),
-        "threads": torch.get_num_threads(),
-        "processes": ranks.count,
-        "accuracy": {
-            "dense": None if config.dense is None else accuracy(dense, images),
-            "at_removal": p.found["at_removal"],
-            "at_removal_reestimated": p.found["at_removal_reestimated"],
-            "final": accuracy(model, images),
+    of = trace_of(_run_of(request, images))
+    save_tensors(folder / "trace.pt", {"trace": p.trace, "events": p.events}, of)
+    save_json(
+        record_path,
+        {
+            "version": RECORD_VERSION,
+            "config": config.model_dump(mode="json"),
+            "config_hash": config.hash(),
+            "framework": config.framework,
+            "model": config.model,
+            "data": images.label,
+            "images": images.digest(),
+            "variant": request.variant,
+            "seed": request.seed,
+            "versions": _versions(config),
+            "revision": revision(),
+            "device": device_name(request.device),
+            "threads": torch.get_num_threads(),
+            "processes": ranks.count,
+            "accuracy": {
+                "dense": None if config.dense is None else accuracy(dense, images),
+                "at_removal": p.found["at_removal"],
+                "at_removal_reestimated": p.found["at_removal_reestimated"],
+                "final": accuracy(model, images),
+            },
+            "macs": {"dense": count_macs(dense, example), "pruned": count_macs(model, example)},
+            "parameters": {"dense": count_parameters(dense), "pruned": count_parameters(model)},
+            "structures": {
+                "decayed": _count(p.events, "decay", first=True),
+                "released": _count(p.events, "release"),
+                "refilled": _count(p.events, "decay", first=False),
+                "pruned": adapter.pruned,
+            },
+            "output_difference": p.found["output_difference"],
+            "channels": {name: [width, kept[name]] for name, width in _widths(dense).items()},
+            "releases": _releases(p.events),
+            "curve": p.curve,
+            "steps": {
+                "total": p.total,
+                "decision": p.decided_at,
+                "zero": p.zero_at,
+                "removal": p.removed_at,
+                "heard": p.heard,
+                "dense": 0
+                if config.dense is None
+                else config.dense.epochs * images.steps_per_epoch(config.dense.batch),
+            },
+            "latency": {
+                "batch": LATENCY_BATCH,
+                **latency(
+                    {"dense": dense, "masked": loop.masked, "pruned": model},
+                    images.normalize(images.test[:LATENCY_BATCH]),
+                ),
+            },
+            "seconds": p.seconds,
+            "loading": loop.seconds_loading / max(loop.seconds_training, 1e-9),
         },
-        "macs": {"dense": count_macs(dense, example), "pruned": count_macs(model, example)},
-        "parameters": {"dense": count_parameters(dense), "pruned": count_parameters(model)},
-        "structures": {
-            "decayed": _count(p.events, "decay", first=True),
-            "released": _count(p.events, "release"),
-            "refilled": _count(p.events, "decay", first=False),
-            "pruned": adapter.pruned,
-        },
-        "output_difference": p.found["output_difference"],
-        "channels": {name: [width, kept[name]] for name, width in _widths(dense).items()},
-        "releases": _releases(p.events),
-        "curve": p.curve,
-        "steps": {
-            "total": p.total,
-            "decision": p.decided_at,
-            "zero": p.zero_at,
-            "removal": p.removed_at,
-            "heard": p.heard,
-            "dense": 0
-            if config.dense is None
-            else config.dense.epochs * images.steps_per_epoch(config.dense.batch),
-        },
-        "latency": {
-            "batch": LATENCY_BATCH,
-            **latency(
-                {"dense": dense, "masked": loop.masked, "pruned": model},
-                images.normalize(images.test[:LATENCY_BATCH]),
-            ),
-        },
-        "seconds": p.seconds,
-        "loading": loop.seconds_loading / max(loop.seconds_training, 1e-9),
-    }
-    save_json(record_path, vouched(made))
+        vouch=True,
+    )
     (folder / DENSE_CHECKPOINT).unlink(missing_ok=True)
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return record_path
