@@ -118,7 +118,8 @@ def save_pruned(
     """Write a pruned model: parameters, persistent buffers, and what was removed.
 
     The file appears whole or not at all; one of that name that was there is kept until then. Where
-    tensors are one and the same, one is written. Device and memory layout are not kept.
+    tensors are one and the same, one is written. Device and memory layout are not kept. What is
+    equal gives equal bytes.
 
     Args:
         path: of the file; missing folders are made.
@@ -154,14 +155,15 @@ def save_pruned(
     try:
         listed = [[name, [int(c) for c in channels]] for name, channels in plan]
         described = {"plan": listed, "facts": dict(facts or {}), "same": same}
-        description = json.dumps(described, allow_nan=False)
+        read = json.loads(json.dumps(described, allow_nan=False))  # keys are text, to be sorted
+        description = json.dumps(read, sort_keys=True)
         metadata = {
             "format": FORMAT,
             "version": str(VERSION),
             "description": description,
-            "sha256": _checksum(description, tensors),
+            "sha256": checksum(description, tensors),
         }
-        content = safetensors.torch.save(tensors, metadata)
+        content = _ordered(safetensors.torch.save(tensors, metadata))
     except (KeyError, TypeError, ValueError, RuntimeError) as cause:
         raise SavedModelError(
             f"the model cannot be saved ({type(cause).__name__}: {_first_line(cause)}); its "
@@ -187,7 +189,7 @@ def read(path: Path) -> Saved:
         version = int(metadata["version"])
         if version <= VERSION:
             tensors = safetensors.torch.load(content)
-            if version < 1 or metadata["sha256"] != _checksum(metadata["description"], tensors):
+            if version < 1 or metadata["sha256"] != checksum(metadata["description"], tensors):
                 raise ValueError("its checksum is another one")
             described = json.loads(metadata["description"])
             for name, other in described["same"].items():
@@ -251,14 +253,24 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-def _checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of the description and of every tensor's name, type, shape and bytes."""
+def checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a description and of every tensor's name, type, shape and bytes, in hex digits."""
     made = hashlib.sha256(json.dumps([FORMAT, VERSION, description]).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         made.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         made.update(_bytes(tensor).numpy().data)
     return made.hexdigest()
+
+
+def _ordered(content: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes them in a drawn one."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # what follows is aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def _bytes(tensor: Tensor) -> Tensor:

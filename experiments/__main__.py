@@ -21,7 +21,7 @@ from .data import DataError
 from .files import save_json
 from .ranks import Ranks, joined, started
 from .run import CONTROLS, VARIANTS, Request, RunError, run
-from .training import Stopped
+from .training import DivergedError, Stopped
 
 STOPPED = 130
 
@@ -224,7 +224,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
         return STOPPED
-    except (ConfigError, DataError, RunError, AdapterError, DecayPruningError) as error:
+    except (
+        ConfigError,
+        DataError,
+        RunError,
+        DivergedError,
+        AdapterError,
+        DecayPruningError,
+    ) as error:
         at = "" if started().first else f" on rank {started().number}"
         print(f"error{at}: {error}", file=sys.stderr)
         return 2

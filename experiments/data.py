@@ -3,21 +3,39 @@
 ``digits``: scikit-learn's bundled handwriting (1,797 images of 8x8), offline. ``cifar10`` and
 ``cifar100``: torchvision's downloads. ``folder:PATH``: any image folder with ``train`` and
 ``test`` (or ``val``) inside, one subfolder per class in each.
+
+In a class folder, and in folders within it, every file has to be an image that Pillow reads; what
+is not is counted and named in an error. Only files and folders whose names start with a dot are
+passed over. Colours are taken as 8-bit RGB, as torchvision takes them: transparency and colour
+profiles are ignored. 16 bits are rounded to 8, photographs are turned as their EXIF orientation
+says. What has no such reading (floating point, 32 bits, several frames) is refused by name.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from .files import save_tensors
+from .files import FileError, load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SHOWN = 3
+"""So many of the files that are wrong are named."""
+UNWANTED = {"desktop.ini", "Thumbs.db"}
+"""What file managers leave in folders, beside files with a dot in front."""
 
 
 class DataError(ValueError):
@@ -57,7 +75,11 @@ class Images:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 to float32 with mean 0 and deviation 1 per channel over the training images."""
+        """uint8 to float32 with mean 0 and deviation 1 per channel over the training images.
+
+        A channel that is the same in all of them has no deviation, and is only shifted (our
+        choice).
+        """
         mean, deviation = self._moments()
         return (images.float() / 255 - mean) / deviation
 
@@ -66,17 +88,24 @@ class Images:
         if cached is None:
             pixels = self.train.double() / 255
             shape = (1, self.channels, 1, 1)
-            mean, deviation = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+            mean = pixels.mean((0, 2, 3))
+            deviation = pixels.std((0, 2, 3), correction=min(1, pixels[:, 0].numel() - 1))
+            constant = self.train.amax((0, 2, 3)) == self.train.amin((0, 2, 3))
+            deviation = torch.where(constant, 1.0, deviation)  # which rounding may leave above 0
             cached = (mean.float().view(shape), deviation.float().view(shape))
             object.__setattr__(self, "_cached_moments", cached)
         return cached
 
     def digest(self) -> str:
         """Names the content, images and labels of both sets: 16 hex digits."""
-        found = hashlib.blake2b(digest_size=8)
-        for tensor in (self.train, self.train_labels, self.test, self.test_labels):
-            found.update(tensor.cpu().contiguous().numpy().data)
-        return found.hexdigest()
+        cached: str | None = getattr(self, "_cached_digest", None)
+        if cached is None:
+            found = hashlib.blake2b(digest_size=8)
+            for tensor in (self.train, self.train_labels, self.test, self.test_labels):
+                found.update(tensor.cpu().contiguous().numpy().data)
+            cached = found.hexdigest()
+            object.__setattr__(self, "_cached_digest", cached)
+        return cached
 
     def steps_per_epoch(self, batch: int) -> int:
         """Full batches in one pass over the training images."""
@@ -236,7 +265,11 @@ def _whole(name: str, root: Path, size: int) -> Images:
     if name in ("cifar10", "cifar100"):
         return _cifar(name, root)
     if name.startswith("folder:"):
-        return _folder(Path(name.removeprefix("folder:")).expanduser(), root, size)
+        try:
+            path = Path(name.removeprefix("folder:")).expanduser()
+        except RuntimeError as cause:  # ~somebody who is not known
+            raise DataError(f"{name}: {cause}; give the whole path") from cause
+        return _folder(path, root, size)
     raise DataError(f"unknown data {name!r}; give digits, cifar10, cifar100 or folder:PATH")
 
 
@@ -275,58 +308,216 @@ def _cifar(name: str, root: Path) -> Images:
 
 
 def _folder(path: Path, root: Path, size: int) -> Images:
-    from torchvision.datasets import ImageFolder
-
     test = next((path / n for n in ("test", "val") if (path / n).is_dir()), None)
     if not (path / "train").is_dir() or test is None:
         raise DataError(
             f"{path} needs the folders train and test (or val), each with one folder of images "
             "per class"
         )
-    try:
-        parts = [ImageFolder(str(path / "train")), ImageFolder(str(test))]
-    except FileNotFoundError as cause:
-        raise DataError(f"{path}: {cause}") from cause
-    if parts[0].classes != parts[1].classes:
-        differ = sorted(set(parts[0].classes) ^ set(parts[1].classes))
-        raise DataError(f"{path}: train and test differ in classes {differ}")
-    stamp = hashlib.sha256(f"{path.resolve()} {size}\n".encode())
-    for part in parts:
-        for file, label in part.samples:
-            at = Path(file)
-            seen = at.stat()
-            line = f"{at.relative_to(path)} {seen.st_size} {seen.st_mtime_ns} {label}\n"
-            stamp.update(line.encode())
-    cache = root / "decoded" / f"{path.resolve().name}-{stamp.hexdigest()[:16]}.pt"
-    if not cache.exists():
-        tensors = {}
-        for split, part in zip(("train", "test"), parts, strict=True):
-            tensors[split] = _decode([file for file, _ in part.samples], size, split)
-            tensors[f"{split}_labels"] = torch.tensor([label for _, label in part.samples])
-        save_tensors(cache, tensors)
-    loaded = torch.load(cache, weights_only=True)
+    seen: dict[str, Path] = {os.path.realpath(path): path}
+    parts = {"train": _classes(path / "train", seen), "test": _classes(test, seen)}
+    names = [set(part) for part in parts.values()]
+    if names[0] != names[1]:
+        raise DataError(f"{path}: train and test differ in classes {sorted(names[0] ^ names[1])}")
+    if len(names[0]) < 2:
+        raise DataError(f"{path} has the classes {sorted(names[0])}; it takes two folders or more")
+    stamp = _stamp(path, parts, size)
+    cache = root / "decoded" / f"{path.resolve().name}-{stamp[:16]}.pt"
+    of = {"kind": "decoded images", "stamp": stamp}
+    if cache.exists():
+        try:
+            tensors = load_tensors(cache, of)
+        except FileError as cause:
+            raise DataError(
+                f"{cache} cannot be read ({cause}); delete it, and the images are decoded anew"
+            ) from cause
+    else:
+        tensors = _decoded(path, parts, size)
+        if _stamp(path, parts, size) != stamp:
+            raise DataError(f"{path} changed while it was read; run again when all is there")
+        save_tensors(cache, tensors, of)
     return Images(
-        f"{path.resolve().name} (folder)", **loaded, classes=len(parts[0].classes), pad=4, flip=True
+        f"{path.resolve().name} (folder)", **tensors, classes=len(names[0]), pad=4, flip=True
     )
 
 
-def _decode(files: list[str], size: int, what: str) -> Tensor:
+Classes = Mapping[str, list[Path]]
+"""Files by class, both in order."""
+
+
+def _classes(folder: Path, seen: dict[str, Path]) -> Classes:
+    """The files of a folder's classes, in the order of torchvision's ``ImageFolder``."""
     from PIL import Image
 
-    out = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for i, file in enumerate(tqdm(files, desc=f"decoding {what}", unit="image", disable=None)):
-        try:
-            with Image.open(file) as opened:
-                image = opened.convert("RGB")
-        except OSError as cause:
-            raise DataError(f"{file} is not an image ({cause}); remove it") from cause
-        if image.size != (size, size):
-            # The largest centred square, resized.
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.resize(
-                (size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side)
-            )
-        raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        out[i] = raw.view(size, size, 3).permute(2, 0, 1)
-    return out
+    found = {}
+    loose = []
+    _once(folder, seen)
+    for entry in _entries(folder):
+        if _is_folder(entry):
+            found[entry.name] = sorted(_below(Path(entry.path), seen), key=_place)
+        elif Path(entry.name).suffix.lower() in Image.registered_extensions():
+            loose.append(entry.name)
+    if loose:
+        raise DataError(
+            f"{folder} has {len(loose)} images outside of its class folders "
+            f"({_some(sorted(loose))}); put them into one, or remove them"
+        )
+    if empty := [name for name, files in found.items() if not files]:
+        raise DataError(f"{folder} has class folders without images ({_some(empty)}); remove them")
+    return found
+
+
+def _place(file: Path) -> tuple[str, str]:
+    return str(file.parent), file.name
+
+
+def _below(folder: Path, seen: dict[str, Path]) -> Iterator[Path]:
+    """All files in a folder, and in folders in it."""
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        _once(here, seen)
+        for entry in _entries(here):
+            if _is_folder(entry):
+                waiting.append(Path(entry.path))
+            else:
+                yield Path(entry.path)
+
+
+def _once(folder: Path, seen: dict[str, Path]) -> None:
+    """Refuse a folder that was met before: a link would multiply images, or lead in circles."""
+    other = seen.setdefault(os.path.realpath(folder), folder)
+    if other is not folder:
+        raise DataError(
+            f"{folder} and {other} are one and the same folder, whose images would count twice; "
+            "remove the link"
+        )
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as cause:
+        raise DataError(f"{folder} cannot be read ({cause.strerror})") from cause
+    return [e for e in entries if not e.name.startswith(".") and e.name not in UNWANTED]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _stamp(path: Path, parts: Mapping[str, Classes], size: int) -> str:
+    """Names a folder's files as they are on disk.
+
+    The time of an inode's last change is in it, which no program can set: files of equal size and
+    an older date that take the others' place have another one.
+    """
+    stamp = hashlib.sha256(os.fsencode(path.resolve()) + f" {size}\n".encode())
+    for part in parts.values():
+        for label, files in enumerate(part.values()):
+            for file in files:
+                try:
+                    at = file.stat()
+                    told = f" {at.st_size} {at.st_mtime_ns} {at.st_ctime_ns} {label}\n"
+                except OSError:  # such as a link to nothing, which decoding will name
+                    told = f" {label}\n"
+                stamp.update(os.fsencode(file.relative_to(path)) + told.encode())
+    return stamp.hexdigest()
+
+
+def _decoded(path: Path, parts: Mapping[str, Classes], size: int) -> dict[str, Tensor]:
+    """Images and labels of both sets.
+
+    Raises:
+        DataError: counting and naming files that are no images; all were tried.
+    """
+    tensors, wrong, count = {}, [], 0
+    for split, part in parts.items():
+        listed = [(file, label) for label, of in enumerate(part.values()) for file in of]
+        out = torch.empty(len(listed), 3, size, size, dtype=torch.uint8)
+        bar = tqdm(listed, desc=f"decoding {split}", unit="image", disable=None)
+        for i, (file, _) in enumerate(bar):
+            try:
+                out[i] = _decode(file, size)
+            except Exception as cause:  # Pillow's readers raise many kinds
+                reason = " ".join(str(cause).split()) or type(cause).__name__
+                wrong.append(f"{file.relative_to(path)}: {reason}")
+        tensors[split] = out
+        tensors[f"{split}_labels"] = torch.tensor([label for _, label in listed])
+        count += len(listed)
+    if wrong:
+        raise DataError(
+            f"{path}: {len(wrong)} of {count} files are not images that can be used "
+            f"({_some(wrong, '; ')}); convert them, or remove them"
+        )
+    return tensors
+
+
+def _some(names: list[str], between: str = ", ") -> str:
+    more = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return between.join([*names[:SHOWN], *more])
+
+
+def _decode(file: Path, size: int) -> Tensor:
+    """An image's largest centred square, (3, size, size), uint8."""
+    from PIL import Image
+
+    if not file.is_file():  # a pipe would be waited for
+        raise ValueError("is no file, or a link to nothing")
+    with Image.open(file) as opened:
+        image = _coloured(opened)
+    if image.size != (size, size):
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.resize(
+            (size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side)
+        )
+    raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return raw.view(size, size, 3).permute(2, 0, 1)
+
+
+def _coloured(image: Image.Image) -> Image.Image:
+    """An opened image as 8-bit RGB, the right way up.
+
+    Raises:
+        ValueError: its pixels have no such reading.
+    """
+    from PIL import Image, ImageOps
+
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a photograph's second frame is its preview
+        raise ValueError(f"has {frames} frames, of which only one could be used")
+    image.load()
+    turned, mode = ImageOps.exif_transpose(image), image.mode
+    if mode.startswith("I"):
+        turned = Image.fromarray(_eight_bits(image, np.asarray(turned)))
+    elif mode == "F":
+        raise ValueError("has floating-point pixels (mode F), whose range it does not say")
+    elif mode == "P" and "transparency" in image.info:
+        turned = turned.convert("RGBA")  # else Pillow warns of what is meant: it is ignored
+    return turned.convert("RGB")
+
+
+def _eight_bits(image: Image.Image, pixels: np.ndarray) -> np.ndarray:
+    """Pixels of 16 bits, of which Pillow's own conversion keeps those up to 255 and clips others.
+
+    Raises:
+        ValueError: the image has integers of another range.
+    """
+    # Pillow reads grey images of other depths in the same modes, and scales some of them.
+    tags = getattr(image, "tag_v2", {})
+    sixteen = {
+        "PNG": True,
+        "JPEG2000": True,
+        "PPM": True,
+        "TIFF": (tags.get(258), tags.get(262)) == ((16,), 1) and image.mode != "I",
+    }
+    if not sixteen.get(image.format or "", False):
+        raise ValueError(
+            f"has pixels of mode {image.mode}, whose range is not known; save it with 8 or 16 bits"
+        )
+    return ((pixels.astype(np.int64) + 128) // 257).clip(0, 255).astype(np.uint8)

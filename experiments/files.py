@@ -1,16 +1,37 @@
-"""Atomic writing: a file is the old one or the new one, never half of one."""
+"""Atomic writing and checked reading: a file is what was written, whole, or it is refused."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from adapters.saved import write
 
-__all__ = ["save_json", "save_tensors", "save_text", "write"]
+__all__ = [
+    "FileError",
+    "load_tensors",
+    "save_json",
+    "save_tensors",
+    "save_text",
+    "vouched",
+    "vouches",
+    "write",
+]
+
+MARK = b"decay-pruning-1\n"
+"""Ends a file of tensors, after a SHA-256 of all before it."""
+_SHA, _LENGTH = hashlib.sha256().digest_size, 4
+_CHUNK = 1 << 20
+
+
+class FileError(ValueError):
+    """A file is not what was written under its name. The message says why, without the name."""
 
 
 def save_text(path: Path, text: str) -> None:
@@ -18,11 +39,128 @@ def save_text(path: Path, text: str) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
-def save_json(path: Path, content: Any) -> None:
-    """Write JSON, indented, atomically."""
+def save_json(path: Path, content: Any, *, vouch: bool = False) -> None:
+    """Write JSON, indented, atomically; with a checksum, if asked for: see :func:`vouched`."""
+    content = vouched(content) if vouch else content
     save_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def save_tensors(path: Path, content: Any) -> None:
-    """Write tensors and plain values, atomically; read with ``torch.load(weights_only=True)``."""
-    write(path, lambda file: torch.save(content, file))
+# ---------------------------------------------------------------------- tensors
+
+
+def save_tensors(path: Path, content: Any, of: Mapping[str, Any]) -> None:
+    """Write tensors and plain values, atomically, for :func:`load_tensors`.
+
+    Behind PyTorch's own format, which has no checksum that its reader looks at and ignores what
+    follows it, come what the file is of, the length of that, a SHA-256 of everything so far, and
+    :data:`MARK`.
+
+    Args:
+        path: of the file.
+        content: tensors and plain values, nested.
+        of: what the file is of, as JSON: whoever reads it has to say the same.
+    """
+
+    def fill(file: BinaryIO) -> None:
+        hashed = _Hashed(file)
+        torch.save(content, hashed)  # type: ignore[arg-type]  # it only writes
+        told = _plain(of)
+        hashed.write(told)
+        hashed.write(len(told).to_bytes(_LENGTH, "big"))
+        file.write(hashed.sha.digest() + MARK)
+
+    write(path, fill)
+
+
+def load_tensors(path: Path, of: Mapping[str, Any], device: torch.device | None = None) -> Any:
+    """What :func:`save_tensors` wrote, if every byte of it is there and it is of the same.
+
+    Args:
+        path: of the file.
+        of: what the file has to be of.
+        device: where tensors go; by default where they were.
+
+    Raises:
+        FileError: the file cannot be read, is damaged, of something else or of an earlier release,
+            or holds what is no tensor or plain value.
+    """
+    try:
+        with path.open("rb") as file:
+            told = _checked(file)
+            if told != _plain(of):
+                raise FileError(f"it is of {told.decode()}, not of {_plain(of).decode()}")
+            file.seek(0)
+            return torch.load(file, weights_only=True, map_location=device)
+    except OSError as cause:
+        raise FileError(cause.strerror or str(cause)) from cause
+    except FileError:
+        raise
+    except pickle.UnpicklingError as cause:
+        # PyTorch's own message advises to load it all the same, which would run its code.
+        raise FileError(
+            "it holds more than tensors and plain values, which could be code, and was not loaded"
+        ) from cause
+    except Exception as cause:
+        raise FileError(f"PyTorch cannot load it: {type(cause).__name__}") from cause
+
+
+def _checked(file: BinaryIO) -> bytes:
+    """What a file is of, after a look at all its bytes."""
+    end = file.seek(0, 2) - len(MARK) - _SHA
+    damaged = FileError("it is damaged, or was written by an earlier release")
+    if end < _LENGTH:
+        raise damaged
+    file.seek(end)
+    if file.read(_SHA + len(MARK)) != _hash(file, end) + MARK:
+        raise damaged
+    file.seek(end - _LENGTH)
+    length = int.from_bytes(file.read(_LENGTH), "big")
+    file.seek(end - _LENGTH - length)
+    return file.read(length)
+
+
+def _hash(file: BinaryIO, length: int) -> bytes:
+    sha, left = hashlib.sha256(), length
+    file.seek(0)
+    while left > 0:
+        chunk = file.read(min(_CHUNK, left))
+        if not chunk:
+            break
+        sha.update(chunk)
+        left -= len(chunk)
+    return sha.digest()
+
+
+class _Hashed:
+    """Passes on what is written to a file, and hashes it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha = file, hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        """Write some bytes."""
+        self.sha.update(content)
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        """Nothing is held back here; PyTorch asks for it."""
+
+
+# ---------------------------------------------------------------------- JSON
+
+
+def vouched(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the SHA-256 of its content, whatever its layout, under ``sha256``."""
+    return {**content, "sha256": hashlib.sha256(_plain(content)).hexdigest()}
+
+
+def vouches(content: Mapping[str, Any]) -> bool:
+    """Whether ``sha256`` is that of the rest of a JSON object."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return bool(vouched(rest) == content)
+
+
+def _plain(content: Mapping[str, Any]) -> bytes:
+    """JSON in one way of writing it, the same before it was written and after it was read."""
+    read = json.loads(json.dumps(content, allow_nan=False))  # keys are text, tuples are lists
+    return json.dumps(read, sort_keys=True, separators=(",", ":")).encode()

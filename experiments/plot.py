@@ -11,15 +11,14 @@ from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from .files import save_text, write
-from .run import CONTROLS, RunError, Variant
+from .files import FileError, load_tensors, save_text, write
+from .run import CONTROLS, RunError, Variant, run_of_record, trace_of
 from .table import NAMES, ORDER, Record, dense, left, processes, sections, summary
 
 Samples = Mapping[str, Mapping[str, Any]]
@@ -194,7 +193,7 @@ def find_norms(
         members: the section's records, out of ``runs``.
 
     Raises:
-        RunError: a kept file is damaged.
+        RunError: a trace or a kept file is damaged.
     """
     paths = {id(record): path for path, record in runs}
     found: dict[str, Mapping[str, Any]] = {}
@@ -205,7 +204,12 @@ def find_norms(
             trace = path.with_name("trace.pt")
             kept = path.with_name(f"{record['config']['name']}-norms.json")
             if path.name == "record.json" and trace.exists():
-                saved = torch.load(trace, weights_only=True)
+                try:
+                    saved = load_tensors(trace, trace_of(run_of_record(record)))
+                except FileError as cause:
+                    raise RunError(
+                        f"{trace} cannot be read ({cause}); delete it, or carry the run out anew"
+                    ) from cause
                 found[variant] = sample_norms(saved, record["seed"], variant)
             elif kept.exists() and (sample := _kept(kept, record)) is not None:
                 found[variant] = sample

@@ -7,6 +7,7 @@ import json
 import platform
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +22,12 @@ from tqdm import tqdm
 import adapters.base
 import dpm_core
 from adapters.base import Adapter, Context, count_macs, count_parameters
-from adapters.saved import SavedModelError, read, save_pruned
+from adapters.saved import DamagedError, SavedModelError, checksum, read, save_pruned
 from third_party.upstreams import PINS, require
 
 from . import data, models
 from .config import Config, ConfigError, Control
-from .files import save_json, save_tensors
+from .files import FileError, load_tensors, save_json, save_tensors, vouches
 from .ranks import Ranks
 from .training import Loop, Progress, Stopped, accuracy, latency, outputs
 
@@ -36,7 +37,9 @@ CONTROLS: tuple[Control, ...] = ("random", "least-resistant")
 """``sr`` with the releases of a control: as many on the same schedule, but other ones."""
 RECORD_VERSION = 3
 ANEW = "delete it, as --force does, to start anew"  # a comparison knows no --force
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
+CHECKPOINT, DENSE_CHECKPOINT = "checkpoint.pt", "dense-checkpoint.pt"
+"""A run's, and that of a dense model that it has to train anew while it has gone beyond it."""
 LATENCY_BATCH = 128
 MODEL = "model.safetensors"
 
@@ -101,23 +104,30 @@ def run(request: Request) -> Path:
 
     Raises:
         RunError: the folder holds another run, or there is nothing to resume.
-        Stopped: the run was asked to stop; ``resume`` goes on.
+        Stopped: the run was asked to stop; ``resume`` goes on, with as many threads.
+        DivergedError: training left the finite numbers; there is no record of such a network.
         ConfigError, DataError, AdapterError: before any work, with cause and remedy.
         DisagreementError: in every process, where one of them has decided otherwise.
     """
     folder, config, ranks = request.folder, request.config, request.ranks
     _check_shares(config, ranks.count)
-    record_path, checkpoint_path = folder / "record.json", folder / "checkpoint.pt"
+    record_path = folder / "record.json"
+    checkpoints = folder / CHECKPOINT, folder / DENSE_CHECKPOINT
     if request.force and ranks.first:
-        for path in (record_path, checkpoint_path):
+        for path in (record_path, *checkpoints):
             path.unlink(missing_ok=True)
     ranks.wait()
     if finished(request):
         if request.resume:
-            checkpoint_path.unlink(missing_ok=True)  # there, if it was killed right before this
+            for path in checkpoints:  # there, if it was killed right before this
+                path.unlink(missing_ok=True)
             return record_path
         raise RunError(f"{record_path} is there already; --force throws it away and runs anew")
-    saved = _checkpoint(checkpoint_path, request)
+    if record_path.exists() and not request.resume:
+        raise RunError(
+            f"{record_path} is there, but its {MODEL} is gone or damaged; --resume makes both anew"
+        )
+    saved = _checkpoint(folder / CHECKPOINT, request)
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     with ranks.first_alone():  # downloads and decoded images are written once, then read
@@ -129,6 +139,9 @@ def run(request: Request) -> Path:
             train=config.data.train,
             validation=config.data.validation,
         ).to(request.device)
+    _check_images(request, images, saved)
+    if saved is not None:
+        _go_on_alike(request, saved)
     model = _build(request, images)
     example = images.normalize(images.test[:2])
     try:
@@ -170,9 +183,11 @@ def run(request: Request) -> Path:
             "in_channels": images.channels,
             "classes": images.classes,
             "image_size": images.train.shape[2],
+            "run": _run_of(request, images),
         },
     )
-    save_tensors(folder / "trace.pt", {"trace": p.trace, "events": p.events})
+    of = trace_of(_run_of(request, images))
+    save_tensors(folder / "trace.pt", {"trace": p.trace, "events": p.events}, of)
     save_json(
         record_path,
         {
@@ -182,6 +197,7 @@ def run(request: Request) -> Path:
             "framework": config.framework,
             "model": config.model,
             "data": images.label,
+            "images": images.digest(),
             "variant": request.variant,
             "seed": request.seed,
             "versions": _versions(config),
@@ -227,30 +243,70 @@ def run(request: Request) -> Path:
             "seconds": p.seconds,
             "loading": loop.seconds_loading / max(loop.seconds_training, 1e-9),
         },
+        vouch=True,
     )
-    checkpoint_path.unlink(missing_ok=True)
+    (folder / DENSE_CHECKPOINT).unlink(missing_ok=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
     return record_path
 
 
 def finished(request: Request) -> bool:
-    """Whether the run's record is there.
+    """Whether the run's record is there, and the model that it is of.
 
     Raises:
-        RunError: a record is there, but of another configuration.
+        RunError: a record is there, but damaged or of another run or configuration; or a model of a
+            later release is.
     """
     path = request.folder / "record.json"
     if not path.exists():
         return False
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))["config_hash"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        there = record["config_hash"], record["variant"], record["seed"]
+        if not sound(record):
+            raise ValueError("its checksum is another one")
     except (OSError, ValueError, KeyError, TypeError) as cause:
         raise RunError(f"{path} cannot be read ({cause}); --force runs anew") from cause
-    if there != request.config.hash():
+    if there[0] != request.config.hash():
         raise RunError(
             f"{path} is of another configuration of this name; --force throws it away, another "
             "--out keeps both"
         )
+    if there[1:] != (request.variant, request.seed):
+        raise RunError(f"{path} is of {there[1]}, seed {there[2]}; put it back where it belongs")
+    try:
+        run_of = read(request.folder / MODEL).facts.get("run")
+    except (OSError, DamagedError):
+        return False
+    except SavedModelError as cause:
+        raise RunError(str(cause)) from cause
+    if run_of is not None and run_of != run_of_record(record):
+        raise RunError(
+            f"{request.folder / MODEL} is of another run than {path.name} beside it ({run_of}); "
+            "put both back where they belong, or --force runs anew"
+        )
     return True
+
+
+def sound(record: Mapping[str, Any]) -> bool:
+    """Whether a record is as it was written; those of earlier releases cannot tell.
+
+    What names its images has a checksum and the reverse, so that neither can lose its name.
+    """
+    if "images" not in record and "sha256" not in record:
+        return True
+    return "images" in record and vouches(record)
+
+
+def run_of_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model and the trace beside a record say that they are of."""
+    names = ("config_hash", "variant", "seed", "images")
+    return {name: record.get(name) for name in names}
+
+
+def trace_of(run_of: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's ``trace.pt`` is of."""
+    return {"kind": "trace", "run": dict(run_of)}
 
 
 def load_model(path: Path) -> tuple[nn.Module, torch.Tensor]:
@@ -312,6 +368,43 @@ def _check_shares(config: Config, processes: int) -> None:
             )
 
 
+def _check_images(request: Request, images: data.Images, saved: Mapping[str, Any] | None) -> None:
+    """Refuse other images than those of the run's beginning, or of the runs beside it.
+
+    Raises:
+        RunError: naming what is of other images.
+    """
+    digest = images.digest()
+    if saved is not None and saved["images"] != digest:
+        raise RunError(
+            f"{request.folder} was started on images that are no longer those of "
+            f"{request.config.data.name} ({saved['images']}, now {digest}); put them back, or "
+            "start anew with --force"
+        )
+    for path in sorted(request.folder.parent.glob("*/record.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            other, of = record.get("images"), record["config_hash"]
+        except (OSError, ValueError, AttributeError, KeyError):
+            continue  # whoever reads it will say so
+        beside = path.parent != request.folder and of == request.config.hash()
+        if beside and other not in (None, digest):
+            raise RunError(
+                f"{path} is of other images than {request.config.data.name} holds now "
+                f"({other}, now {digest}), and both would be in one table; put them back, "
+                "choose another --out, or delete the old runs"
+            )
+
+
+def _run_of(request: Request, images: data.Images) -> dict[str, Any]:
+    return {
+        "config_hash": request.config.hash(),
+        "variant": request.variant,
+        "seed": request.seed,
+        "images": images.digest(),
+    }
+
+
 def _build(request: Request, images: data.Images) -> nn.Module:
     config = request.config
     model = models.build(config.model, images.channels, images.classes, seed=request.seed)
@@ -349,12 +442,19 @@ def _dense_model(
         return model
     name = f"{config.model}-{config.dense_hash(images.digest())}-seed{request.seed}.pt"
     path = request.out / "dense" / name
+    of = {"kind": "dense model", "name": name}
     if request.ranks.as_first(path.exists()):  # another run may be writing it just now
         try:
-            model.load_state_dict(torch.load(path, weights_only=True, map_location=request.device))
-        except Exception as cause:
-            raise RunError(f"{path} cannot be read ({_first_line(cause)}); delete it") from cause
+            model.load_state_dict(load_tensors(path, of, request.device))
+        except (FileError, RuntimeError) as cause:
+            raise RunError(
+                f"{path} cannot be read ({_first_line(cause)}); delete it, and it is trained anew"
+            ) from cause
         return model
+    # What a run has done beyond its dense model is kept, also where that is trained anew.
+    own, beside = CHECKPOINT, request.folder / DENSE_CHECKPOINT
+    if saved is not None and saved["part"] == "framework":
+        own, saved = DENSE_CHECKPOINT, _checkpoint(beside, request)
     loop = Loop(
         model=model,
         images=images,
@@ -364,7 +464,7 @@ def _dense_model(
         curve=config.curve,
         compute=config.compute,
         ranks=request.ranks,
-        save=lambda loop: _save(request, "dense", loop),
+        save=lambda loop: _save(request, "dense", loop, name=own),
         stop=stop,
         save_every=request.save_every,
     )
@@ -372,7 +472,8 @@ def _dense_model(
         _restore(loop, saved)
     loop.run()
     if request.ranks.first:
-        save_tensors(path, model.state_dict())
+        save_tensors(path, model.state_dict(), of)
+        beside.unlink(missing_ok=True)
     return model
 
 
@@ -387,6 +488,13 @@ def _framework_loop(
     """The framework's stages on a copy of the dense model, from the start or a checkpoint."""
     config, model = request.config, copy.deepcopy(dense)
     adapter = _adapter(request, images, model, example)
+    start = checksum("dense", dense.state_dict())
+    if saved is not None and saved["part"] == "framework" and saved["dense"] != start:
+        raise RunError(
+            f"{request.folder} was started from another dense model than the one in "
+            f"{request.out / 'dense'}, which was trained anew or replaced; put the old one back, "
+            "or start anew with --force"
+        )
     loop = Loop(
         model=model,
         images=images,
@@ -396,7 +504,7 @@ def _framework_loop(
         curve=config.curve,
         compute=config.compute,
         ranks=request.ranks,
-        save=lambda loop: _save(request, "framework", loop),
+        save=lambda loop: _save(request, "framework", loop, dense=start),
         stop=stop,
         save_every=request.save_every,
     )
@@ -411,15 +519,22 @@ def _framework_loop(
     return loop, adapter
 
 
-def _save(request: Request, part: str, loop: Loop) -> None:
+def _save(
+    request: Request, part: str, loop: Loop, *, name: str = CHECKPOINT, dense: str | None = None
+) -> None:
+    """Write a checkpoint; ``dense`` names the dense model that the framework started from."""
     if not request.ranks.first:
         return
     assert loop.optimizer is not None
     save_tensors(
-        request.folder / "checkpoint.pt",
+        request.folder / name,
         {
             "version": CHECKPOINT_VERSION,
             "run": _identity(request),
+            "images": loop.images.digest(),
+            "threads": torch.get_num_threads(),
+            "made_with": _made_with(request),
+            "dense": dense,
             "part": part,
             "progress": asdict(loop.progress),
             "model": loop.model.state_dict(),
@@ -430,7 +545,26 @@ def _save(request: Request, part: str, loop: Loop) -> None:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         },
+        {"kind": "checkpoint"},
     )
+
+
+def _made_with(request: Request) -> dict[str, str]:
+    return {"torch": str(torch.__version__), "device": device_name(request.device)}
+
+
+def _go_on_alike(request: Request, saved: Mapping[str, Any]) -> None:
+    """Take what rounding depends on from a checkpoint, and say where that cannot be had."""
+    said = []
+    if saved["threads"] != torch.get_num_threads():  # sums are split among threads
+        torch.set_num_threads(saved["threads"])
+        said.append(f"going on with --threads {saved['threads']}, as the run was started")
+    for name, now in _made_with(request).items():
+        if (before := saved["made_with"][name]) != now:
+            said.append(f"the run was started with {name} {before!r}: with {now!r} bits may differ")
+    if request.ranks.first:
+        for line in said:
+            tqdm.write(line, sys.stderr)
 
 
 def _restore(loop: Loop, saved: Mapping[str, Any]) -> None:
@@ -458,9 +592,9 @@ def _checkpoint(path: Path, request: Request) -> Mapping[str, Any] | None:
     if not request.resume:
         raise RunError(f"a stopped run is in {path.parent}; --resume goes on, --force starts anew")
     try:
-        saved: Mapping[str, Any] = torch.load(path, weights_only=True, map_location=request.device)
-        identity, version = {"processes": 1, **saved["run"]}, saved["version"]
-    except Exception as cause:
+        saved: Mapping[str, Any] = load_tensors(path, {"kind": "checkpoint"}, request.device)
+        identity, version = saved["run"], saved["version"]
+    except (FileError, KeyError, TypeError) as cause:
         raise RunError(f"{path} cannot be read ({_first_line(cause)}); {ANEW}") from cause
     if version != CHECKPOINT_VERSION:
         raise RunError(f"{path} was written by another release; {ANEW}")

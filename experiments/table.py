@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from . import published
 from .files import save_text
 from .pairs import Difference, difference
-from .run import CONTROLS, RECORD_VERSION, VARIANTS, RunError, Variant
+from .run import CONTROLS, RECORD_VERSION, VARIANTS, RunError, Variant, sound
 
 Record = dict[str, Any]
 ORDER: tuple[Variant, ...] = VARIANTS + CONTROLS
@@ -95,6 +95,7 @@ class _Shape(BaseModel):
     seconds: float
     loading: float
     processes: int = 1  # what records say that were made before there could be several
+    images: str | None = None  # names the images; not in records of earlier releases
 
 
 # ---------------------------------------------------------------------- reading and keeping
@@ -149,6 +150,8 @@ def _record(text: str, place: str) -> Record:
         version = record["version"]
         if version == RECORD_VERSION:
             _Shape.model_validate(record)
+            if not sound(record):
+                raise ValueError("its checksum is another one: it was changed")
     except (ValueError, KeyError, TypeError) as cause:
         raise _refused(place, cause) from cause
     if version != RECORD_VERSION:
@@ -183,7 +186,7 @@ def keep(records: Sequence[Record], folder: Path) -> list[Path]:
         members = [r for r in records if r["config"]["name"] == name]
         kept = read([path]) if path.exists() else []
         origins = {(r["config_hash"], r["data"], processes(r)) for r in kept + members}
-        if len(origins) > 1:
+        if len(origins) > 1 or len(_images(kept + members)) > 1:
             raise RunError(
                 f"records to keep in {path} come from different configurations or data, or from "
                 "different numbers of processes; delete that file to start anew, or give the new "
@@ -205,8 +208,8 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """Records that may be compared with one another, by what they share.
 
     Raises:
-        RunError: records of one experiment differ in configuration, so a table would mix them; or
-            there are several of one variant and seed, and pairs would be ambiguous.
+        RunError: records of one experiment differ in configuration or images, so a table would mix
+            them; or there are several of one variant and seed, and pairs would be ambiguous.
     """
     found: dict[str, list[Record]] = {}
     for record in records:
@@ -221,6 +224,12 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
                 f"the records of {title} come from different configurations; delete the old runs, "
                 "or keep them in another --out"
             )
+        if len(found_images := _images(members)) > 1:
+            each = "; ".join(f"{digest}: {runs}" for digest, runs in found_images.items())
+            raise RunError(
+                f"the records of {title} are of different images under one name ({each}); give "
+                "those of one kind, or carry the others out anew"
+            )
         runs = Counter((m["variant"], m["seed"]) for m in members)
         (variant, seed), times = runs.most_common(1)[0]
         if times > 1:
@@ -228,6 +237,15 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
                 f"{title} has {times} records of {variant}, seed {seed}; give only one of them"
             )
     return list(found.items())
+
+
+def _images(records: Sequence[Record]) -> dict[str, str]:
+    """The first run on each kind of images; records of earlier releases do not name theirs."""
+    found: dict[str, str] = {}
+    for record in records:
+        if (digest := record.get("images")) is not None:
+            found.setdefault(digest, f"{record['variant']}, seed {record['seed']}")
+    return found
 
 
 def summary(values: Sequence[float]) -> dict[str, float | None]:

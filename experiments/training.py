@@ -26,6 +26,8 @@ from .ranks import Ranks
 
 EVALUATION_BATCH = 500
 POINTS = 40
+BETWEEN_CHECKS = 50
+"""Steps between looks at the loss where a look waits: for a GPU, or for other processes."""
 
 
 def laid_out(model: nn.Module, channels_last: bool = True) -> nn.Module:
@@ -57,6 +59,10 @@ def norms_now(dpm: DecayPruning) -> Norms:
 
 class Stopped(Exception):  # noqa: N818  (a request, not an error)
     """The run was asked to stop, and has saved itself."""
+
+
+class DivergedError(RuntimeError):
+    """Training has left the finite numbers. The message names stage and step, and the remedy."""
 
 
 def learning_rate(stage: Stage, epoch: int) -> float:
@@ -175,6 +181,7 @@ class Loop:
     seconds_training: float = 0.0
 
     def __post_init__(self) -> None:
+        self._losses: Tensor | None = None
         self.lay_out()
 
     def lay_out(self) -> None:
@@ -186,6 +193,9 @@ class Loop:
 
         Raises:
             Stopped: ``stop`` said so; a checkpoint was written.
+            DivergedError: in every process, where the loss, a weight or an output is NaN or
+                infinite: at once in one process on a CPU, else within
+                :data:`BETWEEN_CHECKS` steps; and before a removal and the end of a stage.
             AdapterError: the stages ended before the framework's target was met.
         """
         self._resumed_at, self._before = time.perf_counter(), self.progress.seconds
@@ -252,6 +262,7 @@ class Loop:
             while True:
                 self._look(name)
                 if p.step >= total:
+                    self._require_finite_model()
                     return
                 assert self.optimizer is not None
                 for group in self.optimizer.param_groups:
@@ -261,7 +272,9 @@ class Loop:
                     self.adapter.before_step(p.step)
                 started = time.perf_counter()
                 self.optimizer.zero_grad()
-                self._loss(self._forward).backward()
+                loss = self._loss(self._forward)
+                self._watch(loss.detach())
+                loss.backward()
                 if self.adapter is not None:
                     self.adapter.after_backward()
                 self.optimizer.step()
@@ -301,6 +314,7 @@ class Loop:
             p.decided_at = p.total
             self._measure_curve()
         if self.adapter.due():
+            self._require_finite_model()
             self._remove(self.adapter)
             assert self.optimizer is not None
             self.adapter.begin(name, self.optimizer, self.next_loss)
@@ -372,11 +386,43 @@ class Loop:
         renumbered = {g: {of[g][k]: n for k, n in by.items()} for g, by in norms.items()}
         p.trace.append((clock, renumbered))
 
+    def _watch(self, loss: Tensor) -> None:
+        """Note a step's loss, and look at it where that waits for nothing, or now and then."""
+        # A sum holds every NaN and infinity.
+        self._losses = loss if self._losses is None else self._losses + loss
+        waits = loss.is_cuda or self.ranks.count > 1
+        if not waits or self.progress.step % BETWEEN_CHECKS == 0:
+            self._require_finite_loss()
+
+    def _require_finite_loss(self) -> None:
+        found, self._losses = self._losses, None
+        # One process's share may be finite still, and all have to end together.
+        if self.ranks.any(found is not None and not bool(found.isfinite())):
+            raise self._diverged("the loss")
+
+    def _require_finite_model(self) -> None:
+        self._require_finite_loss()
+        state = [bool(t.isfinite().all()) for t in self.model.state_dict().values()]
+        if self.ranks.any(not all(state)):
+            raise self._diverged("a weight or statistic")
+        probe = outputs(self.model, self.images.normalize(self.images.test[:64]))
+        if self.ranks.any(not bool(probe.isfinite().all())):
+            raise self._diverged("an output")
+
+    def _diverged(self, what: str) -> DivergedError:
+        name, stage = self.stages[self.progress.stage]
+        return DivergedError(
+            f"training diverged: by step {self.progress.step} of stage {name!r} {what} is NaN or "
+            f"infinite; lower that stage's learning_rate ({stage.learning_rate:g}) and start anew"
+        )
+
     def _save_or_stop(self) -> None:
         now = time.perf_counter()
         self.progress.seconds = self._before + now - self._resumed_at
         stopping = self.stop()
         if stopping or now - self._saved_at >= self.save_every:
+            if self.ranks.count == 1:  # others may not have come to a save by their clocks
+                self._require_finite_loss()
             self.save(self)
             self._saved_at = time.perf_counter()
         if stopping:

@@ -380,6 +380,18 @@ def test_nothing_in_the_file_is_code(written):
     assert json.loads(header["__metadata__"]["description"])["plan"] == [["conv", [1]]]
 
 
+def test_what_is_equal_has_equal_bytes(tmp_path):
+    facts = [{"a": 1, "b": {"x": [1], "y": "ä"}}, {"b": {"y": "ä", "x": [1]}, "a": 1}]
+    made = set()
+    for n in range(12):  # the library's order of four entries is drawn anew each time
+        save_pruned(tmp_path / "m", small(), SMALL_PLAN, facts[n % 2])
+        made.add((tmp_path / "m").read_bytes())
+    assert len(made) == 1
+    assert read(tmp_path / "m").facts == facts[0]
+    # It is a safetensors file like any other.
+    assert safetensors.torch.load_file(tmp_path / "m").keys() == small().state_dict().keys()
+
+
 # ---------------------------------------------------------------------- a killed process
 
 KILLED = """

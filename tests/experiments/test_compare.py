@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapters.saved import save_pruned
 from experiments import compare as compare_module
 from experiments.__main__ import STOPPED, main
 from experiments.compare import Job, compare
 from experiments.config import Config
-from experiments.run import Request, RunError
+from experiments.run import MODEL, Request, RunError
 from tests.support import tiny
 from tests.support.records import record
 
@@ -92,6 +93,7 @@ class Machine:
         folder = Request(config, variant, seed, out=Path(process.option("out"))).folder
         made = record(variant, seed, config={"name": config.name}, config_hash=config.hash())
         (folder / "record.json").write_text(json.dumps(made))
+        save_pruned(folder / MODEL, torch.nn.Linear(1, 1), [])
 
     def sleep(self, seconds):
         alive = [p for p in self.started if self.ticks < p.ends_after and not p.terminated]

@@ -1,13 +1,16 @@
-"""Atomic writing: a reader finds the old file or the new one, whatever happens on the way."""
+"""Writing is atomic, and what is read is what was written, or is refused."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from experiments import files
 
@@ -89,10 +92,131 @@ def test_json_keeps_numbers_in_full_precision(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == content
 
 
+# ---------------------------------------------------------------------- tensors
+
+CONTENT = {
+    "state": {"weight": torch.arange(6.0).view(3, 2)},
+    "plan": [("layer", [1, 2])],
+    "n": None,
+}
+OF = {"kind": "test", "n": 1}
+
+
 def test_tensors_are_read_back_as_they_were_without_running_code(tmp_path):
-    content = {"state": {"weight": torch.randn(3, 2)}, "plan": [("layer", [1, 2])], "n": None}
-    files.save_tensors(tmp_path / "a.pt", content)
-    read = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert torch.equal(read["state"]["weight"], content["state"]["weight"])
-    assert read["plan"] == content["plan"]
-    assert read["n"] is None
+    files.save_tensors(tmp_path / "a.pt", CONTENT, OF)
+    # PyTorch reads it, too, and does not look at what follows its own part.
+    plain = torch.load(tmp_path / "a.pt", weights_only=True)
+    for found in (files.load_tensors(tmp_path / "a.pt", OF), plain):
+        assert torch.equal(found["state"]["weight"], CONTENT["state"]["weight"])
+        assert found["plan"] == CONTENT["plan"]
+        assert found["n"] is None
+    assert files.load_tensors(tmp_path / "a.pt", {"n": 1, "kind": "test"})["n"] is None
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A sound file's bytes, and a place for damaged ones."""
+    path = tmp_path_factory.mktemp("written") / "a.pt"
+    files.save_tensors(path, CONTENT, OF)
+    return path.read_bytes(), path
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(files.FileError) as caught:
+        files.load_tensors(path, OF)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_flipped_bit_and_every_cut_is_refused(written):
+    content, path = written
+    with path.open("r+b") as file:  # in place: the disk would make it slow
+        file.write(content)
+        for bit in range(8 * len(content)):
+            place, old = bit // 8, content[bit // 8]
+            for value in (old ^ 1 << bit % 8, old):
+                file.seek(place)
+                file.write(bytes([value]))
+                file.flush()
+                if value != old:
+                    assert "damaged" in refused(path)
+    files.load_tensors(path, OF)
+    for length in reversed(range(len(content))):
+        os.truncate(path, length)
+        assert "damaged" in refused(path)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    start=st.integers(0, 5000),
+    gone=st.integers(0, 60),
+    new=st.binary(max_size=40) | st.just(files.MARK),
+)
+def test_whatever_is_put_in_or_taken_out_is_refused(written, start, gone, new):
+    content, path = written
+    start = min(start, len(content))
+    altered = content[:start] + new + content[start + gone :]
+    path.write_bytes(altered)
+    if altered == content:
+        files.load_tensors(path, OF)
+    else:
+        assert "damaged" in refused(path)
+
+
+def test_two_files_in_each_others_place_are_refused_saying_what_they_are(tmp_path):
+    for n in (1, 2):
+        files.save_tensors(tmp_path / f"{n}.pt", CONTENT, {"kind": "test", "n": n})
+    (tmp_path / "2.pt").replace(tmp_path / "1.pt")
+    assert (
+        refused(tmp_path / "1.pt") == 'it is of {"kind":"test","n":2}, not of {"kind":"test","n":1}'
+    )
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("content", [Code(), {"a": [Code()]}, print, slice(3)], ids=repr)
+def test_code_is_not_run_and_nobody_advises_to_run_it(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    files.save_tensors(tmp_path / "a.pt", content, OF)  # whose checksum is sound
+    message = refused(tmp_path / "a.pt")
+    assert "more than tensors and plain values" in message
+    assert "weights_only" not in message
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("there", ["nothing", "a folder", "no tensors"])
+def test_what_cannot_be_read_is_refused_with_the_cause(tmp_path, there):
+    path = tmp_path / "a.pt"
+    if there == "a folder":
+        path.mkdir()
+    elif there == "no tensors":
+        path.write_text("hello, I am something else altogether " * 5)
+    words = {"nothing": "No such file", "a folder": "Is a directory", "no tensors": "damaged"}
+    assert words[there] in refused(path)
+
+
+# ---------------------------------------------------------------------- JSON with its checksum
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(content=st.dictionaries(st.text().filter(lambda t: t != "sha256"), JSON, max_size=5))
+@settings(max_examples=50)
+def test_json_vouches_for_itself_in_any_layout(content):
+    made = files.vouched(content)
+    assert files.vouches(made)
+    for layout in ({"indent": 1}, {"separators": (",", ":"), "sort_keys": True}):
+        assert files.vouches(json.loads(json.dumps(made, **layout)))
+    assert not files.vouches({**made, "one more": 1})
+    assert not files.vouches(content)

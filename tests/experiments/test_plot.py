@@ -16,7 +16,7 @@ import torch
 from experiments import plot, table
 from experiments.__main__ import main
 from experiments.run import CONTROLS, VARIANTS, RunError
-from tests.support.records import record, save
+from tests.support.records import record, save, save_trace
 
 
 @pytest.fixture(autouse=True)
@@ -300,7 +300,7 @@ def test_the_first_seed_with_norms_is_shown(tmp_path):
         made = record("sp", seed)
         runs.append((save(tmp_path, made), made))
         if seed != 1:
-            torch.save(made_up(1.0, 0.0, count=seed), runs[-1][0].with_name("trace.pt"))
+            save_trace(*runs[-1], made_up(1.0, 0.0, count=seed))
     found = plot.find_norms(runs, [r for _, r in runs])
     assert found["sp"]["seed"] == 3
     assert found["sp"]["counts"] == {"decayed to zero": 3}

@@ -11,12 +11,11 @@ from html.parser import HTMLParser
 
 import matplotlib.pyplot as plt
 import pytest
-import torch
 
 from experiments import plot, table
 from experiments.report import DARK, from_markdown, report
 from experiments.run import CONTROLS, VARIANTS, RunError
-from tests.support.records import record
+from tests.support.records import record, save_trace
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -88,8 +87,7 @@ def runs(tmp_path_factory):
             )
             path = folder / f"{variant}-seed{seed}" / "record.json"
             if variant in ("sp", "sr"):
-                path.parent.mkdir(parents=True)
-                torch.save(trace(), path.with_name("trace.pt"))
+                save_trace(path, found, trace())
             made.append((path, found))
     single = record("base", 0, config={"name": "single"}, config_hash="f", data="digits")
     single["accuracy"]["dense"] = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from hypothesis import strategies as st
 
 from experiments import run as run_module
 from experiments.__main__ import STOPPED
-from experiments.run import run
+from experiments.files import load_tensors, save_tensors
+from experiments.run import MODEL, RunError, run
 from experiments.training import Stopped
 from tests.support import tiny
 from tests.support.tiny import MINIATURE
@@ -204,6 +206,77 @@ def test_a_run_stopped_after_every_single_step_ends_in_the_same_bits(tmp_path, w
     tiny.assert_same_bits(record, whole(way))
 
 
+def framework_steps(folder: Path) -> int:
+    saved = load_tensors(folder / "checkpoint.pt", {"kind": "checkpoint"})
+    assert saved["part"] == "framework"
+    return saved["progress"]["total"]
+
+
+@pytest.mark.parametrize("again", [DENSE - 2, DENSE], ids=["stopped again", "stopped at its end"])
+@pytest.mark.usefixtures("miniature")
+def test_a_dense_model_trained_anew_leaves_the_frameworks_progress(tmp_path, whole, again):
+    request = tiny.request(tmp_path, "sr", MINIATURE, resume=True)
+    with tiny.asked_when(lambda step: step == PRUNE + 2), pytest.raises(Stopped):
+        run(request)
+    steps = framework_steps(request.folder)
+    assert steps == SPARSE + 2
+    before = (request.folder / "checkpoint.pt").read_bytes()
+    shutil.rmtree(tmp_path / "dense")
+    with tiny.asked_when(lambda step: step == again), pytest.raises(Stopped):
+        run(request)
+    assert (request.folder / "checkpoint.pt").read_bytes() == before
+    assert not (tmp_path / "dense").exists()
+    # It goes on where it was, in both: what is left of dense training, and of the framework's.
+    with tiny.asked_when(lambda step: step == DENSE - again + 3), pytest.raises(Stopped):
+        run(request)
+    assert framework_steps(request.folder) == steps + 3
+    record = run(request)
+    assert sorted(p.name for p in request.folder.iterdir()) == [MODEL, "record.json", "trace.pt"]
+    tiny.assert_same_bits(record, whole("sr"))
+
+
+@pytest.mark.usefixtures("miniature")
+def test_another_dense_model_is_refused_on_going_on(tmp_path, whole):
+    request = tiny.request(tmp_path, "sp", MINIATURE, resume=True)
+    with tiny.asked_when(lambda step: step == PRUNE + 2), pytest.raises(Stopped):
+        run(request)
+    (path,) = (tmp_path / "dense").iterdir()
+    content, of = path.read_bytes(), {"kind": "dense model", "name": path.name}
+    other = load_tensors(path, of)
+    other["classifier.bias"][0] += 1e-6
+    save_tensors(path, other, of)
+    with pytest.raises(RunError, match=r"started from another dense model.*put the old one back"):
+        run(request)
+    path.write_bytes(content)
+    tiny.assert_same_bits(run(request), whole("sp"))
+
+
+@pytest.mark.usefixtures("miniature")
+def test_a_run_goes_on_with_the_threads_that_it_was_started_with(tmp_path, whole, capsys):
+    request = tiny.request(tmp_path, "sr", MINIATURE, resume=True)
+    with tiny.asked_when(lambda step: step == PRUNE + 2), pytest.raises(Stopped):
+        run(request)
+    torch.set_num_threads(2)  # the fixture puts one back
+    record = run(request)
+    assert "going on with --threads 1, as the run was started" in capsys.readouterr().err
+    assert torch.get_num_threads() == json.loads(record.read_text())["threads"] == 1
+    tiny.assert_same_bits(record, whole("sr"))
+
+
+@pytest.mark.usefixtures("miniature")
+def test_another_torch_is_told_of_and_the_same_one_is_not(tmp_path, capsys):
+    request = tiny.request(tmp_path, "sp", MINIATURE, resume=True)
+    for _ in range(2):
+        with tiny.asked_when(lambda step: step == 2), pytest.raises(Stopped):
+            run(request)
+    assert capsys.readouterr().err == ""
+    path, of = request.folder / "checkpoint.pt", {"kind": "checkpoint"}
+    saved = load_tensors(path, of)
+    save_tensors(path, {**saved, "made_with": {**saved["made_with"], "torch": "1.0"}}, of)
+    run(request)
+    assert "started with torch '1.0'" in capsys.readouterr().err
+
+
 class Crash(Exception):  # noqa: N818  (none that anything expects)
     pass
 
@@ -249,7 +322,9 @@ def test_a_crash_between_dense_training_and_the_framework_loses_no_dense_model(
 @pytest.mark.usefixtures("miniature")
 def test_checkpoints_are_as_far_apart_as_asked(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(run_module, "_save", lambda request, part, loop: saved.append(part))
+    monkeypatch.setattr(
+        run_module, "_save", lambda request, part, *more, **named: saved.append(part)
+    )
     run(tiny.request(tmp_path / "often", "sp", MINIATURE, save_every=0))
     assert saved == ["dense"] * DENSE + ["framework"] * (SPARSE + 16)
     saved.clear()
@@ -262,10 +337,11 @@ def test_the_seconds_of_all_parts_are_counted_together(tmp_path):
     request = tiny.request(tmp_path, "sp", MINIATURE, resume=True)
     with tiny.asked_when(lambda step: step == DENSE + 4), pytest.raises(Stopped):
         run(request)
-    saved = torch.load(request.folder / "checkpoint.pt", weights_only=True)
+    path, of = request.folder / "checkpoint.pt", {"kind": "checkpoint"}
+    saved = load_tensors(path, of)
     assert 0 < saved["progress"]["seconds"] < 60
     saved["progress"]["seconds"] += 1000
-    torch.save(saved, request.folder / "checkpoint.pt")
+    save_tensors(path, saved, of)
     record = json.loads(run(request).read_text())
     assert 1000 < record["seconds"] < 1060
 

@@ -14,7 +14,17 @@ from adapters.saved import read, save_pruned
 from experiments import data, table, training
 from experiments import run as run_module
 from experiments.__main__ import STOPPED, main
-from experiments.run import MODEL, RECORD_VERSION, VARIANTS, Request, RunError, load_model, run
+from experiments.files import load_tensors, save_tensors
+from experiments.run import (
+    CHECKPOINT,
+    MODEL,
+    RECORD_VERSION,
+    VARIANTS,
+    Request,
+    RunError,
+    load_model,
+    run,
+)
 from experiments.training import Loop, Stopped, accuracy, laid_out, outputs
 from tests.support import rounding, tiny
 from tests.support.tiny import MINIATURE
@@ -29,6 +39,7 @@ FIELDS = {
     "framework": str,
     "model": str,
     "data": str,
+    "images": str,
     "variant": str,
     "seed": int,
     "versions": {"decay-pruning": str, "python": str, "torch": str, "torch-pruning": str},
@@ -60,6 +71,7 @@ FIELDS = {
     "latency": {"batch": int, "dense": float, "pruned": float},
     "seconds": float,
     "loading": float,
+    "sha256": str,
 }
 
 
@@ -536,41 +548,47 @@ def test_a_checkpoint_moved_from_another_run_is_refused(stopped, other):
         run(request)
 
 
-def test_a_checkpoint_of_another_release_is_refused_with_the_remedy(stopped):
-    path = stopped.folder / "checkpoint.pt"
-    saved = torch.load(path, weights_only=True)
-    torch.save({**saved, "version": saved["version"] - 1}, path)
+@pytest.mark.parametrize("version", [-1, 99])
+def test_a_checkpoint_of_another_release_is_refused_with_the_remedy(stopped, version):
+    path = stopped.folder / CHECKPOINT
+    saved = load_tensors(path, {"kind": "checkpoint"})
+    save_tensors(path, {**saved, "version": version}, {"kind": "checkpoint"})
     with pytest.raises(RunError, match=r"written by another release; delete it, as --force does"):
         run(stopped)
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "other tensors"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "cut", "flipped", "unsealed", "foreign", "other tensors", "code"]
+)
 def test_a_damaged_checkpoint_is_refused_with_the_remedy(stopped, damage):
-    path = stopped.folder / "checkpoint.pt"
+    path, of = stopped.folder / CHECKPOINT, {"kind": "checkpoint"}
     content = path.read_bytes()
-    if damage == "foreign":
-        path.write_bytes(b"not a checkpoint at all")
-    elif damage == "other tensors":
-        torch.save({"weight": torch.zeros(3)}, path)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 4
+    made = {
+        "empty": b"",
+        "cut": content[: len(content) // 2],
+        "flipped": bytes(flipped),
+        "foreign": b"not a checkpoint at all",
+    }
+    if damage == "other tensors":
+        save_tensors(path, {"weight": torch.zeros(3)}, of)
+    elif damage == "code":  # with a sound checksum, which anybody can compute
+        save_tensors(path, {"version": print}, of)
+    elif damage == "unsealed":
+        torch.save(load_tensors(path, of), path)
     else:
-        path.write_bytes(b"" if damage == "empty" else content[: len(content) // 2])
+        path.write_bytes(made[damage])
     with pytest.raises(
         RunError, match=r"(?s)checkpoint\.pt cannot be read.*delete it, as --force does"
     ) as caught:
         run(stopped)
-    # PyTorch's own advice, over many lines, is to load it without weights_only.
+    # PyTorch's own advice is to load it without weights_only.
     assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
     assert not (stopped.folder / "record.json").exists()
     path.write_bytes(content)
     run(stopped)
-
-
-def test_a_checkpoint_of_another_version_is_refused(stopped):
-    path = stopped.folder / "checkpoint.pt"
-    saved = torch.load(path, weights_only=True)
-    torch.save({**saved, "version": 99}, path)
-    with pytest.raises(RunError, match="delete it, as --force does"):
-        run(stopped)
 
 
 def test_resuming_what_was_never_started_starts_it(tmp_path, miniature):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from experiments import models
+from experiments import models, training
 from experiments.config import Compute, Curve, Stage
 from experiments.data import Images, mixing
+from experiments.ranks import Ranks
 from experiments.training import (
     EVALUATION_BATCH,
+    DivergedError,
     Loop,
     accuracy,
     evaluating,
@@ -357,3 +360,72 @@ def test_latency_is_a_positive_time_of_every_model_and_changes_nothing():
     assert 0 < found["small"] < found["large"]
     assert same(before, state(small))
     assert small.training
+
+
+# ---------------------------------------------------------------------- NaN and infinity
+
+
+STEPS = 6
+SPOILT = {
+    # After which step which tensor gets a bad value, and what is noticed at which step.
+    "a bias": (3, "classifier.bias", "the loss", 4),
+    "a statistic": (3, "features.1.running_var", "a weight or statistic", STEPS),
+    "a weight that is not used": (3, "unused", "a weight or statistic", STEPS),
+    "the last weights": (STEPS, "classifier.weight", "a weight or statistic", STEPS),
+}
+
+
+@pytest.mark.parametrize("where", SPOILT)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_ends_training_with_stage_step_and_remedy(where, value):
+    after, name, what, step = SPOILT[where]
+    made, saved = loop(images(), Stage(epochs=2, batch=20, learning_rate=0.05)), []
+    made.model.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+
+    def spoil() -> bool:
+        if made.progress.total == after:
+            made.model.state_dict()[name].view(-1)[0] = value
+        return False
+
+    made.stop, made.save, made.save_every = spoil, lambda it: saved.append(it.progress.total), 0.0
+    with pytest.raises(DivergedError) as caught:
+        made.run()
+    start = f"training diverged: by step {step} of stage 'dense' {what} is NaN or infinite; "
+    assert str(caught.value).startswith(start + "lower that stage's learning_rate (0.05)")
+    assert saved == list(range(1, 4 if what == "the loss" else STEPS + 1))
+
+
+def test_finite_weights_of_infinite_outputs_are_no_result():
+    made = loop(images(), Stage(epochs=2, batch=20, learning_rate=0.05))
+
+    def spoil() -> bool:
+        if made.progress.total == STEPS:
+            made.model.state_dict()["classifier.weight"].fill_(3e38)
+        return False
+
+    made.stop = spoil
+    with pytest.raises(DivergedError, match=f"by step {STEPS} of stage 'dense' an output is"):
+        made.run()
+
+
+def test_where_a_look_waits_for_others_it_is_taken_now_and_then(monkeypatch):
+    monkeypatch.setattr(training, "BETWEEN_CHECKS", 4)
+    made, asked = loop(images(), Stage(epochs=4, batch=20, learning_rate=0.05)), []
+
+    class Two(Ranks):
+        """As one of two processes, of which the other one's loss is NaN from step 5 on."""
+
+        def share(self, whole):
+            return whole
+
+        def averaging(self, model):
+            return model
+
+        def any(self, flag):
+            asked.append(made.progress.step)
+            return flag or made.progress.step > 4
+
+    made.ranks = Two(0, 2)
+    with pytest.raises(DivergedError, match="by step 8"):
+        made.run()
+    assert asked == [4, 8]

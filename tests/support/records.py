@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.run import RECORD_VERSION
+from experiments.files import save_tensors
+from experiments.run import RECORD_VERSION, run_of_record, trace_of
 
 RECORD: dict[str, Any] = {
     "version": RECORD_VERSION,
@@ -62,3 +63,8 @@ def save(folder: Path, content: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
     return path
+
+
+def save_trace(record_path: Path, content: dict[str, Any], trace: dict[str, Any]) -> None:
+    """A run's trace beside its record."""
+    save_tensors(record_path.with_name("trace.pt"), trace, trace_of(run_of_record(content)))

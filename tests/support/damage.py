@@ -1,0 +1,25 @@
+"""Files that are not what was written: drawn bits flipped, stretches cut, put in or exchanged."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+
+def damaged(data: st.DataObject, content: bytes) -> bytes:
+    """Other bytes than some content."""
+    kind = data.draw(st.sampled_from(["flip", "cut", "put in", "taken out", "zeros", "empty"]))
+    at = data.draw(st.integers(0, len(content) - 1))
+    if kind == "flip":
+        made = bytearray(content)
+        made[at] ^= 1 << data.draw(st.integers(0, 7))
+        return bytes(made)
+    if kind == "cut":
+        return content[:at]
+    if kind == "put in":
+        return content[:at] + data.draw(st.binary(min_size=1, max_size=20)) + content[at:]
+    if kind == "taken out":
+        return content[:at] + content[at + data.draw(st.integers(1, 100)) :]
+    if kind == "zeros":  # as after a crash of the machine
+        made = content[:at] + bytes(len(content) - at)
+        return made if made != content else b""
+    return b""
