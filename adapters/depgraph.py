@@ -153,16 +153,14 @@ class DepGraph(Adapter):
         model, example, o = copy.deepcopy(self.context.model), self.context.example, self.options
         pruner = self._new_pruner(model)
         if o.ratio is not None:
-            wanted = pruner.wanted(self._counts)
+            pruner.count_from(self._counts)
             with refusals():
                 plan = pruner.run(lambda: False, self.context.progress)
-            taken = pruner.taken(plan)
-            if any(n < wanted[kind] for kind, n in taken.items()):
-                kind = next(kind for kind, n in taken.items() if n < wanted[kind])
+            if pruner.left_whole:
                 raise AdapterError(
-                    f"ratio {o.ratio} is not met: upstream takes {taken[kind]} {kind} of the "
-                    f"{wanted[kind]} that it asks for, as it leaves every group whole that would "
-                    "lose all it has. Lower ratio, or name such a layer in `ignored`"
+                    f"ratio {o.ratio} is not met: upstream leaves "
+                    f"{', '.join(map(repr, pruner.left_whole))} whole, which would lose all there "
+                    "is. Lower ratio, or name such layers in `ignored`"
                 )
             return plan, model
         assert o.speed_up is not None

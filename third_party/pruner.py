@@ -12,7 +12,6 @@ as removed even where the removal is then refused, as that of a layer's last one
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -41,6 +40,8 @@ class Pruner:
     Attributes:
         upstream: its pruner.
         groups: what it may prune.
+        left_whole: layers that the last step of :meth:`run` left as they are, as they would have lost
+            all their channels.
 
     Raises:
         UnsupportedLayerError: naming a group that cannot be read, and why.
@@ -88,6 +89,9 @@ class Pruner:
                 **tracing.settings(),
             )
         self._graph = tracing.finish(self.upstream.DG)
+        self.left_whole: list[str] = []
+        self._enough = self._graph.check_pruning_group
+        self._graph.check_pruning_group = self._checked
         reading = graph.read_built(self._graph, model, set(self.upstream.ignored_layers))
         for why in reading.refused.values():
             raise UnsupportedLayerError(why)
@@ -114,6 +118,13 @@ class Pruner:
                 scores[members] = scores[members].mean()
         return scores
 
+    def _checked(self, group: Any) -> bool:
+        """Upstream's check that a group keeps something, which drops the group without a word."""
+        enough: bool = self._enough(group)
+        if not enough:
+            self.left_whole.append(self._graph._module2name[group[0].dep.target.module])
+        return enough
+
     def importance(self, group: UpstreamGroup) -> Tensor:
         """Upstream's importance of each structure of a group, (K,) on the host."""
         layer = self._model.get_submodule(group.root)
@@ -137,33 +148,6 @@ class Pruner:
         """Let the ratio be one of what :meth:`counts` gave for the model before it was pruned."""
         self.upstream._scope_initial_channels.update(before)
 
-    def wanted(self, before: Mapping[str, int]) -> dict[str, int]:
-        """How many channels (tied ones as one, where upstream can) and heads its ratio asks for.
-
-        Args:
-            before: what :meth:`counts` gave for the model before it was pruned, if it was.
-        """
-        up, now = self.upstream, self.counts()
-        self.count_from(before)
-        ratio = up.pruning_ratio
-        heads = [a.heads for a in self._attentions if a.value not in up.ignored_layers]
-        if up.global_pruning:
-            of_heads = sum(heads) - int(sum(heads) * (1 - ratio))
-        else:
-            of_heads = sum(math.ceil(ratio * n) for n in heads)
-        channels = (n - int(before.get(scope, n) * (1 - ratio)) for scope, n in now.items())
-        return {"channels": sum(max(0, n) for n in channels), "heads": of_heads}
-
-    def taken(self, plan: Plan) -> dict[str, int]:
-        """How many a plan takes, counted as in :meth:`wanted`."""
-        groups, taken = {g.root: g for g in self.groups}, {"channels": 0, "heads": 0}
-        for root, channels in plan:
-            group = groups[root]
-            tied = self._model.get_submodule(root) in self._tied
-            count = len(channels) if tied else len(channels) // len(group.members[0])
-            taken["heads" if group.heads else "channels"] += count
-        return taken
-
     def run(self, reached: Callable[[], bool], progress: Callable[[str], object]) -> Plan:
         """Upstream's own pruning, step by step until the target is reached or the steps are done.
 
@@ -177,6 +161,7 @@ class Pruner:
         up = self.upstream
         while not reached() and up.current_step < up.iterative_steps:
             self._count_heads()
+            self.left_whole.clear()
             with graph.upstream(self._model):
                 for group in up.step(interactive=True):
                     root, here = group[0].dep.target.module, sorted(group[0].idxs)

@@ -53,7 +53,7 @@ def largest_step(case: Case, plan: list) -> int:
     for root, channels in plan:
         model = case.build()
         dense = count_macs(model, EXAMPLE)
-        case.adapter(model, "base").shrink(model, EXAMPLE, [(root, channels[:1])])
+        case.adapter(model, "base").rebuild(model, EXAMPLE, [(root, channels[:1])])
         found.append(dense - count_macs(model, EXAMPLE))
     return max(found)
 
@@ -191,7 +191,7 @@ def test_a_run_taken_up_from_its_state_ends_in_the_same_bits(case, variant, shar
 def test_what_was_removed_can_be_repeated_on_a_dense_model(case, variant):
     drive = finished(case, variant)
     model = case.build()
-    drive.adapter.shrink(model, EXAMPLE, drive.adapter.removed)
+    drive.adapter.rebuild(model, EXAMPLE, drive.adapter.removed)
     model.load_state_dict(drive.model.state_dict())
     assert torch.equal(outputs(model), outputs(drive.model))
 

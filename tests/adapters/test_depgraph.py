@@ -20,8 +20,9 @@ from experiments import models
 from tests.support import rounding
 from tests.support.frameworks import CASES, EXAMPLE, Case, Drive, Shuffled, batch, small_resnet
 from tests.support.rounding import exact_outputs
-from third_party import dependency, upstreams
+from third_party import graph, upstreams
 from third_party.groups import UnsupportedLayerError
+from third_party.pruner import Pruner
 
 STAGE = Stage(steps=8, steps_per_epoch=3, learning_rate=0.05)
 
@@ -117,7 +118,7 @@ def test_sp_selects_exactly_what_base_removes(name, options):
 
     # And removing the selection from the untouched model gives upstream's model, bit for bit.
     model = build()
-    DepGraph.shrink(model, example, [(r, list(c)) for r, c in base.removed])
+    DepGraph.rebuild(model, example, [(r, list(c)) for r, c in base.removed])
     expected = base.context.model.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
@@ -332,24 +333,21 @@ def test_the_recipes_networks_give_the_zeroed_models_outputs(name):
     assert count_macs(model, example) <= dense / 2
 
 
-def test_a_replacement_is_upstreams_next_in_rank():
+def test_a_replacement_is_upstreams_next_in_rank(monkeypatch):
     case: Case = CASES[0]
     adapter = case.adapter(small_resnet(), "sr")
     drive = Drive(case, adapter)
     chosen: dict[str, list[int]] = {}
     scores: dict[str, torch.Tensor] = {}
-    original = dependency.importance
+    original = Pruner.importance
 
-    def importance(made, group):
-        score = original(made, group)
+    def importance(pruner, group):
+        score = original(pruner, group)
         scores[group.root] = score.clone()
         return score
 
-    dependency.importance = importance
-    try:
-        drive.run()
-    finally:
-        dependency.importance = original
+    monkeypatch.setattr(Pruner, "importance", importance)
+    drive.run()
     for event in adapter.dpm.events:
         if event.kind == "decay" and event.wave == 1:
             chosen[event.group] = list(event.structures)
@@ -503,11 +501,11 @@ def test_a_plain_flatten_passes_whatever_the_weights_are():
 
 
 def test_layers_that_make_the_output_are_left_alone():
-    assert dependency.output_layers(small_resnet(), EXAMPLE) == ["head"]
+    assert graph.read(small_resnet(), EXAMPLE).outputs == ["head"]
     groups = structure_groups(small_resnet(), EXAMPLE)
     assert "head" not in {g.name for g in groups}
     softmax = nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten(), nn.Linear(4, 5), nn.Softmax(1))
-    assert dependency.output_layers(softmax, EXAMPLE) == ["2"]
+    assert graph.read(softmax, EXAMPLE).outputs == ["2"]
 
 
 def test_batch_norm_is_in_the_structures_and_owns_them():
@@ -550,9 +548,9 @@ def test_pruners_share_no_dictionaries():
     other = DepGraph(context(small_resnet()), DepGraphOptions(ratio=0.5))._new_pruner(
         small_resnet()
     )
-    assert one.out_channel_groups
-    assert not other.out_channel_groups
-    assert not other.num_heads
+    assert one.upstream.out_channel_groups
+    assert not other.upstream.out_channel_groups
+    assert not other.upstream.num_heads
 
 
 def test_selecting_draws_no_random_numbers():
@@ -596,6 +594,6 @@ def test_frozen_layers_are_in_the_groups_too_and_stay_frozen():
     groups = structure_groups(model, EXAMPLE)
     assert {g.name: [s.name for s in g.slices] for g in groups} == expected
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == frozen
-    DepGraph.shrink(model, EXAMPLE, [("inner", [0, 3])])
+    DepGraph.rebuild(model, EXAMPLE, [("inner", [0, 3])])
     assert model.inner.out_channels == 14
     assert model.outer.in_channels == 14

@@ -341,7 +341,7 @@ def test_states_take_the_layout_of_their_parameters_and_keep_their_type():
     for state in optimizer.state.values():
         state["exp_avg"] = state["exp_avg"].double()
     carried = CarryOver(model, optimizer)
-    dependency.remove(model, EXAMPLE, PLANS["vgg-digits"])
+    dependency.take_out(model, EXAMPLE, PLANS["vgg-digits"])
     model.to(memory_format=torch.channels_last)
     carried.finish(EXAMPLE, PLANS["vgg-digits"])
     for p in model.parameters():
@@ -389,7 +389,7 @@ def test_before_and_after_somebody_elses_removal():
     other, of_other = trained(name, "adamw", dtype)
     Masked(other).prune(dependency.survivors(other, EXAMPLE.to(dtype), PLANS[name]))
     carried = CarryOver(other, of_other)
-    dependency.remove(other, EXAMPLE.to(dtype), PLANS[name])
+    dependency.take_out(other, EXAMPLE.to(dtype), PLANS[name])
     carried.finish(EXAMPLE.to(dtype), PLANS[name])
     train(small, of_small, range(5, 8))
     train(other, of_other, range(5, 8))
@@ -401,7 +401,7 @@ def test_a_plan_that_is_not_what_was_removed_is_refused():
     model, optimizer = trained("resnet20", "sgd", torch.float32)
     held = [id(p) for p in optimizer.param_groups[0]["params"]]
     carried = CarryOver(model, optimizer)
-    dependency.remove(model, EXAMPLE, PLANS["resnet20"])
+    dependency.take_out(model, EXAMPLE, PLANS["resnet20"])
     with pytest.raises(CarryOverError, match="something besides this plan; make a new optimizer"):
         carried.finish(EXAMPLE, LATER["resnet20"])
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == held
@@ -549,7 +549,7 @@ def test_positions_are_those_that_upstream_leaves():
     values = {n: p.detach().clone() for n, p in model.named_parameters()}
     stays = dependency.survivors(model, example, plan)
     assert all(torch.equal(p, values[n]) for n, p in model.named_parameters())
-    dependency.remove(model, example, plan)
+    dependency.take_out(model, example, plan)
     for name, p in model.named_parameters():
         expected = values[name]
         for dim, index in enumerate(stays[name]):

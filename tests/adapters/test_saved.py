@@ -49,7 +49,7 @@ def dense(name: str, seed: int = 0) -> nn.Module:
 
 def pruned(name: str, seed: int = 0) -> nn.Module:
     model = dense(name, seed)
-    dependency.remove(model, EXAMPLE, PLANS[name])
+    dependency.take_out(model, EXAMPLE, PLANS[name])
     return model
 
 
@@ -74,7 +74,7 @@ def small() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Small()
-    dependency.remove(model, SMALL_EXAMPLE, SMALL_PLAN)
+    dependency.take_out(model, SMALL_EXAMPLE, SMALL_PLAN)
     return model
 
 
@@ -161,7 +161,7 @@ class Tied(nn.Module):
 def test_tied_weights_are_written_once_and_come_back_tied(tmp_path):
     plan, example = [("inner", [0, 4])], torch.zeros(2, 4)
     model = Tied()
-    dependency.remove(model, example, plan)
+    dependency.take_out(model, example, plan)
     assert model.last.weight is model.decode.weight
     save_pruned(tmp_path / "m", model, plan)
     assert len(safetensors.torch.load_file(tmp_path / "m")) == len(model.state_dict()) - 1
@@ -173,7 +173,7 @@ def test_tied_weights_are_written_once_and_come_back_tied(tmp_path):
 def test_tied_layers_do_not_take_two_different_tensors(tmp_path):
     plan, example = [("inner", [0, 4])], torch.zeros(2, 4)
     model = Tied(tied=False)
-    dependency.remove(model, example, plan)
+    dependency.take_out(model, example, plan)
     save_pruned(tmp_path / "m", model, plan)
     again = Tied()
     check = untouched(again)
@@ -186,7 +186,7 @@ def test_several_removals_are_reloaded_from_their_plans_in_order(tmp_path):
     model, plans = dense("resnet20"), []
     for channels in ([0, 3], [0, 1], [11]):
         plans += [("conv1", channels), ("layer3.1.conv1", channels)]
-        dependency.remove(model, EXAMPLE, plans[-2:])
+        dependency.take_out(model, EXAMPLE, plans[-2:])
     save_pruned(tmp_path / "m", model, plans)
     assert same_bits(load_pruned(tmp_path / "m", build("resnet20", 3, 10), EXAMPLE), model)
 
