@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from .errors import AttachmentError, GroupError
 from .groups import StructureGroup, require_disjoint
 
-StepHook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]
+StepHook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Any]
 
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 """All attachments of the process, to learn of two cores that decay the same structures."""
@@ -28,13 +28,15 @@ _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 class Attachment:
     """The hooks of one core on one optimizer; checked as a whole before anything is registered.
 
-    It keeps the core alive as long as the optimizer lives, and does not keep the optimizer alive.
+    It keeps the core alive as long as the optimizer lives.
 
     Args:
         optimizer: an optimizer, or a wrapper with the optimizer as its ``optimizer``.
         groups: the core's structure groups.
         before: called before the work of an outermost ``step``.
         after: called after it, unless it raised.
+        keep: whether it keeps the optimizer alive, too. Not that of a copied core: where nobody has
+            kept the copy of the optimizer, nobody can step it.
 
     Raises:
         AttachmentError: it is no optimizer that runs step hooks, a parameter of a group is not its
@@ -47,8 +49,10 @@ class Attachment:
         groups: Sequence[StructureGroup],
         before: StepHook,
         after: StepHook,
+        keep: bool = True,
     ) -> None:
         inner = unwrapped(optimizer)
+        self._kept = inner if keep else None
         self.groups = groups
         self._before, self._after = before, after
         self._optimizer = weakref.ref(inner)
@@ -100,8 +104,8 @@ class Attachment:
                         "so the decay would not follow its steps: the model's parameters were "
                         "exchanged after the groups were made (by a removal, say), or the "
                         "optimizer is another model's. Build the optimizer from the model that "
-                        "the groups were made from, make new groups of the model as it is, or "
-                        "leave the group out"
+                        "the groups were made from, leave the group out, or detach() and make new "
+                        "groups of the model as it is"
                     )
         self._owned = present
 
@@ -116,9 +120,9 @@ class Attachment:
             for p in group["params"]
         }
 
-    def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._nested(sys._getframe(1)):
-            self._before(optimizer, args, kwargs)
+    def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # What it returns goes on to PyTorch, which takes new arguments from a hook.
+        return None if self._nested(sys._getframe(1)) else self._before(optimizer, args, kwargs)
 
     def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._nested(sys._getframe(1)):

@@ -65,7 +65,17 @@ def counterparts(
                     f"{shape}; give a copy of the same model, from before any removal"
                 )
             _require_plain_storage(tensor, name)
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
+                raise GroupError(
+                    f"{name!r} of the other one was made in inference mode and cannot be written "
+                    "to; give a clone of it"
+                )
             found[id(s.parameter)] = tensor
+    if len({t.data_ptr() for t in found.values()}) < len(found):
+        raise GroupError(
+            "two weights of the other one are tied that are not in the model the groups were made "
+            "from, so zeros of one would be written into another; give a copy of the same model"
+        )
     return found
 
 

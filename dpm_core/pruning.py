@@ -264,7 +264,9 @@ class DecayPruning:
         self._new_zeros = None if new_zeros is None else self._some(new_zeros)
         self._refresh()
         if optimizer is not None:
-            self.attach(optimizer)
+            groups = list(self.groups.values())
+            hooks = (self._before_step, self._after_step)
+            self._attachment = Attachment(optimizer, groups, *hooks, keep=False)
 
     # ------------------------------------------------------------------ decisions
 
@@ -512,10 +514,11 @@ class DecayPruning:
         bad = numbers[~torch.isfinite(squares)]
         if bad.numel():
             raise GradientError(
-                f"the gradient of {self._listed(bad)} is not finite, now that they are exactly "
-                "zero. Nothing was changed by this step: either the model divides by their norm "
-                "(as weight_norm does: give a slice of the magnitude, original0, and none of the "
-                "direction, original1), or it has diverged. Go back to an earlier checkpoint"
+                f"the gradient of {self._listed(bad)} is not finite in the first step after the "
+                "norm became exactly zero. This step changed nothing: either the model divides by "
+                "that norm (as weight_norm does: give a slice of the magnitude, original0, and "
+                "none of the direction, original1), or it has diverged. Go back to an earlier "
+                "checkpoint"
             )
 
     def _gradients(self, some: _Some) -> list[Tensor | None]:
@@ -655,8 +658,8 @@ class DecayPruning:
         """
         assert self.rectify is not None
         assert self._room is not None
-        sign = self._signs()
         criterion, heard = self.rectify.criterion, self._groups_of(decaying)
+        signs = self._signs(heard)
         gated = [
             decaying[self._group_of[decaying] == self._names.index(g.name)] - self._start[g.name]
             for g in heard
@@ -669,15 +672,15 @@ class DecayPruning:
         )
         told = torch.full((2, self._ledger.phase.numel()), math.nan, dtype=torch.float64)
         told[:, numbers] = torch.stack(found).cpu()
-        told[0] *= sign[self._group_of]
+        told[0, numbers] *= signs.repeat_interleave(torch.tensor([len(r) for r in read]))
         return told
 
-    def _signs(self) -> Tensor:
+    def _signs(self, groups: list[StructureGroup]) -> Tensor:
         """For each group, -1 where the optimizer maximises the loss by it, else 1; (groups,)."""
         assert self._attachment is not None
         maximised = self._attachment.maximised()
         signs = []
-        for group in self.groups.values():
+        for group in groups:
             kinds = {id(s.parameter) in maximised for s in group.slices}
             if len(kinds) > 1:
                 raise AttachmentError(
