@@ -349,7 +349,8 @@ def require_choice(
 
 
 def _counts(like: Criterion, evidence: Evidence, limits: Tensor, step: int) -> Tensor:
-    chosen = require_choice(like, like.choose(evidence, limits, step), evidence.group, limits)
+    found = like.choose(evidence, limits.clone(), step)
+    chosen = require_choice(like, found, evidence.group, limits)
     return torch.bincount(evidence.group[chosen], minlength=limits.numel())
 
 

@@ -109,7 +109,7 @@ def hierarchy(works: list[Callable[..., None]], seen: list[bool]) -> type[Optimi
     return kind
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_a_step_counts_once_whatever_classes_it_goes_through(data: st.DataObject) -> None:
     works = data.draw(st.lists(st.sampled_from(WORKS), max_size=4))

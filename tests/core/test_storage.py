@@ -67,7 +67,7 @@ def norms_of(toy: Toy) -> dict[tuple[str, int], float]:
     }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.sampled_from(sorted(EXCHANGES)), min_size=9, max_size=9))
 def test_the_core_follows_any_exchange_of_storage(exchanges: list[str]) -> None:
     toy = make("conv", torch.float64)
