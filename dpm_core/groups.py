@@ -8,8 +8,7 @@ group** holds K structures that share the same slices' tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +41,7 @@ class Slice:
     dim: int = 0
     batch_norm: bool = False
     name: str = "parameter"
+    _shape: torch.Size = field(default=torch.Size(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         p = self.parameter
@@ -64,6 +64,7 @@ class Slice:
                 "element belongs to one structure only"
             )
         object.__setattr__(self, "index", index)
+        object.__setattr__(self, "_shape", p.shape)
 
     @classmethod
     def whole(
@@ -125,6 +126,7 @@ class StructureGroup:
         self.name = name
         self.slices: tuple[Slice, ...] = tuple(slices)
         self.owners: tuple[Owner, ...] = tuple(owners)
+        self._latest: SliceTable | None = None
         if not self.slices:
             raise GroupError(f"group {name!r} has no slices; give at least one")
         self.size = self.slices[0].index.shape[0]
@@ -143,20 +145,25 @@ class StructureGroup:
         """The part that fixes the structures' effect: BatchNorm's, or all where there is none."""
         return tuple(s for s in self.slices if s.batch_norm) or self.slices
 
-    @cached_property
+    @property
     def _table(self) -> SliceTable:
-        return SliceTable([self.slices])
+        if self._latest is None or not self._latest.fits():
+            require_fit([self])
+            self._latest = SliceTable([self.slices])
+        return self._latest
 
     def norms(self) -> Tensor:
         """L2 norm of each structure, (K,), accumulated in at least float32."""
-        return self._table.square_norms(self._table.parameters()).sqrt()
+        table = self._table
+        return table.square_norms(table.parameters()).sqrt()
 
     def dots(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Inner product of each structure with ``tensors``, one per slice, (K,).
 
         ``None`` stands for zeros, as a missing gradient does.
         """
-        return self._table.dots(self._table.parameters(), self._table.order(tensors))
+        table = self._table
+        return table.dots(table.parameters(), table.order(tensors))
 
     def scale_(self, factors: Tensor) -> None:
         """Multiply structure k by ``factors[k]``, in place; ``factors`` is (K,)."""
@@ -179,8 +186,8 @@ def require_disjoint(groups: Iterable[StructureGroup]) -> None:
         for s in group.slices:
             storage = s.parameter.untyped_storage().data_ptr()
             here = f"{s.name!r} of group {group.name!r}"
-            taken = torch.zeros(s.parameter.shape[s.dim], dtype=torch.bool, device=s.index.device)
-            taken[s.index.reshape(-1)] = True
+            taken = torch.zeros(s.parameter.shape[s.dim], dtype=torch.bool)
+            taken[s.index.reshape(-1).cpu()] = True
             for other, there, taken_before in by_storage.get(storage, []):
                 if other.parameter is not s.parameter:
                     raise GroupError(
@@ -199,6 +206,37 @@ def require_disjoint(groups: Iterable[StructureGroup]) -> None:
                         "an element can follow one decay only"
                     )
             by_storage.setdefault(storage, []).append((s, here, taken))
+
+
+def require_fit(groups: Iterable[StructureGroup]) -> torch.device:
+    """Refuse parameters that are no longer what the groups were made from.
+
+    Another storage, type or device is no obstacle: the values are the same ones.
+
+    Returns:
+        The device of all groups.
+
+    Raises:
+        GroupError: a parameter has another shape, is of a kind that cannot be decayed any more, or
+            the groups lie on several devices.
+    """
+    devices = set()
+    for group in groups:
+        for s in group.slices:
+            _require_plain_storage(s.parameter, s.name)
+            if s.parameter.shape != s._shape:
+                raise GroupError(
+                    f"{s.name!r} of group {group.name!r} has shape {tuple(s.parameter.shape)}, and "
+                    f"had {tuple(s._shape)} when the group was made; its structures are not those "
+                    "any more. Call detach(), and make new groups of the model as it is"
+                )
+            devices.add(s.parameter.device)
+    if len(devices) > 1:
+        raise GroupError(
+            f"the groups lie on several devices ({sorted(map(str, devices))}); make one "
+            "DecayPruning per device"
+        )
+    return devices.pop()
 
 
 def is_sharded(parameter: Tensor) -> bool:

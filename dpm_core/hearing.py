@@ -6,8 +6,9 @@ what they were.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -66,8 +67,10 @@ def hold(
         several processes on the host.
 
     Raises:
-        GroupError: a group has no owners, or an owner's output is not what its index says.
-        GradientError: a loss is not finite, or does not depend on the structures.
+        GroupError: a group has no owners, an owner is not called, or its output is not what its
+            index says.
+        GradientError: a loss is not finite, or does not depend on the structures, or not on one
+            call of an owner.
         DisagreementError: one of these in another process.
     """
     read = gated if read is None else read
@@ -99,47 +102,101 @@ def _listen(
     samples = 0
     model = room.model
     alone = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-    with _untouched(model), torch.enable_grad(), alone:
+    with _untouched(model), torch.enable_grad(), alone, _uncompiled():
         for _ in range(batches):
-            gates: list[tuple[int, Tensor, Tensor]] = []
-            with _gates(groups, gated, read, gate, gates):
+            with _gates(groups, gated, read, gate) as gates:
                 loss = room.loss()
-            if not bool(torch.isfinite(loss)):
-                raise GradientError(
-                    f"the loss of a hearing is {float(loss.detach())}; the model has diverged, or "
-                    "its closure is at fault. Lower the learning rate or check the closure"
-                )
-            reached = bool(gates) and loss.requires_grad
-            size = gates[0][1].shape[0] if gates else 0
-            # The loss is a mean over samples; a sample's own loss counts in full, and from the
-            # start, or a large batch's derivatives would vanish in half precision.
-            found = (
-                torch.autograd.grad(
-                    loss,
-                    [g for _, g, _ in gates],
-                    torch.full_like(loss, size),
-                    allow_unused=True,
-                )
-                if reached
-                else ()
-            )
-            if all(derivative is None for derivative in found):
-                raise GradientError(
-                    "the loss of a hearing does not depend on the decaying structures; the closure "
-                    "must run the model that the groups were made from and return its loss, not "
-                    "detached"
-                )
+                heard = list(gates)
+                # Checkpointed layers run anew in the backward pass, and have to meet gates there.
+                found = _derivatives(loss, groups, heard)
+            size = len(heard[0].z)
             per_sample = [
                 torch.zeros(size, len(numbers), dtype=torch.float64, device=loss.device)
                 for numbers in read
             ]
-            for (number, _, index), derivative in zip(gates, found, strict=True):
-                if derivative is not None:
-                    per_sample[number] += derivative.double()[:, index].sum(2)
+            for one, derivative in zip(heard, found, strict=True):
+                per_sample[one.group] += derivative.double()[:, one.index].sum(2)
             batch = torch.cat(per_sample, dim=1)
             sums.append(torch.stack([batch.sum(0), batch.square().sum(0)]))
             samples += size
     return torch.stack(sums).sum(0), samples
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """A gate in one call of an owner.
+
+    Attributes:
+        group: the number of the group.
+        owner: the number of the owner among the group's.
+        z: (samples, positions), what the output was multiplied by.
+        index: the positions of each structure that is read, on the gate's device.
+    """
+
+    group: int
+    owner: int
+    z: Tensor
+    index: Tensor
+
+
+def _derivatives(
+    loss: Tensor, groups: Sequence[StructureGroup], gates: Sequence[_Gate]
+) -> tuple[Tensor, ...]:
+    """The derivative of every sample's loss by each gate, all of which the loss has to reach."""
+    if not bool(torch.isfinite(loss)):
+        raise GradientError(
+            f"the loss of a hearing is {float(loss.detach())}; the model has diverged, or "
+            "its closure is at fault. Lower the learning rate or check the closure"
+        )
+    called = {(gate.group, gate.owner) for gate in gates}
+    for number, group in enumerate(groups if gates else ()):
+        for i, owner in enumerate(group.owners):
+            if (number, i) not in called:
+                raise GroupError(
+                    f"{_owner(groups, number, i)} was not called by the forward pass of a hearing, "
+                    f"so its gates were not used ({type(owner.module).__name__} runs in no batch, "
+                    "in some only, by another call than module(x), or inside of what was compiled "
+                    "or traced); name a module as the owner that every forward pass calls, or use "
+                    "Trajectory()"
+                )
+    found: tuple[Tensor | None, ...] = ()
+    if gates and loss.requires_grad:
+        try:
+            # The loss is a mean over samples; a sample's own loss counts in full, and from the
+            # start, or a large batch's derivatives would vanish in half precision.
+            size = torch.full_like(loss, len(gates[0].z))
+            found = torch.autograd.grad(loss, [g.z for g in gates], size, allow_unused=True)
+        except RuntimeError as cause:
+            if "checkpoint" not in str(cause).lower():
+                raise
+            raise GradientError(
+                f"a hearing cannot read its gates through activation checkpointing ({cause}); use "
+                "checkpoint(..., use_reentrant=False), or Trajectory()"
+            ) from cause
+    if all(derivative is None for derivative in found):
+        raise GradientError(
+            "the loss of a hearing does not depend on the decaying structures; the closure "
+            "must run the model that the groups were made from and return its loss, not "
+            "detached"
+        )
+    told: list[Tensor] = []
+    for gate, derivative in zip(gates, found, strict=True):
+        if derivative is None:
+            raise GradientError(
+                f"the loss of a hearing does not depend on a call of "
+                f"{_owner(groups, gate.group, gate.owner)}, so its gate was not used: it ran "
+                "without gradients (torch.no_grad(), or activation checkpointing with "
+                "use_reentrant=True), or its output goes nowhere. Use checkpoint(..., "
+                "use_reentrant=False), name another module as the owner, or use Trajectory()"
+            )
+        told.append(derivative)
+    return tuple(told)
+
+
+def _owner(groups: Sequence[StructureGroup], number: int, i: int) -> str:
+    group = groups[number]
+    which = f"owner {i} ({type(group.owners[i].module).__name__})"
+    return f"{which} of group {group.name!r}"
 
 
 @contextmanager
@@ -148,12 +205,12 @@ def _gates(
     gated: Sequence[Tensor],
     read: Sequence[Tensor],
     value: float,
-    gates: list[tuple[int, Tensor, Tensor]],
-) -> Iterator[None]:
-    """While open, multiply owners' outputs by fresh gates and list (group, gate, index) of each."""
+) -> Iterator[list[_Gate]]:
+    """While open, multiply owners' outputs by fresh gates and list each."""
+    gates: list[_Gate] = []
 
     def hook_for(
-        number: int, dim: int, silent: Tensor, told: Tensor, highest: int
+        number: int, i: int, dim: int, silent: Tensor, told: Tensor, highest: int
     ) -> Callable[..., Tensor]:
         def multiply(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
             sound = isinstance(output, Tensor) and -output.dim() < dim < output.dim() and dim != 0
@@ -164,7 +221,7 @@ def _gates(
                 )
             silenced, here = silent.to(output.device), told.to(output.device)
             along = dim % output.dim()
-            if highest >= output.shape[along] or (gates and gates[0][1].shape[0] != len(output)):
+            if highest >= output.shape[along] or (gates and len(gates[0].z) != len(output)):
                 raise GroupError(
                     f"an owner of group {groups[number].name!r} returns shape "
                     f"{tuple(output.shape)}, which has not the batch in dimension 0, or no "
@@ -174,7 +231,7 @@ def _gates(
             z = output.new_ones(output.shape[0], output.shape[along], dtype=wide)
             z[:, silenced.reshape(-1)] = value
             z.requires_grad_()
-            gates.append((number, z, here))
+            gates.append(_Gate(number, i, z, here))
             shape = [output.shape[d] if d in (0, along) else 1 for d in range(output.dim())]
             return (output * z.view(shape)).to(output.dtype)
 
@@ -182,17 +239,24 @@ def _gates(
 
     handles = [
         owner.module.register_forward_hook(
-            hook_for(number, owner.dim, index[silent], index[told], int(index.max()))
+            hook_for(number, i, owner.dim, index[silent], index[told], int(index.max()))
         )
         for number, (group, silent, told) in enumerate(zip(groups, gated, read, strict=True))
-        for owner in group.owners
+        for i, owner in enumerate(group.owners)
         for index in [owner.index.cpu()]
     ]
     try:
-        yield
+        yield gates
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """While open, what was compiled runs as it was written, and so meets the gates."""
+    if "torch._dynamo" not in sys.modules:  # nothing was; the import would take seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from .attachment import Attachment
 from .decay import SmoothPruning, target_norm
+from .elsewhere import counterparts, write_zeros
 from .errors import (
     AttachmentError,
     ConfigurationError,
@@ -22,11 +23,11 @@ from .errors import (
     PhaseError,
     StateError,
 )
-from .groups import StructureGroup, require_disjoint
+from .groups import StructureGroup, require_disjoint, require_fit
 from .hearing import Room, hold
 from .phases import Move, Phase, after
 from .processes import DECIDE_ALIKE, Processes, digest
-from .rectify import Evidence, SelfRectifying
+from .rectify import Evidence, SelfRectifying, require_choice
 from .state import VERSION, Ledger, check_groups, check_header
 from .table import SliceTable, zero_
 
@@ -63,6 +64,8 @@ class _Plan:
     resistance: Tensor
     gradient: Tensor
     release: Tensor
+    heard: int = 0
+    worth: Tensor | None = None
 
 
 class DecayPruning:
@@ -80,10 +83,24 @@ class DecayPruning:
     2406.03879, section on smooth pruning), decisions are taken back where Self-Rectifying says
     so, and pruned structures are held at exactly zero. Structures that are ACTIVE get what the
     optimizer gave them, bit for bit. A step loops over no structures and waits for the device at
-    most once, and not at all while nothing decays. A parameter without a gradient in a step
-    counts as one with a gradient of zero. A step that a gradient scaler skips decays nothing and
-    is not counted; to learn of it from a fused optimizer, which skips and unscales by itself, takes
-    that one wait in idle steps, too.
+    most once, and while nothing decays not at all, but for the step after a structure has become
+    zero. A parameter without a gradient in a step counts as one with a gradient of zero. A step
+    that a gradient scaler skips decays nothing and is not counted; to learn of it from a fused
+    optimizer, which skips and unscales by itself, takes that one wait in idle steps, too.
+
+    A ``step`` that calls its parent's, or that of an optimizer inside which shares its hooks,
+    counts once: the core works before and after the outermost one. What happens to the weights
+    outside of ``step`` is not the core's: structures that are PRUNED may be moved away from zero
+    there, and :meth:`phases` says so. Where the optimizer maximises (``maximize=True``), the
+    objective's sign is turned, so that resistance is always about what is really minimised.
+
+    The core follows its parameters where their storage, type or device is exchanged
+    (``model.to(...)``, ``p.data = ...``). Parameters that are exchanged themselves are refused.
+
+    A copy (``copy.deepcopy``, ``pickle``) works around the copy of the optimizer, where model,
+    optimizer and core are copied together: ``copy.deepcopy((model, optimizer, dpm))``. Where the
+    optimizer's copy is dropped, the copy of the core is attached to nothing. A core with a loss for
+    hearings cannot be copied, as its loss would still run the original model.
 
     In several processes every one makes its own, of the same groups and settings, and decides alike
     from the weights and averaged gradients that DistributedDataParallel keeps equal. In each step
@@ -116,12 +133,7 @@ class DecayPruning:
             twice = sorted({n for n in names if names.count(n) > 1})
             raise GroupError(f"group names {twice} are given twice; names key what is saved")
         require_disjoint(listed)
-        devices = {s.parameter.device for g in listed for s in g.slices}
-        if len(devices) > 1:
-            raise GroupError(
-                f"the groups lie on several devices ({sorted(map(str, devices))}); make one "
-                "DecayPruning per device"
-            )
+        self._device = require_fit(listed)
         self.smooth = smooth if smooth is not None else SmoothPruning()
         self.rectify = rectify
         self._decision = rectify.decision_step(self.smooth.steps) if rectify else None
@@ -136,7 +148,6 @@ class DecayPruning:
         ``None``: as many as others of their groups can replace. Not saved with the state.
         """
 
-        self._device = devices.pop()
         self._start: dict[str, int] = {}
         total = 0
         for group in listed:
@@ -147,14 +158,16 @@ class DecayPruning:
             torch.arange(len(listed)), torch.tensor([g.size for g in listed])
         )
         self._ledger = Ledger.blank(total)
-        self._optimizer: Optimizer | None = None
-        self._handles: list[RemovableHandle] = []
+        self._attachment: Attachment | None = None
         self._room: Room | None = None
         self._plan: _Plan | None = None
         self._worth: Tensor | None = None  # not saved: it serves the step in which it was heard
         self._skipped = False
         self._processes: Processes | None = None
         self._decided: float | None = None  # the digest of all decisions, once it is asked for
+        self._decaying: _Some | None = None
+        self._new_zeros: _Some | None = None  # what became zero in the last step
+        self._norms: Tensor | None = None  # of all structures of _decaying's table, on the device
         self._refresh()
 
     # ------------------------------------------------------------------ attachment
@@ -168,34 +181,36 @@ class DecayPruning:
     ) -> DecayPruning:
         """Work around every step of ``optimizer`` from now on, by PyTorch's own step hooks.
 
+        Attach to the outermost optimizer: what a wrapper does to the weights after the step of the
+        one inside escapes the core. One that is no optimizer of its own (accelerate's, Lightning's)
+        is looked through. An optimizer that is stepped by other calls (``second_step()``) has to
+        have one inside whose ``step`` they call; attach to that one.
+
         Args:
             optimizer: any optimizer that owns all parameters of all groups and whose ``step`` is
                 called without a closure.
             model: with ``loss``, for a criterion that holds a hearing: the model whose buffers
                 are put back afterwards.
-            loss: runs the model on the next training batch and returns the mean loss over it.
+            loss: runs the model on the next training batch and returns the mean loss over it: what
+                the training loop calls ``backward()`` on. Where the optimizer maximises that, the
+                loss is to give the same objective; its sign is turned here, as that of gradients.
 
         Returns:
             self.
 
         Raises:
-            AttachmentError: attached already, a parameter is not the optimizer's, or a hearing
-                has no model or loss.
+            AttachmentError: attached already, it is no optimizer, a parameter is not the
+                optimizer's, another core decays the same structures, or a hearing has no model or
+                loss. Nothing was attached.
+            GroupError: a parameter is not any more what a group was made from.
         """
-        if self._optimizer is not None:
+        if self._attachment is not None and self._attachment.optimizer is not None:
             raise AttachmentError(
                 "already attached to an optimizer; structures would decay twice a step. Call "
                 "detach() first"
             )
-        owned = {id(p) for g in optimizer.param_groups for p in g["params"]}
-        for group in self.groups.values():
-            for s in group.slices:
-                if id(s.parameter) not in owned:
-                    raise AttachmentError(
-                        f"{s.name!r} of group {group.name!r} is not a parameter of this optimizer, "
-                        "so the decay would not follow its steps. Build the optimizer from the "
-                        "model that the groups were made from, or leave the group out"
-                    )
+        require_fit(self.groups.values())
+        room = None
         if self.rectify is not None and self.rectify.criterion.batches:
             if model is None or loss is None:
                 raise AttachmentError(
@@ -208,25 +223,50 @@ class DecayPruning:
                         f"group {group.name!r} has no owners, so a hearing cannot gate its "
                         "structures; give StructureGroup(owners=...), or use Trajectory()"
                     )
-            self._room = Room(model, loss)
-        self._optimizer = optimizer
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+            room = Room(model, loss)
+        groups = list(self.groups.values())
+        # Nothing is assigned before all has been accepted.
+        self._attachment = Attachment(optimizer, groups, self._before_step, self._after_step)
+        self._room = room
         return self
 
     def detach(self) -> None:
         """Leave the optimizer. Phases stay; nothing decays or is held at zero any more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._optimizer = None
+        if self._attachment is not None:
+            self._attachment.remove()
+        self._attachment = None
         self._room = None
         self._plan = None
         if self._processes is not None:
             self._processes.close()
             self._processes = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: everything but what belongs to this very process and optimizer's hooks."""
+        if self._room is not None:
+            raise AttachmentError(
+                "a DecayPruning with a loss for hearings cannot be copied or pickled: the copy's "
+                "loss would still run this model. Make a new one of the copied model's groups, "
+                "attach it, and give it load_state_dict(dpm.state_dict())"
+            )
+        state = self.__dict__.copy()
+        for name in ("_attachment", "_processes", "_plan", "_decaying", "_pruned", "_norms"):
+            del state[name]
+        state["_new_zeros"] = None if self._new_zeros is None else self._new_zeros.numbers
+        state["optimizer"] = None if self._attachment is None else self._attachment.optimizer
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        optimizer, new_zeros = state.pop("optimizer"), state.pop("_new_zeros")
+        self.__dict__.update(state)
+        self._attachment = self._processes = self._plan = self._decaying = self._norms = None
+        self._new_zeros = None if new_zeros is None else self._some(new_zeros)
+        self._refresh()
+        if optimizer is not None:
+            groups = list(self.groups.values())
+            hooks = (self._before_step, self._after_step)
+            self._attachment = Attachment(optimizer, groups, *hooks, keep=False)
 
     # ------------------------------------------------------------------ decisions
 
@@ -237,25 +277,29 @@ class DecayPruning:
         A structure whose norm is zero is PRUNED at once.
 
         Args:
-            structures: group name to the numbers of its structures.
+            structures: group name to the numbers of its structures: a list, set, range, tensor
+                or array of integers.
             wave: 0 for a first decision; a replacement for structures released in wave w is
                 decayed in wave w + 1.
 
         Raises:
             AttachmentError: not attached.
-            PhaseError: a structure is unknown, given twice, decaying, pruned, or was released.
-            GroupError: a parameter of a group is frozen.
+            AttachmentError: the optimizer does not own the groups' parameters any more.
+            PhaseError: a structure is unknown, given twice, decaying, pruned, or was released, or
+                this is no mapping to numbers.
+            GroupError: a parameter of a group is frozen, or has another shape than it had.
             GradientError: the norm of a structure is not finite.
             ConfigurationError: ``wave`` is not a count.
         """
-        if self._optimizer is None:
+        if self._attachment is None:
             raise AttachmentError(
                 "not attached to an optimizer, so no step would carry the decay out; call "
                 "attach(optimizer) first"
             )
-        if isinstance(wave, bool) or not isinstance(wave, int) or wave < 0:
+        if isinstance(wave, bool) or not isinstance(wave, int) or not 0 <= wave < 2**31:
             raise ConfigurationError(f"wave is {wave!r}; give 0, or 1 and up for replacements")
         numbers = self._resolve(structures)
+        self._follow()
         if numbers.numel() == 0:
             return
         self._require_active(numbers)
@@ -293,9 +337,17 @@ class DecayPruning:
         self._refresh()
 
     def phases(self, group: str) -> Tensor:
-        """Phases of a group's structures, (K,) int64 on the host, as :class:`Phase` values."""
+        """Phases of a group's structures, (K,) int64 on the host, as :class:`Phase` values.
+
+        Raises:
+            PhaseError: there is no such group; or structures that are PRUNED are not zero, because
+                something other than the optimizer's step has changed them.
+            GroupError: a parameter has another shape than it had when the group was made.
+        """
         start = self._first_of(group)
-        return self._ledger.phase[start : start + self.groups[group].size].clone()
+        phases = self._ledger.phase[start : start + self.groups[group].size].clone()
+        self._require_zero(self.groups[group], (phases == Phase.PRUNED).nonzero().flatten())
+        return phases
 
     def available(self, group: str) -> Tensor:
         """Which structures of a group may be decayed: ACTIVE and never released; (K,) bool."""
@@ -304,8 +356,38 @@ class DecayPruning:
         return (self._ledger.phase[part] == Phase.ACTIVE) & ~self._ledger.immune[part]
 
     def count(self, phase: Phase) -> int:
-        """How many structures of all groups are in ``phase``."""
+        """How many structures of all groups are in ``phase``; without a look at the weights."""
         return int((self._ledger.phase == phase).sum())
+
+    @torch.no_grad()
+    def zero_in(
+        self, other: nn.Module | Mapping[str, Tensor], model: nn.Module | None = None
+    ) -> None:
+        """Set the structures that are PRUNED to exactly zero in weights that are kept elsewhere.
+
+        For averages (``AveragedModel``, an EMA, SWA) and other copies before a removal, and for the
+        model itself where something has moved it away from zero, such as the ``eval()`` of a
+        schedule-free optimizer. An average remembers what structures were before they became zero,
+        so it takes this call after its last update.
+
+        Args:
+            other: a model with the same parameter names and shapes, or tensors by those names. What
+                AveragedModel, DistributedDataParallel and ``torch.compile`` put before the names is
+                looked through.
+            model: the model that the groups were made from, which names the parameters. May be left
+                out where ``other`` is this model itself.
+
+        Raises:
+            GroupError: a parameter is not in ``model``, or has no counterpart of its shape in
+                ``other``. Nothing was changed.
+        """
+        groups = list(self.groups.values())
+        require_fit(groups)
+        into = counterparts(groups, other, model)
+        for group in groups:
+            start = self._start[group.name]
+            pruned = self._ledger.phase[start : start + group.size] == Phase.PRUNED
+            write_zeros(group, pruned.nonzero().flatten(), into)
 
     # ------------------------------------------------------------------ the step
 
@@ -317,51 +399,99 @@ class DecayPruning:
         # What a gradient scaler tells an optimizer that skips and unscales by itself.
         overflow = getattr(optimizer, "found_inf", None)
         scale = getattr(optimizer, "grad_scale", None)
-        if self._decaying is None:
+        if self._decaying is not None or self._pruned:
+            self._follow()
+        decaying, zeros = self._decaying, self._new_zeros
+        found: list[Tensor] = []
+        if decaying is not None:
+            if kwargs.get("closure") is not None or any(callable(a) for a in args):
+                raise AttachmentError(
+                    "optimizer.step(closure) computes its gradients after decay pruning has to "
+                    "read them; call loss.backward() and then optimizer.step() without a closure"
+                )
+            found += self._evidence(decaying)
+        if zeros is not None:
+            found.append(zeros.table.square_norms(self._gradients(zeros)))
+        scaled = overflow is not None or (scale is not None and bool(found))
+        if scaled:
+            kind = found[0].dtype if found else torch.float32
+            base = torch.zeros(1, dtype=kind, device=self._device)
+            found.append(base + (1.0 if scale is None else scale))
+            found.append(base + (0.0 if overflow is None else overflow))
+        if not found:
             self._agree()
-            self._skipped = overflow is not None and bool(_to_host(torch.as_tensor(overflow)))
             return
-        if kwargs.get("closure") is not None or any(callable(a) for a in args):
-            raise AttachmentError(
-                "optimizer.step(closure) computes its gradients after decay pruning has to read "
-                "them; call loss.backward() and then optimizer.step() without a closure"
-            )
-        decaying, table = self._decaying, self._decaying.table
-        gradients = table.gradients()
-        if any(g is not None and g.layout != torch.strided for g in gradients):
-            raise self._sparse_gradient(decaying.names)
-        found = [table.square_norms(gradients)]
-        if self.rectify is not None:
-            found.append(table.dots(table.parameters(), gradients))
-        scaled = overflow is not None or scale is not None
-        if scaled:
-            base = torch.zeros_like(found[0])
-            found += [base + (1.0 if scale is None else scale)]
-            found += [base + (0.0 if overflow is None else overflow)]
         # The only wait for the device in a step.
-        host = _to_host(torch.stack(found))[:, decaying.local].double()
-        self._agree(decaying.numbers, host[0])
-        if scaled:
-            *rows, unit, skipped = host
-            self._skipped = bool(skipped[0])
-            if self._skipped:
-                return
-            # Squares, and products with what is not scaled.
-            host = torch.stack([row / unit ** (2 - i) for i, row in enumerate(rows)])
+        host = list(_to_host(torch.cat(found)).double().split([len(part) for part in found]))
+        skipped, unit = (host.pop(), host.pop()) if scaled else (None, None)
+        after_zero = host.pop() if zeros is not None else None
+        if decaying is None:
+            self._agree()
+        else:
+            host = [row[decaying.local] for row in host]
+            self._agree(decaying.numbers, host[0])
+        self._skipped = skipped is not None and bool(skipped)
+        if self._skipped:
+            return
+        if zeros is not None and after_zero is not None:
+            self._require_gradients_at_zero(zeros.numbers, after_zero[zeros.local])
+        if decaying is not None:
+            self._plan = self._plan_for(decaying, host, 1.0 if unit is None else float(unit))
+        self._new_zeros = None
+
+    def _evidence(self, decaying: _Some) -> list[Tensor]:
+        """What a step has to know, on the device: rows over all structures of the table.
+
+        Returns:
+            Square norms of gradients, norms of weights, and with Self-Rectifying the products of
+            both, by the sign of what is minimised.
+        """
+        table, gradients = decaying.table, self._gradients(decaying)
+        if self._norms is None:
+            self._norms = table.square_norms(table.parameters()).sqrt()
+        rows = [table.square_norms(gradients), self._norms]
+        if self.rectify is not None:
+            assert self._attachment is not None
+            weights, maximised = table.parameters(), self._attachment.maximised()
+            if maximised:
+                weights = [
+                    -w if w is not None and id(s.parameter) in maximised else w
+                    for w, s in zip(weights, table.slices, strict=True)
+                ]
+            rows.append(table.dots(weights, gradients))
+        return rows
+
+    def _plan_for(self, decaying: _Some, host: list[Tensor], unit: float) -> _Plan:
+        """What the step is to do, from its :meth:`_evidence` on the host.
+
+        Args:
+            decaying: who decays.
+            host: the rows, (decaying,) each.
+            unit: by how much gradients are scaled.
+        """
         numbers, ledger = decaying.numbers, self._ledger
-        if not bool(torch.isfinite(host).all()):
-            bad = numbers[~torch.isfinite(host).all(0)]
+        squares, norms = host[0] / unit**2, host[1]
+        dots = host[2] / unit if len(host) > 2 else torch.zeros_like(squares)
+        if not bool(torch.isfinite(norms).all()):
+            bad = numbers[~torch.isfinite(norms)]
             raise GradientError(
-                f"the gradient of {self._describe(bad)} is not finite. Nothing was changed: skip "
-                "this step (optimizer.zero_grad()), clip gradients, or lower the learning rate"
+                f"the weights of {self._listed(bad)} are not finite any more. This step changed "
+                "nothing: go back to an earlier checkpoint, and lower the learning rate"
+            )
+        sound = torch.isfinite(squares) & torch.isfinite(dots)
+        if not bool(sound.all()):
+            raise GradientError(
+                f"the gradient of {self._describe(numbers[~sound])} is not finite. Nothing was "
+                "changed: skip this step (optimizer.zero_grad()), clip gradients, or lower the "
+                "learning rate"
             )
         initial, step = ledger.initial[numbers], ledger.step[numbers]
         # ||x_k|| is L_init (1 - (k - 1) / N), so L_init / ||x_k|| depends on the schedule alone.
         stretch = 1 / target_norm(torch.ones_like(initial), step, self.smooth.steps)
         plan = _Plan(
             decaying=numbers,
-            gradient=ledger.gradient[numbers] + host[0].sqrt() * initial,
-            resistance=ledger.resistance[numbers] - (host[1] * stretch if len(host) > 1 else 0),
+            gradient=ledger.gradient[numbers] + squares.sqrt() * initial,
+            resistance=ledger.resistance[numbers] - dots * stretch,
             release=torch.zeros(numbers.numel(), dtype=torch.bool),
         )
         if self.rectify is not None:
@@ -369,7 +499,53 @@ class DecayPruning:
             if bool(due.any()):
                 plan.release[due] = self._hear(plan, due)
                 self._agree_on(numbers[plan.release])
-        self._plan = plan
+                self.heard += plan.heard
+                if plan.worth is not None:
+                    self._worth = plan.worth
+        return plan
+
+    def _require_gradients_at_zero(self, numbers: Tensor, squares: Tensor) -> None:
+        """Refuse a model that does not bear a structure at zero, in the first step that shows it.
+
+        Args:
+            numbers: of the structures that became zero in the last step.
+            squares: the square norms of their gradients.
+        """
+        bad = numbers[~torch.isfinite(squares)]
+        if bad.numel():
+            raise GradientError(
+                f"the gradient of {self._listed(bad)} is not finite in the first step after the "
+                "norm became exactly zero. This step changed nothing: either the model divides by "
+                "that norm (as weight_norm does: give a slice of the magnitude, original0, and "
+                "none of the direction, original1), or it has diverged. Go back to an earlier "
+                "checkpoint"
+            )
+
+    def _gradients(self, some: _Some) -> list[Tensor | None]:
+        gradients = some.table.gradients()
+        if any(g is not None and g.layout != torch.strided for g in gradients):
+            raise self._sparse_gradient(some.names)
+        return gradients
+
+    def _follow(self) -> None:
+        """Notice what happened to the optimizer and to the parameters since the last step.
+
+        Raises:
+            AttachmentError: the optimizer does not own a parameter any more, or is gone.
+            GroupError: a parameter has another shape, or cannot be decayed any more.
+        """
+        assert self._attachment is not None
+        self._attachment.require_owned()
+        known = [some.table for some in (self._decaying, self._new_zeros) if some is not None]
+        if self._zero_table is not None:
+            known.append(self._zero_table)
+        if all(table.fits() for table in known):
+            return
+        self._device = require_fit(self.groups.values())
+        self._decaying = self._norms = None
+        if self._new_zeros is not None:
+            self._new_zeros = self._some(self._new_zeros.numbers)
+        self._refresh()
 
     def _agree(self, numbers: Tensor | None = None, squares: Tensor | None = None) -> None:
         """Stop all processes of a run where one of them stands elsewhere than the others.
@@ -448,9 +624,11 @@ class DecayPruning:
                 limits = limits * left // limits.sum()
         derivative = fisher = worth = price = None
         if criterion.batches and bool((limits > 0).any()):
-            derivative, fisher = self._hold(plan.decaying)[:, numbers]
-            if self._worth is not None:
-                known = self._worth
+            told = self._hold(plan.decaying)
+            plan.heard = criterion.batches
+            derivative, fisher = told[:, numbers]
+            if criterion.exchanges:
+                known = plan.worth = told[1] / 2 - told[0]
                 worth = known[numbers]
                 lists = [known[free & (self._group_of == g)].sort().values for g in groups]
                 price = pad_sequence(lists, batch_first=True, padding_value=math.inf)
@@ -466,10 +644,14 @@ class DecayPruning:
             worth,
             price,
         )
-        return criterion.choose(evidence, limits, self.clock)
+        chosen = criterion.choose(evidence, limits.clone(), self.clock)
+        names = [self._names[i] for i in groups.tolist()]
+        return require_choice(criterion, chosen, cohort, limits, names)
 
     def _hold(self, decaying: Tensor) -> Tensor:
         """What a hearing tells of every structure: mean derivative by its gate, and mean square.
+
+        The derivative is of what is minimised: minus that of an objective which is maximised.
 
         Returns:
             (2, total) float64 on the host, NaN for what was not read.
@@ -477,6 +659,7 @@ class DecayPruning:
         assert self.rectify is not None
         assert self._room is not None
         criterion, heard = self.rectify.criterion, self._groups_of(decaying)
+        signs = self._signs(heard)
         gated = [
             decaying[self._group_of[decaying] == self._names.index(g.name)] - self._start[g.name]
             for g in heard
@@ -487,12 +670,26 @@ class DecayPruning:
         found = hold(
             self._room, heard, gated, criterion.batches, criterion.gate, self._processes, read
         )
-        self.heard += criterion.batches
         told = torch.full((2, self._ledger.phase.numel()), math.nan, dtype=torch.float64)
         told[:, numbers] = torch.stack(found).cpu()
-        if criterion.exchanges:
-            self._worth = told[1] / 2 - told[0]
+        told[0, numbers] *= signs.repeat_interleave(torch.tensor([len(r) for r in read]))
         return told
+
+    def _signs(self, groups: list[StructureGroup]) -> Tensor:
+        """For each group, -1 where the optimizer maximises the loss by it, else 1; (groups,)."""
+        assert self._attachment is not None
+        maximised = self._attachment.maximised()
+        signs = []
+        for group in groups:
+            kinds = {id(s.parameter) in maximised for s in group.slices}
+            if len(kinds) > 1:
+                raise AttachmentError(
+                    f"the optimizer maximises by some parameters of group {group.name!r} and "
+                    "minimises by others, so a hearing's loss has no sign for it; give them one "
+                    "setting of maximize, or use Trajectory()"
+                )
+            signs.append(-1.0 if kinds.pop() else 1.0)
+        return torch.tensor(signs, dtype=torch.float64)
 
     def worth(self, group: str) -> Tensor | None:
         """What the structures of a group are worth by the last hearing of an exchange.
@@ -570,8 +767,11 @@ class DecayPruning:
         )[kept]
         wanted = target.to(device=self._device, dtype=table.dtype, non_blocking=True)
         norms = table.square_norms(table.parameters()).sqrt()
-        # A structure that the optimizer made zero has no direction to grow in, and stays zero.
-        table.scale_(torch.where((wanted >= 0) & (norms > 0), wanted / norms, 1.0))
+        # A structure that the optimizer made zero has no direction to grow in, and stays zero. One
+        # that is not finite stays what it is, and the next step refuses it.
+        scaled = (wanted >= 0) & (norms > 0) & torch.isfinite(norms)
+        table.scale_(torch.where(scaled, wanted / norms, 1.0))
+        self._norms = norms
 
         released = numbers[plan.release]
         if released.numel():
@@ -586,6 +786,7 @@ class DecayPruning:
         if finished.numel():
             self._move(finished, Move.FINISH)
             self._record("prune", finished, torch.zeros(finished.numel()))
+            self._new_zeros = _Some(decaying.names, table, finished, decaying.local[done])
         if released.numel() or finished.numel():
             self._refresh()
 
@@ -598,7 +799,8 @@ class DecayPruning:
         target[torch.searchsorted(here, released)] = self._ledger.effect[released]
         wanted = target.to(device=self._device, dtype=table.dtype, non_blocking=True)
         norms = table.square_norms(table.parameters()).sqrt()
-        table.scale_(torch.where((wanted > 0) & (norms > 0), wanted / norms, 1.0))
+        scaled = (wanted > 0) & (norms > 0) & torch.isfinite(norms)
+        table.scale_(torch.where(scaled, wanted / norms, 1.0))
 
     # ------------------------------------------------------------------ saving
 
@@ -642,20 +844,20 @@ class DecayPruning:
         for name, part in state["groups"].items():
             self._ledger.assign(self._start[name], sizes[name], part)
         self.clock, self.heard, self.events = state["clock"], state["heard"], events
-        self._plan = None
+        self._plan = self._new_zeros = None
         self._refresh()
 
     def _could_have_happened(self, event: Event, clock: int) -> bool:
         numbers = (event.step, event.wave, *event.structures)
         return (
-            all(isinstance(number, int) for number in numbers)
+            all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
             and event.kind in get_args(Kind)
             and event.group in self.groups
             and 0 <= event.step <= clock
             and event.wave >= 0
             and len(event.norms) == len(event.structures)
             and all(0 <= k < self.groups[event.group].size for k in event.structures)
-            and all(isinstance(norm, float) for norm in event.norms)
+            and all(isinstance(n, float) and 0 <= n < math.inf for n in event.norms)
         )
 
     def _settings(self) -> dict[str, str]:
@@ -668,24 +870,24 @@ class DecayPruning:
         self._decided = None
         decaying = (self._ledger.phase == Phase.DECAYING).nonzero().flatten()
         pruned = (self._ledger.phase == Phase.PRUNED).nonzero().flatten()
-        groups = self._groups_of(decaying)
-        if not groups:
-            self._decaying: _Decaying | None = None
-        else:
-            before: _Decaying | None = getattr(self, "_decaying", None)
-            names = [g.name for g in groups]
-            table = (
-                before.table
-                if before is not None and before.names == names
-                else SliceTable([g.slices for g in groups])
-            )
-            local = torch.searchsorted(self._numbers_of(groups), decaying)
-            self._decaying = _Decaying(names, table, decaying, local)
+        before = self._decaying
+        self._decaying = self._some(decaying, before) if decaying.numel() else None
+        if self._decaying is None or before is None or self._decaying.table is not before.table:
+            self._norms = None
         self._pruned: list[tuple[Tensor, int, Tensor]] = []
+        self._zero_table: SliceTable | None = None
         if pruned.numel():
-            groups = self._groups_of(pruned)
-            local = torch.searchsorted(self._numbers_of(groups), pruned)
-            self._pruned = SliceTable([g.slices for g in groups]).positions(local)
+            zeros = self._some(pruned)
+            self._zero_table = zeros.table
+            self._pruned = zeros.table.positions(zeros.local)
+
+    def _some(self, numbers: Tensor, before: _Some | None = None) -> _Some:
+        """Some structures with a table of their groups: the one from before, where it will do."""
+        groups = self._groups_of(numbers)
+        names = [g.name for g in groups]
+        same = before is not None and before.names == names and before.table.fits()
+        table = before.table if before and same else SliceTable([g.slices for g in groups])
+        return _Some(names, table, numbers, torch.searchsorted(self._numbers_of(groups), numbers))
 
     def _move(self, numbers: Tensor, move: Move) -> None:
         self._ledger.phase[numbers] = after(self._ledger.phase[numbers], move)
@@ -711,18 +913,17 @@ class DecayPruning:
 
     def _resolve(self, structures: Mapping[str, Sequence[int] | Tensor]) -> Tensor:
         """Numbers of the named structures over all groups, sorted."""
+        if not isinstance(structures, Mapping):
+            raise PhaseError(
+                f"structures are given as {type(structures).__name__}; give a mapping of group "
+                "names to lists of numbers: {'conv1': [3, 7]}"
+            )
         found = []
         for name, given in structures.items():
             start, size = self._first_of(name), self.groups[name].size
-            local = torch.as_tensor(given)
+            local = _integers(name, given)
             if local.numel() == 0:
                 continue
-            if local.dim() != 1 or local.dtype == torch.bool or local.is_floating_point():
-                raise PhaseError(
-                    f"group {name!r}: structures are given as {local.dtype} of shape "
-                    f"{tuple(local.shape)}; give a list of their numbers"
-                )
-            local = local.cpu().to(torch.int64)
             if int(local.min()) < 0 or int(local.max()) >= size:
                 raise PhaseError(
                     f"group {name!r} has structures 0 to {size - 1}; {local.tolist()} reaches "
@@ -735,6 +936,26 @@ class DecayPruning:
                 )
             found.append(start + local)
         return torch.cat(found).sort().values if found else torch.empty(0, dtype=torch.int64)
+
+    def _require_zero(self, group: StructureGroup, pruned: Tensor) -> None:
+        """Refuse to speak of PRUNED structures that are not zero; ``pruned`` are their numbers."""
+        if not pruned.numel():
+            return
+        require_fit([group])
+        left = torch.zeros(pruned.numel(), dtype=torch.bool)
+        for s in group.slices:
+            rows = s.index[pruned.to(s.index.device)].to(s.parameter.device)
+            values = s.parameter.detach().index_select(s.dim, rows.reshape(-1)).movedim(s.dim, 0)
+            left |= (values != 0).reshape(pruned.numel(), -1).any(1).cpu()
+        if bool(left.any()):
+            bad = pruned[left] + self._start[group.name]
+            raise PhaseError(
+                f"{self._listed(bad)} should be exactly zero, being PRUNED, but something other "
+                "than the optimizer's step has changed the weights: the eval() or train() of a "
+                "schedule-free optimizer, a wrapper around the optimizer that was attached, "
+                "weights that were loaded, or training after detach(). Take one more step, or "
+                "call zero_in(model)"
+            )
 
     def _require_active(self, numbers: Tensor) -> None:
         refused = after(self._ledger.phase[numbers], Move.START) < 0
@@ -753,7 +974,7 @@ class DecayPruning:
             )
 
     def _first_of(self, group: str) -> int:
-        if group not in self._start:
+        if not isinstance(group, str) or group not in self._start:
             raise PhaseError(f"there is no group {group!r}; groups are {self._names}")
         return self._start[group]
 
@@ -773,10 +994,26 @@ class DecayPruning:
         more = f" (and {numbers.numel() - 1} more)" if numbers.numel() > 1 else ""
         return f"{self._called(int(numbers[0]))}{more}"
 
+    def _listed(self, numbers: Tensor) -> str:
+        """All of some structures, group by group; of many in a group the first."""
+        parts = []
+        for group in self._groups_of(numbers):
+            start = self._start[group.name]
+            local = numbers[(numbers >= start) & (numbers < start + group.size)] - start
+            shown = ", ".join(map(str, local[:_SHOWN].tolist()))
+            more = f" and {local.numel() - _SHOWN} more" if local.numel() > _SHOWN else ""
+            word = "structure" if local.numel() == 1 else "structures"
+            parts.append(f"{word} {shown}{more} of group {group.name!r}")
+        return "; ".join(parts)
+
+
+_SHOWN = 8
+"""How many structures of a group a message lists; ours."""
+
 
 @dataclass
-class _Decaying:
-    """The groups with decaying structures: names, passes, and who decays.
+class _Some:
+    """Some structures: the names of their groups, a table of those, and who they are.
 
     ``numbers`` count over all groups, ``local`` over the structures of ``table``.
     """
@@ -785,6 +1022,37 @@ class _Decaying:
     table: SliceTable
     numbers: Tensor
     local: Tensor
+
+
+def _integers(name: str, given: object) -> Tensor:
+    """What is given for a group as int64 (n,) on the host.
+
+    Raises:
+        PhaseError: it is no list of integers.
+    """
+    listed: Any = given
+    several = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping)
+    if several and not hasattr(given, "dtype"):  # an array knows the kind of its numbers
+        listed = list(listed)
+    try:
+        local: Tensor = torch.as_tensor(listed)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as cause:
+        raise PhaseError(
+            f"group {name!r}: structures are given as {str(given)[:40]!r} "
+            f"({type(given).__name__}); give a list of their numbers"
+        ) from cause
+    if local.numel() == 0 and local.dim() == 1:
+        return torch.empty(0, dtype=torch.int64)
+    plain = local.dim() == 1 and local.layout == torch.strided and not local.is_meta
+    kind = local.dtype
+    if isinstance(listed, list) and any(isinstance(k, bool) for k in listed):
+        kind = torch.bool  # among integers it would count as one
+    if not plain or kind == torch.bool or kind.is_floating_point or kind.is_complex:
+        raise PhaseError(
+            f"group {name!r}: structures are given as {kind} of shape {tuple(local.shape)}; give "
+            "a list of their numbers"
+        )
+    return local.cpu().to(torch.int64)
 
 
 def _to_host(values: Tensor) -> Tensor:

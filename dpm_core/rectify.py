@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -114,7 +115,8 @@ class Criterion(ABC):
             step: the count of optimizer steps so far; for what needs a seed.
 
         Returns:
-            (C,) bool, never more than the limits.
+            (C,) bool, never more than the limits. Anything else stops the step with a
+            ConfigurationError, before it has changed anything.
         """
 
 
@@ -302,8 +304,53 @@ def _copy_schedule(control: RandomRelease | LeastResistant) -> None:
         object.__setattr__(control, setting, getattr(control.like, setting))
 
 
+def require_choice(
+    criterion: Criterion,
+    chosen: object,
+    group: Tensor,
+    limits: Tensor,
+    names: Sequence[str] | None = None,
+) -> Tensor:
+    """Refuse what a criterion must not choose.
+
+    Args:
+        criterion: whose choice it is.
+        chosen: what it returned.
+        group: (C,) int64, the number of each structure's group.
+        limits: (G,) int64, how many may be released of each group.
+        names: of the groups, for the message.
+
+    Returns:
+        ``chosen``, (C,) bool on the host.
+
+    Raises:
+        ConfigurationError: it is no bool tensor of one entry per structure, or releases more of a
+            group than its limit.
+    """
+    kind = type(criterion).__name__
+    if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.shape != group.shape:
+        given = type(chosen).__name__
+        if isinstance(chosen, Tensor):
+            given = f"{chosen.dtype} of shape {tuple(chosen.shape)}"
+        raise ConfigurationError(
+            f"{kind}.choose returned {given}; return a torch.bool tensor of shape "
+            f"{tuple(group.shape)}, True for each structure to release"
+        )
+    chosen = chosen.detach().cpu()
+    counts = torch.bincount(group[chosen], minlength=limits.numel())
+    for i in (counts > limits).nonzero().flatten().tolist():
+        name = f"group {names[i]!r}" if names is not None else f"group number {i}"
+        raise ConfigurationError(
+            f"{kind}.choose releases {int(counts[i])} structures of {name}, where at most "
+            f"{int(limits[i])} may be released; keep to its limits (SelfRectifying.max_share, and "
+            "as many as others can replace)"
+        )
+    return chosen
+
+
 def _counts(like: Criterion, evidence: Evidence, limits: Tensor, step: int) -> Tensor:
-    chosen = like.choose(evidence, limits, step)
+    found = like.choose(evidence, limits.clone(), step)
+    chosen = require_choice(like, found, evidence.group, limits)
     return torch.bincount(evidence.group[chosen], minlength=limits.numel())
 
 

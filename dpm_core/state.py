@@ -140,12 +140,14 @@ def check_groups(parts: Any, sizes: Mapping[str, int], steps: int) -> None:
         phase, step = part["phase"], part["step"]
         decaying = phase == Phase.DECAYING
         finite = [part[f] for f in ("initial", "effect", "resistance", "gradient")]
+        norms = [part[f] for f in ("initial", "effect", "gradient")]
         sound = (
             bool(((phase >= 0) & (phase < len(Phase))).all())
             and bool(((step >= 0) & (step < steps)).all())
             and bool((decaying | (step == 0)).all())
             and bool((~decaying | (part["initial"] > 0)).all())
             and bool((part["wave"] >= 0).all())
+            and not any(bool((v < 0).any()) for v in norms)
             and not bool((part["immune"] & (phase != Phase.ACTIVE)).any())
             and all(bool(torch.isfinite(v).all()) for v in finite)
         )

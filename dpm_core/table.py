@@ -67,6 +67,9 @@ class SliceTable:
         self._extents = [s.parameter.shape[s.dim] for s in self.slices]
         self._others = [[d for d in range(s.parameter.dim()) if d != s.dim] for s in self.slices]
         self.device = self.slices[0].parameter.device
+        # Where the model has moved since the slices were made, their indices follow.
+        self._index = [s.index.to(self.device) for s in self.slices]
+        self._state = self._look()
         self.dtype = torch.float32
         for s in self.slices:
             self.dtype = torch.promote_types(self.dtype, s.parameter.dtype)
@@ -91,10 +94,10 @@ class SliceTable:
         for start, given in members:
             columns = []
             for i in (place[g] for g in given):
-                s = self.slices[i]
-                entries = starts[i] + s.index
-                numbers = torch.arange(s.index.shape[0], device=self.device) + start
-                owner[entries.reshape(-1)] = numbers.repeat_interleave(s.index.shape[1])
+                index = self._index[i]
+                entries = starts[i] + index
+                numbers = torch.arange(index.shape[0], device=self.device) + start
+                owner[entries.reshape(-1)] = numbers.repeat_interleave(index.shape[1])
                 columns.append(entries)
             entries = torch.cat(columns, dim=1)
             by_width.setdefault(entries.shape[1], []).append((start, entries))
@@ -109,6 +112,21 @@ class SliceTable:
             )
         self._back = torch.empty(self.size, dtype=torch.int64, device=self.device)
         self._back[torch.cat(places)] = torch.arange(self.size, device=self.device)
+
+    def _look(self) -> list[object]:
+        parameters = [s.parameter for s in self.slices]
+        return [
+            *[p.dtype for p in parameters],
+            *[p.device for p in parameters],
+            *[p.shape for p in parameters],
+        ]
+
+    def fits(self) -> bool:
+        """Whether type, device and shape of every slice are what the table was built for.
+
+        Another storage alone changes nothing here: values are looked up anew in every pass.
+        """
+        return self._state == self._look()
 
     def order(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """``tensors``, given one per slice in the groups' order, in the table's order."""
@@ -165,12 +183,13 @@ class SliceTable:
             structures: sorted int64 numbers on the host.
         """
         found = []
-        for s, first in zip(self.slices, self._first, strict=True):
+        for s, index, first in zip(self.slices, self._index, self._first, strict=True):
             local = structures - first
-            local = local[(local >= 0) & (local < s.index.shape[0])]
+            local = local[(local >= 0) & (local < index.shape[0])]
             if local.numel():
-                rows = s.index[local.to(self.device, non_blocking=True)].reshape(-1)
-                found.append((s.parameter.detach(), s.dim, rows))
+                rows = index[local.to(self.device, non_blocking=True)].reshape(-1)
+                # The parameter itself: a view would stay with a storage that is exchanged.
+                found.append((s.parameter, s.dim, rows))
         return found
 
     def _dot(self, a: Tensor, b: Tensor, others: list[int]) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from dpm_core import (
     DecayPruning,
@@ -304,6 +305,111 @@ def test_a_loss_that_does_not_depend_on_the_structures_is_refused(
     toy = make("conv")
     with refused(GradientError, "loss", "closure", model=toy.model):
         hold(Room(toy.model, lambda: loss(toy)), toy.groups, doomed(toy), 1, 1e-3)
+
+
+class Branches(nn.Module):
+    """A layer that a test runs in some way of its own, beside one that always counts."""
+
+    def __init__(self, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).tanh()
+        return self.head(x + self.run(self.inner, x))
+
+
+def branches(run: Callable[[nn.Module, Tensor], Tensor]) -> Toy:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Branches(run).double()
+    owners = [Owner(m, torch.arange(4)) for m in (model.stem, model.inner)]
+    slices = [Slice.whole(model.stem.weight), Slice.whole(model.inner.weight)]
+    return Toy(model, [StructureGroup("tied", slices, owners)], {"tied": [1, 2]}, (4,))
+
+
+def not_called(_inner: nn.Module, x: Tensor) -> Tensor:
+    return x.square()
+
+
+def without_hooks(inner: nn.Module, x: Tensor) -> Tensor:
+    return inner.forward(x).tanh()
+
+
+def in_passing(inner: nn.Module, x: Tensor) -> Tensor:
+    return inner(x).detach().tanh()
+
+
+def no_gradients(inner: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return inner(x).tanh()
+
+
+def once_in_two(inner: nn.Module, x: Tensor) -> Tensor:
+    """As with a momentum encoder: one call counts, and the other is only looked at."""
+    with torch.no_grad():
+        inner(x)
+    return inner(x).tanh()
+
+
+def reentrant(inner: nn.Module, x: Tensor) -> Tensor:
+    found: Tensor = checkpoint(lambda y: inner(y).tanh(), x, use_reentrant=True)
+    return found
+
+
+def traced(inner: nn.Module, x: Tensor) -> Tensor:
+    weight, bias = inner.weight, inner.bias
+    return functional.linear(x, weight, bias).tanh()  # what compiled code makes of a module
+
+
+UNUSED = [
+    (not_called, GroupError, ("owner 1 (Linear) of group 'tied'", "not called")),
+    (without_hooks, GroupError, ("owner 1 (Linear) of group 'tied'", "module(x)")),
+    (traced, GroupError, ("owner 1 (Linear) of group 'tied'", "compiled")),
+    (in_passing, GradientError, ("owner 1 (Linear) of group 'tied'", "goes nowhere")),
+    (no_gradients, GradientError, ("owner 1 (Linear) of group 'tied'", "no_grad()")),
+    (once_in_two, GradientError, ("owner 1 (Linear) of group 'tied'", "no_grad()")),
+    (reentrant, GradientError, ("checkpoint", "use_reentrant=False", "Trajectory()")),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("run", "error", "words"), UNUSED)
+def test_a_gate_that_no_forward_pass_used_is_refused_with_its_cause(
+    run: Callable[[nn.Module, Tensor], Tensor], error: type[Exception], words: tuple[str, ...]
+) -> None:
+    toy = branches(run)
+    with refused(error, *words, model=toy.model):
+        hold(room(toy), toy.groups, doomed(toy), 2, 0.5)
+
+
+def checkpointed(inner: nn.Module, x: Tensor) -> Tensor:
+    found: Tensor = checkpoint(lambda y: inner(y).tanh(), x, use_reentrant=False)
+    return found
+
+
+def test_a_checkpointed_layer_is_heard_as_any_other() -> None:
+    plain = branches(lambda inner, x: inner(x).tanh())
+    toy = branches(checkpointed)
+    found = [hold(room(t), t.groups, doomed(t), 2, 0.5) for t in (plain, toy)]
+    for expected, told in zip(*found, strict=True):
+        assert torch.equal(expected, told)
+        assert bool((told != 0).any())
+
+
+@pytest.mark.slow
+def test_a_compiled_part_is_heard_as_it_was_written() -> None:
+    plain = branches(lambda inner, x: inner(x).tanh())
+    compiled = torch.compile(lambda inner, x: inner(x).tanh(), backend="eager")
+    toy = branches(lambda inner, x: compiled(inner, x))
+    for step in range(2):
+        toy.loss(step)
+        plain.loss(step)
+    found = [hold(room(t), t.groups, doomed(t), 2, 0.5) for t in (plain, toy)]
+    for expected, told in zip(*found, strict=True):
+        torch.testing.assert_close(expected, told, rtol=1e-9, atol=1e-12)
+    assert torch.equal(plain.loss(5), toy.loss(5))  # no gate is left in what was compiled
 
 
 # ---------------------------------------------------------------------- in a decay

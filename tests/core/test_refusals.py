@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations
 from torch.optim import SGD, Optimizer
 
 from dpm_core import (
     AttachmentError,
     ConfigurationError,
+    Criterion,
     DecayPruning,
+    Evidence,
     GradientError,
     GroupError,
     Hearing,
@@ -153,6 +158,30 @@ DECISIONS = [
     ({"conv1": [True, False, True]}, ("'conv1'", "bool", "list of their numbers")),
     ({"conv1": torch.tensor([[1]])}, ("'conv1'", "(1, 1)", "list of their numbers")),
     ({"conv1": 1}, ("'conv1'", "()", "list of their numbers")),
+    ({"conv1": None}, ("'conv1'", "NoneType", "list of their numbers")),
+    ({"conv1": "12"}, ("'conv1'", "'12'", "str", "list of their numbers")),
+    ({"conv1": b"12"}, ("'conv1'", "bytes", "list of their numbers")),
+    ({"conv1": ""}, ("'conv1'", "str", "list of their numbers")),
+    ({"conv1": ["1"]}, ("'conv1'", "list", "list of their numbers")),
+    ({"conv1": [None]}, ("'conv1'", "list of their numbers")),
+    ({"conv1": {1: True}}, ("'conv1'", "dict", "list of their numbers")),
+    ({"conv1": [2**70]}, ("'conv1'", str(2**70)[:10], "list of their numbers")),
+    ({"conv1": [-(2**70)]}, ("'conv1'", "list of their numbers")),
+    ({"conv1": [2**63 - 1]}, ("'conv1'", "0 to 5")),
+    ({"conv1": [0, True]}, ("'conv1'", "bool", "list of their numbers")),
+    ({"conv1": {False}}, ("'conv1'", "bool", "list of their numbers")),
+    ({"conv1": [[0], [1]]}, ("'conv1'", "(2, 1)", "list of their numbers")),
+    ({"conv1": [[0], [1, 4]]}, ("'conv1'", "list of their numbers")),
+    ({"conv1": [1j]}, ("'conv1'", "complex", "list of their numbers")),
+    ({"conv1": np.array([0.0])}, ("'conv1'", "float64", "list of their numbers")),
+    ({"conv1": np.array([True])}, ("'conv1'", "bool", "list of their numbers")),
+    ({"conv1": np.array(1)}, ("'conv1'", "()", "list of their numbers")),
+    ({"conv1": torch.tensor([0]).to_sparse()}, ("'conv1'", "list of their numbers")),
+    ({None: [0]}, ("None", "no group")),
+    ({3: [0]}, ("3", "no group")),
+    (["conv1"], ("list", "mapping", "{'conv1': [3, 7]}")),
+    (None, ("NoneType", "mapping")),
+    ("conv1", ("str", "mapping")),
 ]
 
 
@@ -173,6 +202,36 @@ def test_a_decision_that_cannot_be_followed_is_refused_as_a_whole(
     assert dpm.phases("conv2").tolist() == [0, 2, 0, 0, 0]
 
 
+LISTS = [
+    [0, 5],
+    (5, 0),
+    {0, 5},
+    frozenset({0, 5}),
+    range(0, 6, 5),
+    {0: "a", 5: "b"}.keys(),
+    np.array([0, 5]),
+    np.array([5, 0], dtype=np.uint8),
+    [np.int64(0), np.int32(5)],
+    torch.tensor([5, 0], dtype=torch.int32),
+    [torch.tensor(0), torch.tensor(5)],
+]
+
+
+@pytest.mark.parametrize("given", LISTS, ids=lambda given: type(given).__name__)
+def test_numbers_come_in_any_list_of_integers(given: Any) -> None:
+    _, _, dpm = begin()
+    dpm.decay({"conv1": given})
+    assert dpm.phases("conv1").tolist() == [1, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("name", [None, 3, ["conv1"], "conv9"])
+def test_asking_for_a_group_that_is_not_there_is_refused(name: Any) -> None:
+    _, _, dpm = begin()
+    for ask in (dpm.phases, dpm.available):
+        with says(PhaseError, "no group", "conv1"):
+            ask(name)
+
+
 def test_a_released_structure_is_immune() -> None:
     toy, optimizer, dpm = begin(rectify=RELEASE_ALL)
     dpm.decay({"conv1": [4]})
@@ -185,7 +244,7 @@ def test_a_released_structure_is_immune() -> None:
         dpm.decay({"conv1": [0, 4]})
 
 
-@pytest.mark.parametrize("wave", [-1, 1.0, True, None])
+@pytest.mark.parametrize("wave", [-1, 1.0, True, None, "0", 2**70])
 def test_a_wave_that_is_no_count_is_refused(wave: object) -> None:
     toy, optimizer, dpm = begin()
     words = ("wave", repr(wave), "replacements")
@@ -310,6 +369,108 @@ def test_a_gradient_that_is_not_finite_is_refused_and_training_can_go_on(
     other = snapshot(twin.model, twin_optimizer, twin_dpm)
     del found["buffers"], other["buffers"]  # the forward pass of the bad step counted
     assert difference(other, found) is None
+
+
+@pytest.mark.parametrize("rectify", [None, RELEASE_ALL], ids=["sp", "sr"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
+def test_weights_that_the_optimizer_makes_infinite_stop_the_next_step(
+    value: float, rectify: SelfRectifying | None
+) -> None:
+    """1e200 is finite and its square is not: its norm cannot be put on a schedule, either."""
+    toy, optimizer, dpm = begin(optimizer_name="sgd", rectify=rectify)
+    dpm.decay({"conv1": [0, 2, 3], "conv2": [1]})
+    toy.train_step(optimizer, 1)
+    toy.backward(optimizer, 2)
+    optimizer.state[toy.model.conv1.weight]["momentum_buffer"][[2, 3]] = value
+    optimizer.step()
+    words = ("weights of structures 2, 3 of group 'conv1'", "not finite", "earlier checkpoint")
+    for p in toy.model.parameters():
+        p.grad = torch.zeros_like(p)
+    with refused(GradientError, *words, model=toy.model, optimizer=optimizer, dpm=dpm):
+        optimizer.step()
+
+
+def test_a_model_that_divides_by_a_norm_of_zero_is_stopped_at_once() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    parametrizations.weight_norm(model[0])
+    kept = model[0].parametrizations.weight
+    slices = [Slice.whole(kept.original0), Slice.whole(kept.original1), Slice.whole(model[0].bias)]
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    dpm = DecayPruning([StructureGroup("l", slices)], SmoothPruning(2)).attach(optimizer)
+    dpm.decay({"l": [1, 3]})
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        model(torch.ones(3, 4, dtype=torch.float64)).square().mean().backward()
+
+    for _ in range(2):
+        backward()
+        optimizer.step()
+    words = ("structures 1, 3 of group 'l'", "exactly zero", "weight_norm", "original0")
+    for _ in range(2):  # as often as it is tried
+        backward()
+        with refused(GradientError, *words, model=model, optimizer=optimizer, dpm=dpm):
+            optimizer.step()
+    # The magnitude alone is what weight_norm can lose.
+    assert bool(torch.isfinite(model[2].weight).all())
+
+
+# ---------------------------------------------------------------------- a criterion of one's own
+
+
+class Own(Criterion):
+    """Returns what a test gives it, after the batches of a hearing where it holds one."""
+
+    def __init__(self, choice: Callable[[Evidence, Tensor], Any]) -> None:
+        self.choice = choice
+
+    def choose(self, evidence: Evidence, limits: Tensor, step: int) -> Tensor:
+        found: Tensor = self.choice(evidence, limits)
+        return found
+
+
+def everyone(evidence: Evidence, _limits: Tensor) -> Tensor:
+    return torch.ones_like(evidence.group, dtype=torch.bool)
+
+
+def raises_its_limits(evidence: Evidence, limits: Tensor) -> Tensor:
+    limits.fill_(100)
+    return everyone(evidence, limits)
+
+
+CHOICES = [
+    (everyone, ("releases 3 structures of group 'conv1'", "at most 1", "max_share")),
+    (raises_its_limits, ("releases 3 structures of group 'conv1'", "at most 1")),
+    (lambda e, n: everyone(e, n).long(), ("torch.int64 of shape (5,)", "torch.bool")),
+    (lambda e, n: everyone(e, n)[:2], ("shape (2,)", "(5,)")),
+    (lambda e, n: everyone(e, n)[:, None], ("shape (5, 1)", "(5,)")),
+    (lambda e, n: torch.tensor(False), ("shape ()", "(5,)")),
+    (lambda e, n: torch.zeros(11, dtype=torch.bool), ("shape (11,)", "(5,)")),
+    (lambda e, n: [False] * 5, ("list", "torch.bool")),
+    (lambda e, n: None, ("NoneType", "torch.bool")),
+    (lambda e, n: e.resistance, ("torch.float64", "torch.bool")),
+]
+
+
+@pytest.mark.parametrize("control", [False, True], ids=["itself", "its control"])
+@pytest.mark.parametrize(("choice", "words"), CHOICES)
+def test_a_criterion_beyond_its_limits_is_refused(
+    choice: Callable[[Evidence, Tensor], Any], words: tuple[str, ...], control: bool
+) -> None:
+    own: Criterion = RandomRelease(Own(choice)) if control else Own(choice)
+    toy, optimizer, dpm = begin(rectify=SelfRectifying(own, max_share=0.4))
+    dpm.decay({"conv1": [0, 1, 2], "conv2": [0, 1]})
+    for step in range(1, 3):
+        toy.train_step(optimizer, step)
+    toy.backward(optimizer, 3)
+    if control:
+        words = tuple(w.replace("group 'conv1'", "group number 0") for w in words)
+    with refused(
+        ConfigurationError, "Own.choose", *words, model=toy.model, optimizer=optimizer, dpm=dpm
+    ):
+        optimizer.step()
 
 
 def test_a_bad_gradient_of_an_active_structure_is_the_optimizers_affair() -> None:

@@ -71,7 +71,8 @@ def test_a_step_reads_from_the_device_once_and_waits_for_nothing_else(
     dpm = DecayPruning(toy.groups, SmoothPruning(4), POLICIES[policy])
     reads = attach_watched(dpm, optimizer, watch, monkeypatch)
     waits: dict[int, list[str]] = {}
-    last = 6 if policy == "sp" else 5  # the second decay, but for sp it is released at step 5
+    # The second decay, which but for sp is released at step 5, and the step after the last zero.
+    last = 7 if policy == "sp" else 6
     with watch:
         for step in range(9):
             if step == 2:
@@ -243,7 +244,7 @@ def test_a_step_on_a_gpu_waits_only_to_read(
             nn.functional.cross_entropy(model(x), y).backward()
             reads.clear()
             optimizer.step()
-            assert len(reads) == (2 <= step <= 5)
+            assert len(reads) == (2 <= step <= 6)  # 6: whether the model bears the zeros
     gone = [k for e in dpm.events if e.kind == "prune" for k in e.structures if e.group == "conv1"]
     assert gone
     assert not model.conv1.weight[gone].any()
