@@ -378,6 +378,7 @@ def structure_groups(
     ignored: Collection[str | nn.Module] = (),
     *,
     skip_unsupported: bool = False,
+    tried: bool = False,
     progress: Callable[[str], object] = str,
 ) -> list[StructureGroup]:
     """Every structure group of a model, for use of the core without this adapter.
@@ -391,6 +392,7 @@ def structure_groups(
         ignored: layers, or their names, to leave out, besides those that make the output.
         skip_unsupported: leave out, too, the groups whose channels cannot be decayed; a warning
             says which, and why.
+        tried: whether that was done before, with this model and ``ignored``: it takes a while.
         progress: called now and then with what is going on; large networks take some seconds.
 
     Raises:
@@ -398,7 +400,12 @@ def structure_groups(
             is not the same as zeros.
     """
     reading, skipped = trial.exact_groups(
-        model, example, list(ignored), skip_unsupported=skip_unsupported, progress=progress
+        model,
+        example,
+        list(ignored),
+        skip_unsupported=skip_unsupported,
+        tried=tried,
+        progress=progress,
     )
     if skipped:
         listed = "\n".join(f"- {why}" for why in skipped.values())

@@ -59,7 +59,11 @@ class TorchPrune(Adapter):
         model, example = self.context.model, self.context.example
         with refusals():
             return structure_groups(
-                model, example, self.options.ignored, progress=self.context.progress
+                model,
+                example,
+                self.options.ignored,
+                tried=self.checked,
+                progress=self.context.progress,
             )
 
     def _choice(self, groups: Iterable[StructureGroup]) -> dict[str, Tensor]:

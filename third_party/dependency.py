@@ -86,7 +86,7 @@ def compare(before: nn.Module, after: nn.Module, example: Any, plan: Plan) -> No
     except Exception as cause:
         why = f"leaves a model that cannot run ({_line(cause)})"
     else:
-        why = running.unlike(first, last, moved) or ""
+        why = running.unlike(first, last, moved, doubts=False) or ""
     if why:
         layers = ", ".join(repr(name) for name, _ in plan[:4]) + (", ..." if plan[4:] else "")
         raise RemovalError(

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TIMES = 100.0
+TIMES = 30.0
 """How many times the measured rounding outputs may differ: by how removal regroups sums, ours."""
 FLOOR = 1e-8
 """What they may differ at least, as a share of their size, in double precision; ours."""
-HOPELESS = 1e-2
+HOPELESS = 0.1
 """Where rounding alone may move outputs so far, nothing can be told from them; ours."""
 
 
@@ -287,13 +287,16 @@ def rounding(model: nn.Module, example: Any, given: Outputs) -> list[float]:
     return [_apart(a, b) for a, b in zip(given.values, moved.values, strict=False)]
 
 
-def unlike(before: Outputs, after: Outputs, rounding: Sequence[float]) -> str | None:
+def unlike(
+    before: Outputs, after: Outputs, rounding: Sequence[float], *, doubts: bool
+) -> str | None:
     """How outputs differ by more than rounding makes them, to follow "its removal"; or ``None``.
 
     Args:
         before: of the model as it was.
         after: of what should be the same.
         rounding: what rounding does to each of ``before``.
+        doubts: say so, too, where rounding alone does so much that nothing can be told.
     """
     shapes = [[tuple(t.shape) for t in o.values] for o in (before, after)]
     if shapes[0] != shapes[1]:
@@ -304,21 +307,17 @@ def unlike(before: Outputs, after: Outputs, rounding: Sequence[float]) -> str | 
     for one, other, moved in zip(before.values, after.values, rounding, strict=True):
         if not torch.equal(one.isfinite(), other.isfinite()):
             return "makes finite outputs infinite, or infinite ones finite"
-        size, off = _size(one), _apart(one, other)
-        allowed = max(TIMES * moved, FLOOR * size)
-        if off <= allowed and allowed <= HOPELESS * size:
-            continue
-        if off <= allowed and size > 0:
-            return (
-                f"cannot be judged: rounding alone moves the model's outputs by {moved / size:.0e} "
-                "of their size"
-            )
-        if off > allowed:
-            drawn = (
-                "" if before.draws == after.draws else "; the forward pass draws by its channels"
-            )
+        size, off, allowed = _size(one), _apart(one, other), TIMES * moved
+        if off > max(allowed, FLOOR * size):
             share = f"{off / size:.0e} of their size" if size > 0 else f"{off:.0e} from zero"
-            return f"changes the outputs by {share}{drawn}"
+            drawn = before.draws != after.draws
+            draws = "; the forward pass draws random numbers by its channels" if drawn else ""
+            return f"changes the outputs by {share}{draws}"
+        if doubts and allowed > HOPELESS * size:
+            return (
+                f"cannot be judged: rounding alone may move the outputs by {allowed:.0e}, and they "
+                f"are no larger than {size:.0e}"
+            )
     return None
 
 

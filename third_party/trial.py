@@ -38,6 +38,7 @@ def exact_groups(
     ignored: Sequence[str | nn.Module] = (),
     *,
     skip_unsupported: bool = False,
+    tried: bool = False,
     progress: Callable[[str], object] = str,
 ) -> tuple[graph.Reading, dict[str, str]]:
     """A network's groups, each tried out, and why others are left out, by their root.
@@ -47,6 +48,7 @@ def exact_groups(
         example: of its inputs, on its device.
         ignored: layers, or their names, to leave out besides those that make the output.
         skip_unsupported: leave out what would be refused.
+        tried: whether that was done before, and all was well.
         progress: called now and then with what is going on.
 
     Raises:
@@ -56,7 +58,7 @@ def exact_groups(
     if not skip_unsupported:
         for why in reading.refused.values():
             raise UnsupportedLayerError(why)
-    odd = inexact(model, example, reading.groups, progress)
+    odd = {} if tried else inexact(model, example, reading.groups, progress)
     if not skip_unsupported:
         require_exact(odd)
     reading.groups = [g for g in reading.groups if g.root not in odd]
@@ -176,7 +178,7 @@ class Trial:
             dependency.put_back(kept)
         with self._at_zero(groups, chosen):
             zeroed = running.outputs(self._model, self._example)
-        why = running.unlike(zeroed, removed, self._rounding)
+        why = running.unlike(zeroed, removed, self._rounding, doubts=True)
         if why is None or why.startswith("cannot be judged"):
             return why
         return f"gives different outputs at zero and removed: its removal {why}{REASONS}"
