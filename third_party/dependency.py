@@ -76,7 +76,7 @@ def compare(before: nn.Module, after: nn.Module, example: Any, plan: Plan) -> No
     Raises:
         RemovalError: saying how far the outputs are off.
     """
-    example = running.shortened(before, example, 8)
+    example = running.shortened(before, running.telling(example), 8)
     precision = running.Precision(before, example)
     model, given = precision.of(before, example)
     first = running.outputs(model, given)

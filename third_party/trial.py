@@ -145,7 +145,7 @@ class Trial:
 
     def __init__(self, model: nn.Module, example: Any, groups: Sequence[UpstreamGroup]) -> None:
         graph.require_plain_weights(model)
-        example = running.shortened(model, example, ROWS)
+        example = running.shortened(model, running.telling(example), ROWS)
         precision = running.Precision(model, example)
         copies: dict[int, Any] = {}
         self._model = copy.deepcopy(model, copies).eval()
