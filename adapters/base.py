@@ -492,8 +492,8 @@ def count_macs(model: nn.Module, example: Any) -> int:
     """
     counter = FlopCounterMode(display=False)
     # Attention's fast path is one operation to the counter, which it does not know.
-    with running.evaluating(model), running.fast_path_off(), torch.no_grad(), counter:
-        running.call(model, running.first(example))
+    with torch.no_grad(), counter:
+        running.probe(model, running.first(example))
     return int(counter.get_total_flops()) // 2
 
 

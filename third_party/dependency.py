@@ -129,6 +129,7 @@ def take_out(model: nn.Module, example: Any, plan: Plan) -> None:
     Raises:
         UnsupportedLayerError: upstream cannot remove this; the model is as it was.
     """
+    trained = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
     with _whole_or_not(model):
         for part in separate(plan):
             built = graph.build(model, example)
@@ -136,6 +137,8 @@ def take_out(model: nn.Module, example: Any, plan: Plan) -> None:
                 for name, channels in part:
                     graph.require_whole(built, model, name, channels)
                 apply(built, model, gathered(built, model, part))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(trained[name])  # new ones train
 
 
 def gathered(built: Any, model: nn.Module, plan: Plan) -> list[tuple[Any, list[int]]]:
@@ -151,7 +154,6 @@ def gathered(built: Any, model: nn.Module, plan: Plan) -> list[tuple[Any, list[i
 def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) -> None:
     """Take positions out of a model's layers; the graph keeps to the model as it was."""
     layers = set(model.modules())
-    trained = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
     for dep, positions in taken:
         module = dep.target.module
         if isinstance(module, nn.Parameter):
@@ -159,8 +161,6 @@ def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) 
             setattr(model.get_submodule(parent), last, dep(positions))
         elif module in layers:
             dep(positions)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(trained[name])
 
 
 def one_by_one(model: nn.Module, example: Any, plan: Plan) -> Iterator[str]:

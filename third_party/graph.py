@@ -225,7 +225,8 @@ class Tracing:
         for layer in layers:
             layer.forward = _in_one_piece(layer.forward)  # type: ignore[method-assign]
         try:
-            return running.call(model, example)
+            with running.same_draws():
+                return running.call(model, example)
         finally:
             for layer, forward in own.items():
                 del layer.forward
@@ -715,6 +716,8 @@ def _kind(module: nn.Module, name: str) -> tuple[dict[str, int], bool] | None:
         return {"weight": 0, "bias": 0}, False
     elif isinstance(module, nn.Embedding):
         return {"weight": 1}, False
+    elif isinstance(module, _InstanceNorm) and module.track_running_stats:
+        why = "whose running statistics torch-pruning takes no channels from"
     elif isinstance(module, (_BatchNorm, _InstanceNorm)):
         if module.affine:
             return {"weight": 0, "bias": 0}, True
@@ -728,7 +731,7 @@ def _kind(module: nn.Module, name: str) -> tuple[dict[str, int], bool] | None:
     else:
         why = "whose output channels cannot be set to zero one by one"
     raise UnsupportedLayerError(
-        f"involves {name!r}, a {type(module).__name__}, {why}: a channel of zeros does not equal a "
+        f"involves {name!r} ({type(module).__name__}), {why}: a channel of zeros does not equal a "
         "removed one"
     )
 

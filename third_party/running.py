@@ -125,6 +125,12 @@ def _parts(value: Any) -> Sequence[Any]:
     return list(getattr(value, "__dict__", {}).values())
 
 
+def probe(model: nn.Module, example: Any) -> Any:
+    """:func:`call` in evaluation, with no trace but what hooks leave: modes and draws stay."""
+    with evaluating(model), same_draws(), fast_path_off():
+        return call(model, example)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards every module is back in the mode it was in."""
@@ -208,8 +214,8 @@ def outputs(model: nn.Module, example: Any) -> Outputs:
     Buffers that a pass changes are put back.
     """
     buffers = {n: b.clone() for n, b in model.named_buffers()}
-    with evaluating(model), same_draws(), fast_path_off(), _Watched() as watched:
-        given = tensors(call(model, example))
+    with _Watched() as watched:
+        given = tensors(probe(model, example))
     for name, buffer in model.named_buffers():
         before = buffers.get(name)
         if before is not None and before.shape == buffer.shape:

@@ -215,17 +215,18 @@ def _anywhere(count: int, draw: torch.Generator) -> list[int]:
 
 
 def _early(count: int, draw: torch.Generator) -> list[int]:
-    """Of the first two fifths, some: more of the first half, and of the first third."""
-    part = max(1, round(0.4 * count))
-    return _some(part, 0.8, draw) if part > 1 else [0]
+    """Of the first two fifths, some."""
+    return _early_in(count, 0.4, draw)
 
 
 def _late(count: int, draw: torch.Generator) -> list[int]:
-    """All kinds of places, but more and more towards the end."""
-    part = max(1, round(0.3 * count))
-    last = [count - 1 - k for k in (_some(part, 0.7, draw) if part > 1 else [0])]
-    first = _some(count - part, 0.1, draw) if count - part > 3 else []
-    return sorted({*last, *first})
+    """Of the last third, some."""
+    return [count - 1 - k for k in _early_in(count, 0.3, draw)]
+
+
+def _early_in(count: int, share: float, draw: torch.Generator) -> list[int]:
+    part = max(1, round(share * count))
+    return _some(part, 0.8, draw) if part > 1 else [0]
 
 
 _SUBSETS = (_anywhere, _early, _late)
@@ -250,8 +251,8 @@ def _draw(model: nn.Module, example: Any) -> None:
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     hooks = [m.register_forward_pre_hook(_take_statistics) for m in norms]
     try:
-        with torch.no_grad(), running.same_draws():
-            running.call(model, example)
+        with torch.no_grad():
+            running.probe(model, example)
     finally:
         for hook in hooks:
             hook.remove()

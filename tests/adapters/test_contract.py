@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import itertools
 
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 
 from adapters.base import AdapterError, count_macs, count_parameters
 from adapters.registry import ADAPTERS
-from dpm_core import Hearing, LeastResistant, Phase, RandomRelease, SelfRectifying, SmoothPruning
+from dpm_core import (
+    Hearing,
+    LeastResistant,
+    Phase,
+    PhaseError,
+    RandomRelease,
+    SelfRectifying,
+    SmoothPruning,
+)
 from tests.support import rounding
 from tests.support.frameworks import CASES, EXAMPLE, Case, Drive
 from tests.support.rounding import exact_outputs
@@ -282,3 +291,89 @@ def test_what_is_gone_stays_gone_until_the_removal(case, variant):
     assert seen
     assert all(seen)
     assert adapter.settled()
+
+
+# ---------------------------------------------------------------------- refused, early
+
+
+@cases
+def test_an_adapter_that_nobody_has_checked_checks_by_itself(case):
+    checked = []
+    for asked in (True, False):
+        adapter = case.adapter(case.build(), "sp")
+        check = adapter.check
+        adapter.check = lambda: (checked.append(asked), check())
+        if asked:
+            adapter.check()
+        stage = list(adapter.context.stages)[0]
+        adapter.begin(stage, adapter.optimizer(stage), lambda: torch.zeros(()))
+    assert checked == [True, False]
+
+
+@cases
+def test_unknown_variants_and_missing_stages_are_refused(case):
+    for variant in ("SR", "Base", "", None):
+        with pytest.raises(AdapterError, match="there is no variant"):
+            case.adapter(case.build(), variant)
+    good = case.adapter(case.build(), "sp")
+    for stages, message in (({}, "needs"), ({**good.context.stages, "odd": None}, "odd")):
+        context = dataclasses.replace(good.context, model=case.build(), stages=stages)
+        with pytest.raises(AdapterError, match=f"the stages are.*{message}"):
+            type(good)(context, good.options)
+
+
+@cases
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_frozen_layers_are_refused_before_anything_is_changed(case, variant):
+    model = case.build()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(AdapterError, match="frozen"):
+        case.adapter(model, variant).check()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@cases
+def test_the_optimizer_of_another_model_is_refused(case):
+    adapter = case.adapter(case.build(), "sp")
+    stage = list(adapter.context.stages)[0]
+    adapter.optimizer(stage)
+    of_another = torch.optim.SGD(case.build().parameters(), lr=0.1)
+    with pytest.raises(AdapterError, match="optimizer is of another model"):
+        adapter.begin(stage, of_another, lambda: torch.zeros(()))
+
+
+@cases
+def test_what_is_not_zero_is_not_removed(case):
+    """As when an averaging optimizer shows other weights: nothing has changed after the refusal."""
+    drive = Drive(case, case.adapter(case.exact(), "sp"))
+    adapter, remove = drive.adapter, drive.adapter.remove
+    refused = []
+
+    def disturbed() -> None:
+        model, optimizer = adapter.context.model, drive.optimizer
+        values = {n: p.detach().clone() for n, p in model.named_parameters()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05)
+        stirred = {n: p.detach().clone() for n, p in model.named_parameters()}
+        held = [id(p) for g in optimizer.param_groups for p in g["params"]]
+        masked = any(n.endswith(".gate") for n in values)  # a mask silences whatever the gate is
+        if not masked and case.framework != "otov2":  # there what is not zero is not in the plan
+            with pytest.raises((AdapterError, PhaseError), match="changes the outputs|not zero"):
+                remove()
+            refused.append(True)
+            assert adapter.removed is None
+            for name, parameter in model.named_parameters():
+                assert torch.equal(parameter, stirred[name])
+            assert [id(p) for g in optimizer.param_groups for p in g["params"]] == held
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(values[name])
+        adapter.remove = remove
+        remove()
+
+    adapter.remove = disturbed
+    drive.run()
+    assert bool(refused) == (case.framework in ("depgraph", "torch-prune"))

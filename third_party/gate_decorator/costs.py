@@ -40,8 +40,8 @@ class CostModel:
         if gated(model):
             raise GateError("the model has gates; the costs are found in the plain dense model")
         copied = copy.deepcopy(model).eval()
-        with torch.no_grad(), running.fast_path_off(), FlopCounterMode(display=False) as counter:
-            running.call(copied, running.first(example))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            running.probe(copied, running.first(example))
         self.dense = counter.get_total_flops() // 2
         kinds = tuple(graph.ROOTS)
         layers = {n: m for n, m in copied.named_modules() if isinstance(m, kinds)}

@@ -113,8 +113,8 @@ def _areas(model: nn.Module, example: Any) -> dict[nn.Module, int]:
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS)]
     hooks = [m.register_forward_hook(note) for m in norms]
     try:
-        with running.evaluating(model), torch.no_grad():
-            running.call(model, running.first(example))
+        with torch.no_grad():
+            running.probe(model, running.first(example))
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,576 @@
+"""Which channels go together, what is refused and why, and how a removal is judged.
+
+Each network is a situation that users of pruning tools report. Expected are structures that are
+what their removal takes, or a refusal that names the layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils import parametrizations, prune
+
+from adapters.base import Adapter, count_macs
+from adapters.depgraph import LeftUnprunedWarning, structure_groups
+from third_party import dependency, graph, running, trial
+from third_party.groups import UnsupportedLayerError
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+class Net(nn.Module):
+    """Layers by name, and a forward pass that is given."""
+
+    def __init__(self, run: Any, **layers: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self, *args, **kwargs)
+
+
+def conv(*sizes: int, **settings: Any) -> nn.Conv2d:
+    return nn.Conv2d(*sizes, 3, padding=1, **settings)
+
+
+def sizes(model: nn.Module, example: Any, **settings: Any) -> dict[str, int]:
+    return {g.name: g.size for g in structure_groups(model, example, **settings)}
+
+
+def assert_exact(model: nn.Module, example: Any, seed: int = 0) -> int:
+    """Drawn structures of every group at zero are the same as removed; how many channels went."""
+    draw, model = torch.Generator().manual_seed(seed), model.double().eval()
+    example = running.map_tensors(
+        example, lambda t: t.double() if t.is_floating_point() else t
+    )
+    plan = []
+    with torch.no_grad():
+        for group in structure_groups(model, example):
+            keep = int(torch.randint(1, group.size, (), generator=draw))
+            chosen = torch.randperm(group.size, generator=draw)[keep:]
+            for s in group.slices:
+                s.parameter.index_fill_(s.dim, s.index[chosen].flatten(), 0)
+            root = next(s for s in group.slices if s.name == f"{group.name}.weight")
+            plan.append((group.name, sorted(root.index[chosen].flatten().tolist())))
+        before = running.tensors(running.call(model, example))
+        Adapter.shrink(model, example, plan)
+        after = running.tensors(running.call(model, example))
+    assert before
+    for one, other in zip(before, after, strict=True):
+        assert (one - other).abs().max() <= 1e-10 * one.abs().max()
+    return sum(len(channels) for _, channels in plan)
+
+
+# ---------------------------------------------------------------------- which go together
+
+TOGETHER = {
+    "gated halves": (lambda m, x: m.o(torch.mul(*m.a(x).chunk(2, 1))), 16, 8),
+    "a sigmoid gate": (
+        lambda m, x: m.o((lambda u, v: u * torch.sigmoid(v))(*m.a(x).chunk(2, 1))),
+        16,
+        8,
+    ),
+    "maxout": (lambda m, x: m.o(torch.maximum(*m.a(x).chunk(2, 1))), 16, 8),
+    "four parts": (lambda m, x: m.o(sum(m.a(x).chunk(4, 1))), 16, 4),
+    "split": (lambda m, x: m.o(torch.add(*m.a(x).split(m.a.out_channels // 2, 1))), 16, 8),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_channels_that_meet_are_one_structure(name):
+    run, channels, structures = TOGETHER[name]
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Net(run, a=conv(3, channels), o=nn.Conv2d(structures, 3, 1))
+
+    (group,) = structure_groups(build(), IMAGES)
+    assert group.size == structures
+    weight = next(s for s in group.slices if s.name == "a.weight")
+    each = channels // structures
+    assert weight.index.tolist() == [
+        [k + structures * part for part in range(each)] for k in range(structures)
+    ]
+    for seed in range(3):
+        assert assert_exact(build(), IMAGES, seed) % each == 0
+
+
+def test_a_block_that_both_halves_share_ties_them():
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.o(torch.cat([m.f(part) for part in F.relu(m.a(x)).chunk(2, 1)], 1))
+
+    model = Net(run, a=conv(3, 16), f=nn.Conv2d(8, 6, 1), o=nn.Conv2d(12, 3, 1))
+    assert sizes(model, IMAGES) == {"a": 8, "f": 6}
+    assert_exact(model, IMAGES)
+
+
+def test_a_linear_layer_that_is_viewed_as_maps_loses_whole_maps():
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.u(F.relu(m.t(F.relu(m.l(x)).view(-1, m.t.in_channels, 4, 4))))
+
+    up = [nn.ConvTranspose2d(8, 10, 4, 2, 1), nn.ConvTranspose2d(10, 3, 4, 2, 1)]
+    model = Net(run, l=nn.Linear(6, 128), t=up[0], u=up[1])
+    groups = {g.name: g for g in structure_groups(model, torch.randn(4, 6))}
+    assert {n: g.size for n, g in groups.items()} == {"l": 8, "t": 10}
+    weight = next(s for s in groups["l"].slices if s.name == "l.weight")
+    assert weight.index.tolist() == [list(range(16 * k, 16 * k + 16)) for k in range(8)]
+    assert_exact(model, torch.randn(4, 6))
+
+
+def c2f() -> nn.Module:
+    """Chunk, further blocks, and a concatenation of all, as in YOLOv8."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        parts = list(m.one(F.relu(m.stem(x))).chunk(2, 1))
+        for block in m.blocks:
+            parts.append(parts[-1] + block(parts[-1]))
+        return m.head(F.relu(m.two(torch.cat(parts, 1))))
+
+    blocks = nn.ModuleList(nn.Sequential(conv(6, 6), nn.BatchNorm2d(6)) for _ in range(2))
+    layers = {"stem": conv(3, 8), "one": nn.Conv2d(8, 12, 1), "two": nn.Conv2d(24, 8, 1)}
+    return Net(run, blocks=blocks, head=nn.Conv2d(8, 5, 1), **layers)
+
+
+def test_what_upstream_cannot_tell_apart_is_refused_by_name_and_the_rest_stays():
+    with pytest.raises(UnsupportedLayerError, match=r"group of 'blocks\.1\.0'.*`ignored`"):
+        structure_groups(c2f(), IMAGES)
+    with pytest.warns(LeftUnprunedWarning, match=r"group of 'blocks\.1\.0'"):
+        assert sizes(c2f(), IMAGES, skip_unsupported=True) == {"stem": 8, "two": 8}
+
+
+@pytest.mark.parametrize("how", ["chunk", "slice"])
+def test_halves_that_go_to_the_wrong_branch_are_refused(how):
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = F.relu(m.a(x))
+        half = x.shape[1] // 2
+        u, v = x.chunk(2, 1) if how == "chunk" else (x[:, :half], x[:, half:])
+        return m.o(torch.cat([m.p(u), m.q(v)], 1))
+
+    layers = {"a": conv(3, 16), "p": conv(8, 6), "q": nn.Conv2d(8, 6, 1), "o": nn.Conv2d(12, 3, 1)}
+    with pytest.raises(UnsupportedLayerError, match=r"group of 'a' (cannot be removed|gives different)"):
+        structure_groups(Net(run, **layers), IMAGES)
+
+
+# ---------------------------------------------------------------------- exact, so not refused
+
+
+def norm_between(norm: nn.Module) -> nn.Module:
+    return Net(lambda m, x: m.o(F.relu(m.n(m.a(x)))), a=conv(3, 8), n=norm, o=nn.Conv2d(8, 3, 1))
+
+
+def scaled() -> nn.Module:
+    scale = nn.Parameter(torch.rand(1, 8, 1, 1))
+    return Net(lambda m, x: m.o(m.a(x) * m.g), a=conv(3, 8), g=scale, o=nn.Conv2d(8, 3, 1))
+
+
+def shifted() -> nn.Module:
+    shift = nn.Parameter(torch.rand(8, 1, 1))
+    return Net(lambda m, x: m.o(m.a(x) + m.g), a=conv(3, 8), g=shift, o=nn.Conv2d(8, 3, 1))
+
+
+EXACT = {
+    "InstanceNorm": (norm_between(nn.InstanceNorm2d(8, affine=True)), {"n.weight", "n.bias"}),
+    "InstanceNorm, bare": (norm_between(nn.InstanceNorm2d(8)), set()),
+    "SyncBatchNorm": (norm_between(nn.SyncBatchNorm(8)), {"n.weight", "n.bias"}),
+    "a scale": (scaled(), {"g"}),
+    "a shift": (shifted(), {"g"}),
+    "depthwise up": (
+        norm_between(nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=8)),
+        {"n.weight", "n.bias"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_what_is_exact_is_not_refused(name):
+    model, vectors = EXACT[name]
+    (group,) = structure_groups(model, IMAGES)
+    assert {s.name for s in group.slices} == {"a.weight", "a.bias"} | vectors
+    for seed in range(3):
+        assert_exact(copy.deepcopy(model), IMAGES, seed)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("settings", [{}, {"bidirectional": True}, {"num_layers": 2}])
+@pytest.mark.parametrize("read", ["outputs", "state"])
+def test_a_convolution_in_front_of_a_recurrent_layer(kind, settings, read):
+    def run(m: Any, x: Tensor) -> Tensor:
+        out, state = m.r(F.relu(m.a(x)).transpose(1, 2))
+        last = state[0] if isinstance(state, tuple) else state
+        return m.o(out[:, -1] if read == "outputs" else last[-1])
+
+    wide = 10 if settings.get("bidirectional") and read == "outputs" else 5
+    recurrent = kind(8, 5, batch_first=True, **settings)
+    model = Net(run, a=nn.Conv1d(3, 8, 3), r=recurrent, o=nn.Linear(wide, 4))
+    assert sizes(model, torch.randn(2, 3, 9)) == {"a": 8}
+    assert_exact(model, torch.randn(2, 3, 9))
+    assert recurrent.input_size < 8
+    assert "forward" not in vars(recurrent)
+
+
+def test_a_detection_head_behind_ignored_layers():
+    def run(m: Any, x: Tensor) -> Tensor:
+        first = F.relu(m.b(x))
+        boxes = []
+        for maps in (first, F.relu(m.c(first))):
+            y = m.h(F.relu(m.t(maps)))
+            n, _, rows, columns = y.shape
+            boxes.append(y.view(n, 2, 3, rows, columns).permute(0, 3, 4, 1, 2).reshape(n, -1, 3))
+        return torch.cat(boxes, 1)
+
+    model = Net(run, b=conv(3, 8), c=conv(8, 8), t=conv(8, 8), h=conv(8, 6))
+    assert sizes(model, IMAGES, ignored=("h",)) == {"t": 8, "c": 8}
+    assert sizes(model, IMAGES, ignored=[model.h]) == {"t": 8, "c": 8}
+
+
+# ---------------------------------------------------------------------- outputs and inputs
+
+
+@dataclasses.dataclass
+class Out:
+    logits: Tensor
+    loss: float | None = None
+
+
+OUTPUTS = {
+    "None": lambda z: (z, None),
+    "a number": lambda z: (z, 3),
+    "a dictionary": lambda z: {"logits": z, "aux": None},
+    "a dataclass": lambda z: Out(z),
+    "deep": lambda z: [{"a": (z, "text")}, Out(z.sum(1), 2.0)],
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_may_be_anything_that_holds_tensors(name):
+    def run(m: Any, x: Tensor) -> Any:
+        return OUTPUTS[name](m.o(F.relu(m.a(x)).mean((2, 3))))
+
+    model = Net(run, a=conv(3, 8), o=nn.Linear(8, 5))
+    assert sizes(model, IMAGES) == {"a": 8}
+    assert_exact(model, IMAGES)
+
+
+def test_inputs_may_be_several_or_by_name():
+    def run(m: Any, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return m.o(F.relu(m.a(x)).mean((2, 3))) - (0 if y is None else y.mean())
+
+    model = Net(run, a=conv(3, 8), o=nn.Linear(8, 5))
+    for example in ((IMAGES, IMAGES), [IMAGES, IMAGES], {"x": IMAGES, "y": IMAGES}):
+        assert sizes(model, example) == {"a": 8}
+        assert count_macs(model, example) == count_macs(model, IMAGES)
+        assert_exact(copy.deepcopy(model), example)
+
+
+def test_an_example_of_one_sample_is_not_taken_apart():
+    seen = []
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        seen.append(x.dim())
+        return m.o(F.relu(m.a(x)).mean((-2, -1)))
+
+    assert sizes(Net(run, a=conv(3, 8), o=nn.Linear(8, 5)), IMAGES[:1]) == {"a": 8}
+    assert set(seen) == {4}
+
+
+@pytest.mark.parametrize("order", ["logits first", "maps first", "a view of the maps"])
+def test_a_layer_whose_output_is_returned_and_used_further_is_an_output(order):
+    def run(m: Any, x: Tensor) -> Any:
+        maps = F.relu(m.a(x))
+        logits = m.o(F.relu(m.b(maps)).mean((2, 3)))
+        if order == "a view of the maps":
+            return logits, maps.flatten(1)
+        return (logits, maps) if order == "logits first" else (maps, logits)
+
+    model = Net(run, a=conv(3, 8), b=conv(8, 8), o=nn.Linear(8, 5))
+    assert graph.read(model, IMAGES).outputs == ["a", "o"]
+    assert sizes(model, IMAGES) == {"b": 8}
+
+
+def test_a_detached_output_is_refused_for_its_shape():
+    def run(m: Any, x: Tensor) -> Any:
+        maps = F.relu(m.a(x))
+        return m.o(maps.mean((2, 3))), maps.detach()
+
+    with pytest.raises(UnsupportedLayerError, match="'a'.*changes the shape of an output"):
+        structure_groups(Net(run, a=conv(3, 8), o=nn.Linear(8, 5)), IMAGES)
+
+
+def test_a_network_of_detached_outputs_alone_is_refused():
+    model = Net(lambda m, x: m.o(x).detach(), o=conv(3, 8))
+    with pytest.raises(UnsupportedLayerError, match="without detaching"):
+        structure_groups(model, IMAGES)
+
+
+# ---------------------------------------------------------------------- the trial
+
+
+def permuted(first: Any = lambda x: x, last: Any = lambda y: y) -> nn.Module:
+    """A flatten of permuted axes, which upstream takes for another."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return last(m.f(F.relu(m.a(first(x))).permute(0, 2, 3, 1).flatten(1)))
+
+    return Net(run, a=conv(3, 6), f=nn.Linear(6 * 64, 8))
+
+
+REFUSED = {
+    "floats": (permuted(), IMAGES),
+    "bytes": (
+        permuted(lambda x: x.float() / 255),
+        torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8),
+    ),
+    "an infinite output": (
+        permuted(last=lambda y: torch.cat([y, torch.full_like(y, -torch.inf)], 1)),
+        IMAGES,
+    ),
+    "draws": (permuted(last=lambda y: y + torch.randn_like(y)), IMAGES),
+    "half precision": (permuted().bfloat16(), IMAGES.bfloat16()),
+    "an example of zeros": (permuted(), torch.zeros(2, 3, 8, 8)),
+    "a LocalResponseNorm": (norm_between(nn.LocalResponseNorm(3)), IMAGES),
+    "softmax over channels": (norm_between(nn.Softmax(1)), IMAGES),
+    "a sigmoid": (norm_between(nn.Sigmoid()), IMAGES),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_trial_is_not_fooled(name):
+    model, example = REFUSED[name]
+    with pytest.raises(UnsupportedLayerError, match="group of 'a' gives different outputs"):
+        structure_groups(model, example)
+
+
+@pytest.mark.parametrize("eps", [0.1, 1e-4])
+def test_a_small_mistake_is_seen_as_well_as_a_large_one(eps):
+    model = Net(lambda m, x: m.o(m.a(x) + eps * m.a(x).mean(1, True)), a=conv(3, 8), o=conv(8, 3))
+    with pytest.raises(UnsupportedLayerError, match="its removal changes the outputs"):
+        structure_groups(model, IMAGES)
+
+
+def test_a_forward_pass_that_draws_gets_the_same_draws_each_time():
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.o(F.relu(m.a(x + 0.1 * torch.randn_like(x)))) * torch.rand(3, 1, 1)
+
+    state = torch.get_rng_state()
+    model = Net(run, a=conv(3, 8), o=conv(8, 3))
+    torch.set_rng_state(state)
+    assert sizes(model, IMAGES) == {"a": 8}
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_draw_of_the_channels_shape_is_named():
+    model = Net(lambda m, x: m.o(m.a(x) + torch.randn_like(m.a(x))), a=conv(3, 8), o=conv(8, 3))
+    with pytest.raises(UnsupportedLayerError, match="draws random numbers by its channels"):
+        structure_groups(model, IMAGES)
+
+
+def test_subsets_take_unequal_shares_of_halves_and_thirds():
+    draw = torch.Generator().manual_seed(0)
+    for count in range(2, 40):
+        for subset in trial._SUBSETS:
+            chosen = subset(count, draw)
+            assert 0 < len(set(chosen)) == len(chosen) < count
+            assert set(chosen) <= set(range(count))
+    for count in (8, 12, 16, 64):
+        for parts in (2, 3, 4):
+            uneven = 0
+            for subset in trial._SUBSETS:
+                in_part = [k * parts // count for k in subset(count, draw)]
+                uneven += len({in_part.count(p) for p in range(parts)}) > 1
+            assert uneven >= 2
+
+
+def test_culprits_are_told_by_halves():
+    """Of 16 layers one is at fault: it takes some passes to find out which, not 16."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        for i, layer in enumerate(m.layers):
+            x = layer(x)
+            x = torch.sigmoid(x) if i == 11 else torch.relu(x)
+        return m.o(x)
+
+    layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(16))
+    model, example = Net(run, layers=layers, o=nn.Linear(6, 3)), torch.randn(3, 6)
+    groups, tried = graph.read(model, example).groups, []
+    assert len(groups) == 16
+    assert set(trial.inexact(model, example, groups, tried.append)) == {"layers.11"}
+    assert len(tried) <= 1 + 2 * 4 + 1
+
+
+def test_nothing_hangs():
+    """Keys and values that several queries share: upstream's walk over the channels never ends."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q = m.q(x).view(b, n, 4, 4).transpose(1, 2)
+        k, v = (
+            layer(x).view(b, n, 2, 4).transpose(1, 2)[:, :, None].expand(b, 2, 2, n, 4)
+            for layer in (m.k, m.v)
+        )
+        y = F.scaled_dot_product_attention(q, k.reshape(b, 4, n, 4), v.reshape(b, 4, n, 4))
+        return m.h(m.g(F.relu(m.f(x + m.o(y.transpose(1, 2).reshape(b, n, 16))))))
+
+    layers = {"q": nn.Linear(16, 16), "k": nn.Linear(16, 8), "v": nn.Linear(16, 8)}
+    layers |= {"o": nn.Linear(16, 16), "f": nn.Linear(16, 12), "g": nn.Linear(12, 16)}
+    model = Net(run, h=nn.Linear(16, 3), **layers)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert sizes(model, torch.randn(2, 5, 16), skip_unsupported=True) == {"g": 16, "f": 12}
+    (said,) = [str(w.message) for w in caught if w.category is LeftUnprunedWarning]
+    assert all(repr(name) in said for name in ("q", "v"))
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+WRAPPED = {
+    "parametrizations.weight_norm": (parametrizations.weight_norm, "remove_parametrizations"),
+    "parametrizations.spectral_norm": (parametrizations.spectral_norm, "remove_parametrizations"),
+    "weight_norm": (nn.utils.weight_norm, "remove_weight_norm"),
+    "spectral_norm": (nn.utils.spectral_norm, "remove_spectral_norm"),
+    "prune": (lambda m: prune.l1_unstructured(m, "weight", 0.3), r"prune\.remove"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", WRAPPED)
+def test_weights_that_are_worked_out_are_refused_with_the_remedy(name):
+    wrap, remedy = WRAPPED[name]
+    model = nn.Sequential(wrap(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(UnsupportedLayerError, match=f"'0'.*{remedy}"):
+        structure_groups(model, torch.randn(2, 4))
+
+
+def test_the_cause_is_named_where_it_is_a_norm_over_channels_and_not_elsewhere():
+    with pytest.raises(UnsupportedLayerError, match=r"'n' \(GroupNorm\), whose mean and variance"):
+        structure_groups(norm_between(nn.GroupNorm(2, 8)), IMAGES)
+    with pytest.raises(UnsupportedLayerError, match=r"'n' \(BatchNorm2d\), which has no weight"):
+        structure_groups(norm_between(nn.BatchNorm2d(8, affine=False)), IMAGES)
+    with pytest.raises(UnsupportedLayerError, match=r"'n' \(InstanceNorm2d\), whose running"):
+        structure_groups(norm_between(nn.InstanceNorm2d(8, track_running_stats=True)), IMAGES)
+    for other in (nn.Sigmoid(), nn.LocalResponseNorm(3)):
+        with pytest.raises(UnsupportedLayerError) as caught:
+            structure_groups(norm_between(other), IMAGES)
+        assert "mean and variance" not in str(caught.value)
+
+
+def test_unknown_layers_in_ignored_are_refused():
+    model = norm_between(nn.ReLU())
+    for ignored in (("typo",), (nn.Linear(2, 2),), (3,)):
+        with pytest.raises(UnsupportedLayerError, match="no layer of the model"):
+            structure_groups(model, IMAGES, ignored)
+
+
+def test_reading_leaves_the_model_as_it_was():
+    model = norm_between(nn.BatchNorm2d(8)).train()
+    model.a.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    structure_groups(model, IMAGES)
+    assert model.training
+    assert model.n.training
+    assert not model.a.weight.requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------- removals
+
+
+def bits(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+    return {n: (id(p), p.detach().clone()) for n, p in model.named_parameters()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, tuple[int, Tensor]]) -> None:
+    after = bits(model)
+    assert after.keys() == before.keys()
+    for name, (identity, value) in before.items():
+        assert after[name][0] == identity
+        assert torch.equal(after[name][1], value)
+
+
+def grouped() -> nn.Module:
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.o(F.relu(m.g(F.relu(m.a(x)))).mean((2, 3)))
+
+    return Net(run, a=nn.Conv2d(3, 32, 1), g=conv(32, 32, groups=4), o=nn.Linear(32, 10))
+
+
+PLANS = {
+    "not whole structures": ([("a", [1, 2])], "go together with others.*takes.*along"),
+    "beyond the layer": ([("a", [40])], "has channels 0 to 31"),
+    "twice the same": ([("a", [1, 1])], "names one twice"),
+    "no such layer": ([("b", [1])], "'b' is no convolution or linear layer"),
+    "not at zero": ([("a", [0, 8, 16, 24])], "changes the outputs by"),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_removal_that_is_refused_leaves_the_model_as_it_was(name):
+    plan, message = PLANS[name]
+    model = grouped()
+    before = bits(model)
+    with pytest.raises(UnsupportedLayerError, match=message):
+        Adapter.shrink(model, IMAGES, plan)
+    assert_untouched(model, before)
+    assert [model.a.out_channels, model.g.in_channels, model.g.groups] == [32, 32, 4]
+
+
+def test_what_fails_half_way_is_put_back(monkeypatch):
+    model = grouped()
+    before = bits(model)
+    prune_linear = graph.tp.pruner.function.LinearPruner.prune_in_channels
+
+    def fail(self: Any, layer: nn.Module, idxs: Any) -> None:
+        prune_linear(self, layer, idxs)
+        raise MemoryError("no more")
+
+    plan = [("g", [0, 8, 16, 24])]
+    dependency.set_to_zero(model, IMAGES, plan)
+    before = bits(model)
+    monkeypatch.setattr(graph.tp.pruner.function.LinearPruner, "prune_in_channels", fail)
+    with pytest.raises((MemoryError, UnsupportedLayerError), match="no more"):
+        dependency.take_out(model, IMAGES, plan)
+    assert_untouched(model, before)
+
+
+def test_frozen_layers_beside_the_removed_ones_stay_frozen():
+    model = grouped()
+    model.o.requires_grad_(False)
+    plan = [("g", [0, 8, 16, 24])]
+    dependency.set_to_zero(model, IMAGES, plan)
+    Adapter.shrink(model, IMAGES, plan)
+    assert model.o.weight.shape == (10, 28)
+    assert not model.o.weight.requires_grad
+    assert model.g.weight.requires_grad
+
+
+def test_weights_that_are_kept_elsewhere_are_noticed_at_the_removal():
+    """An averaging optimizer shows other weights in evaluation than those that were zeroed."""
+    model, plan = norm_between(nn.ReLU()), [("a", [0, 1])]
+    average = copy.deepcopy(model)
+    dependency.set_to_zero(model, IMAGES, plan)
+    with torch.no_grad():
+        for ours, other in zip(average.parameters(), model.parameters(), strict=True):
+            ours.lerp_(other, 0.9)
+    with pytest.raises(UnsupportedLayerError, match="averaging or schedule-free optimizer"):
+        Adapter.shrink(average, IMAGES, plan)
+    Adapter.shrink(model, IMAGES, plan)
+
+
+def test_rebuilding_needs_no_zeros_and_refuses_what_is_not_exact():
+    model = norm_between(nn.ReLU())
+    Adapter.rebuild(model, IMAGES, [("a", [0, 1]), ("a", [0])])
+    assert model.a.out_channels == 5
+    odd = norm_between(nn.Sigmoid())
+    before = bits(odd)
+    with pytest.raises(UnsupportedLayerError, match="changes the outputs"):
+        Adapter.rebuild(odd, IMAGES, [("a", [0, 1])])
+    assert_untouched(odd, before)
