@@ -588,9 +588,7 @@ def _table(
         if isinstance(module, nn.Parameter):
             name = built._param_to_name[module]
             index = _even(positions, name)
-            table.shares.append(
-                _share(name, module, node.pruning_dim % module.dim(), False, index)
-            )
+            _add(table, _share(name, module, node.pruning_dim % module.dim(), False, index))
             continue
         if module not in names:
             continue  # an operation between layers
@@ -603,7 +601,7 @@ def _table(
             parameter = getattr(module, attribute)
             if parameter is not None:
                 name = f"{names[module]}.{attribute}"
-                table.shares.append(_share(name, parameter, dim, norm, index))
+                _add(table, _share(name, parameter, dim, norm, index))
         last = isinstance(module, (nn.Linear, nn.Embedding))
         (norms if norm else producers).append((module, -1 if last else 1, index))
     if attention is not None:  # without its values a head says nothing, whatever it looks at
@@ -695,6 +693,19 @@ def _share(name: str, parameter: Tensor, dim: int, norm: bool, index: list[list[
             "takes its channels for others on their way"
         )
     return Share(name, parameter, dim, norm, index)
+
+
+def _add(table: UpstreamGroup, share: Share) -> None:
+    """A further share of a group; of a parameter that two layers share, it is the same one."""
+    for other in table.shares:
+        if other.parameter is share.parameter:
+            if (other.dim, other.index) == (share.dim, share.index):
+                return
+            raise UnsupportedLayerError(
+                f"holds one parameter as {other.name!r} and as {share.name!r}, of which a "
+                "structure has different parts"
+            )
+    table.shares.append(share)
 
 
 def _kind(module: nn.Module, name: str) -> tuple[dict[str, int], bool] | None:
