@@ -108,7 +108,8 @@ def zero(table: UpstreamGroup, structures: Sequence[int], of: Callable[[Tensor],
     for share in table.shares:
         positions = [p for k in structures for p in share.index[k]]
         parameter = of(share.parameter)
-        parameter.index_fill_(share.dim, torch.tensor(positions, device=parameter.device), 0)
+        at = torch.tensor(positions, dtype=torch.int64, device=parameter.device)
+        parameter.index_fill_(share.dim, at, 0)
 
 
 def separate(plan: Plan) -> Iterator[Plan]:
@@ -149,9 +150,14 @@ def gathered(built: Any, model: nn.Module, plan: Plan) -> list[tuple[Any, list[i
 
 
 def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) -> None:
-    """Take positions out of a model's layers; the graph keeps to the model as it was."""
+    """Take positions out of a model's layers; the graph keeps to the model as it was.
+
+    Raises:
+        UnsupportedLayerError: layers that share a parameter would lose different parts of it.
+    """
     layers = set(model.modules())
     trained = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
+    tied = _tied(model)
     for dep, positions in taken:
         module = dep.target.module
         if isinstance(module, nn.Parameter):
@@ -159,8 +165,34 @@ def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) 
             setattr(model.get_submodule(parent), last, dep(positions))
         elif module in layers:
             dep(positions)
+    for names in tied:
+        _tie(model, names)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(trained[name])
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter that has several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [n for n in names.values() if len(n) > 1]
+
+
+def _tie(model: nn.Module, names: Sequence[str]) -> None:
+    """Let layers share a parameter again, of which each has lost the same."""
+    parameter = model.get_parameter(names[0])
+    for name in names[1:]:
+        other = model.get_parameter(name)
+        if other is parameter:
+            continue
+        if other.shape != parameter.shape or not torch.equal(other, parameter):
+            raise UnsupportedLayerError(
+                f"{names[0]!r} and {name!r} are one parameter, of which the two layers would lose "
+                "different parts"
+            )
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, parameter)
 
 
 def one_by_one(model: nn.Module, example: Any, plan: Plan) -> Iterator[str]:
