@@ -209,7 +209,9 @@ def _some(count: int, share: float, draw: torch.Generator) -> list[int]:
 
 
 def _anywhere(count: int, draw: torch.Generator) -> list[int]:
-    return _some(count, float(torch.empty(()).uniform_(0.3, 0.7, generator=draw)), draw)
+    """Some in between: where only the ends went, all that are left would keep their neighbours."""
+    share = float(torch.empty(()).uniform_(0.3, 0.7, generator=draw))
+    return [1 + k for k in _some(count - 2, share, draw)] if count > 2 else _some(count, share, draw)
 
 
 def _early(count: int, draw: torch.Generator) -> list[int]:
@@ -226,7 +228,12 @@ def _late(count: int, draw: torch.Generator) -> list[int]:
     return sorted({*last, *first})
 
 
-_SUBSETS = (_anywhere, _early, _late)
+def _most(count: int, draw: torch.Generator) -> list[int]:
+    """All but one: what is left may be fewer channels than the forward pass takes apart."""
+    return _some(count, 1.0, draw)
+
+
+_SUBSETS = (_anywhere, _early, _late, _most)
 
 
 def _draw(model: nn.Module, example: Any) -> None:
