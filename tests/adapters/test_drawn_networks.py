@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from adapters import registry
 from adapters.base import Adapter, AdapterError, Context, Stage
 from adapters.depgraph import LeftUnprunedWarning, structure_groups
-from dpm_core import SelfRectifying, SmoothPruning, StructureGroup, Trajectory
+from dpm_core import DecayPruning, SelfRectifying, SmoothPruning, StructureGroup, Trajectory
 from tests.support.networks import Drawn, draw
 from tests.support.snapshot import assert_unchanged, difference, snapshot
 from third_party import running
@@ -29,6 +29,8 @@ from third_party.groups import UnsupportedLayerError
 
 CHUNK = 30
 CHUNKS = int(os.environ.get("DRAWN_NETWORKS", "300")) // CHUNK
+ALONE = 2
+"""Removals of one group alone that are tried of each network; one of all groups comes on top."""
 EXACT = 1e-10
 """Of the outputs' size: what zeros and removal may differ by, in double precision."""
 
@@ -78,19 +80,17 @@ def examine(drawn: Drawn, seen: Seen) -> None:
     counts["networks with refusals"] += bool(refused)
     all_or_nothing(drawn, groups, refused, seen)
     assert_unchanged(before, model)
+    if groups:
+        DecayPruning(groups, SmoothPruning(2))  # no element is in two structures
     groups = [g for g in groups if g.size > 1]
     for group in groups:
-        root = root_index(group)
-        counts["structures of several channels"] += root.shape[1] > 1
-    removed = [{g.name: subset} for g in groups for subset in subsets(g.size, draws)]
+        counts["structures of several channels"] += root_index(group).shape[1] > 1
+    alone = [{g.name: subset} for g in groups for subset in subsets(g.size, draws)]
+    removed = draws.sample(alone, min(ALONE, len(alone)))
     if len(groups) > 1:
-        removed += [
-            {g.name: draws.choice(subsets(g.size, draws)) for g in groups if draws.random() < 0.9}
-            for _ in range(2)
-        ]
+        removed.append({g.name: draws.choice(subsets(g.size, draws)) for g in groups})
     for chosen in removed:
-        if chosen:
-            zeroed_and_removed(drawn, groups, chosen, counts)
+        zeroed_and_removed(drawn, groups, chosen, counts)
     any_channels(drawn, groups, draws, counts)
     assert_unchanged(before, model)
 
@@ -111,8 +111,8 @@ def all_or_nothing(
     drawn: Drawn, groups: list[StructureGroup], refused: list[str], seen: Seen
 ) -> None:
     """Without ``skip_unsupported`` a network is read whole, or refused."""
-    if not refused and drawn.seed % 4:
-        return  # the same way once more
+    if drawn.seed % 4:
+        return
     try:
         whole = structure_groups(drawn.model, drawn.example)
     except UnsupportedLayerError as why:
@@ -156,6 +156,7 @@ def zeroed_and_removed(
     except UnsupportedLayerError as why:
         raise AssertionError(f"{plan} was accepted, and is refused: {why}") from why
     assert sum(p.numel() for p in small.parameters()) < held
+    assert tied(small) == tied(drawn.model)
     off = apart(zeroed, outputs(small, fresh))
     assert off <= EXACT, f"{plan}: zeroed and removed are {off:.0e} of the outputs' size apart"
     counts["removals"] += 1
@@ -167,7 +168,7 @@ def any_channels(
 ) -> None:
     """Whatever is asked to be removed, the outputs are the same, or nothing is removed."""
     layers = {n: m for n, m in drawn.model.named_modules() if hasattr(m, "weight")}
-    for _ in range(2):
+    for _ in range(1):
         name = draws.choice([*layers, "none"])
         width = getattr(getattr(layers.get(name), "weight", None), "shape", (3,))[0]
         channels = draws.choices(range(-1, width + 1), k=draws.randint(0, 3))
@@ -209,10 +210,10 @@ LOOPS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunk", range(4))
+@pytest.mark.parametrize("chunk", range(3))
 def test_adapters_end_in_the_same_counts_or_refuse(chunk):
     ended: Counter[str] = Counter()
-    for seed in range(10 * chunk, 10 * chunk + 10):
+    for seed in range(3 * chunk, 3 * chunk + 3):
         for number, (framework, options) in enumerate(LOOPS):
             norm = framework == "gate-decorator"
             drawn = draw(10_000 + 4 * seed + number, norm=norm, plain=norm)
@@ -221,8 +222,8 @@ def test_adapters_end_in_the_same_counts_or_refuse(chunk):
             except Exception as fault:
                 fault.add_note(f"network {drawn.seed}, {framework} {options}:\n{drawn.model}")
                 raise
-    for framework, least in (("depgraph", 3), ("torch-prune", 1), ("gate-decorator", 1)):
-        assert ended[framework] >= least, ended
+    assert ended["depgraph"] >= 2, ended
+    assert ended["torch-prune"] + ended["gate-decorator"] >= 1, ended
 
 
 def ends_alike(drawn: Drawn, framework: str, options: dict[str, Any]) -> bool:
@@ -338,6 +339,14 @@ def apart(one: list[Tensor], other: list[Tensor]) -> float:
         float((a - b).abs().max() / max(float(a.abs().max()), 1e-9))
         for a, b in zip(one, other, strict=True)
     )
+
+
+def tied(model: nn.Module) -> list[list[str]]:
+    """Names of the parameters that have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [n for n in names.values() if len(n) > 1]
 
 
 def root_index(group: StructureGroup) -> Tensor:

@@ -373,7 +373,7 @@ class _Drawing:
         if self.chance(0.1):
             return self.layer("prelu", nn.PReLU(self.width(r) if self.dim(r) == 1 else 1), r)
         if self.chance(0.12):
-            return self.do("unit", r, name=self.some("sigmoid", "softplus", "exp", "cos"))
+            return self.do("unit", r, name=self.some("sigmoid", "softplus", "cos"))
         smooth = ("relu", "relu", "relu", "gelu", "silu", "tanh", "hardswish", "leaky_relu", "elu")
         return self.do("unit", r, name=self.some(*smooth))
 
@@ -384,6 +384,10 @@ class _Drawing:
         if self.chance(0.15):
             shape = ()
         op = self.some("scale", "scale", "shift")
+        bare = self.net.named_parameters(recurse=False)
+        twins = [n for n, p in bare if p.shape == shape and n.startswith(op)]
+        if twins and self.chance(0.3):
+            return self.do(op, r, layer=self.some(*twins))
         value = nn.Parameter(torch.rand(shape, dtype=torch.float64) + 0.5)
         return self.do(op, r, layer=self.add(op, value))
 
@@ -520,7 +524,7 @@ class _Drawing:
             ops.append("pad")
         op = self.some(*ops, "pick", "lrn")
         if op == "pick":
-            return self.do("pick", r, dim=dim, index=self.choose.sample(range(c), max(2, c // 2)))
+            return self.do("pick", r, dim=dim, index=self.choose.sample(range(c), (c + 1) // 2))
         if op == "lrn":
             return self.layer("norm", nn.LocalResponseNorm(3), r) if kind in ("maps", "line") else r
         return self.do(op, r, dim=dim)
