@@ -211,7 +211,8 @@ def _some(count: int, share: float, draw: torch.Generator) -> list[int]:
 def _anywhere(count: int, draw: torch.Generator) -> list[int]:
     """Some in between: where only the ends went, all that are left would keep their neighbours."""
     share = float(torch.empty(()).uniform_(0.3, 0.7, generator=draw))
-    return [1 + k for k in _some(count - 2, share, draw)] if count > 2 else _some(count, share, draw)
+    ends = 1 if count > 2 else 0
+    return [ends + k for k in _some(count - 2 * ends, share, draw)]
 
 
 def _early(count: int, draw: torch.Generator) -> list[int]:

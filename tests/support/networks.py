@@ -1,4 +1,4 @@
-"""Drawn networks: an integer seed gives a small network of the layers and operations that people use.
+"""Drawn networks: a seed gives a small network of the layers and operations that people use.
 
 A network is a program of steps on registers, as plain data, and the layers it names. What the
 drawing knows of pruning is only how often people write a thing: most of what it draws follows the
@@ -50,7 +50,7 @@ class Network(nn.Module):
         result: tuple[str, tuple[int, ...]],
     ) -> None:
         super().__init__()
-        self.program, self.result = list(program), result
+        self.program, self.result, self.inputs = list(program), result, 1
         for name, layer in layers.items():
             self.add(name, layer)
 
@@ -76,9 +76,7 @@ class Network(nn.Module):
     def __str__(self) -> str:
         lines = [f"  {n} = {m}" for n, m in self.named_children()]
         lines += [f"  {n}: {tuple(p.shape)}" for n, p in self.named_parameters(recurse=False)]
-        first = max(0, min((min(s.args) for s in self.program if s.args), default=0))
-        inputs = self.inputs if hasattr(self, "inputs") else first + 1
-        lines += [f"  r{inputs + i} = {step}" for i, step in enumerate(self.program)]
+        lines += [f"  r{self.inputs + i} = {step}" for i, step in enumerate(self.program)]
         return "\n".join([*lines, f"  return {self.result[0]} of {self.result[1]}"])
 
 
@@ -215,7 +213,7 @@ def draw(seed: int, norm: bool = False, plain: bool = False) -> Drawn:
     Args:
         seed: any.
         norm: a BatchNorm behind every convolution and linear layer.
-        plain: images in, one tensor of scores out.
+        plain: images in, one tensor of scores out, and fewer odd things between them.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -360,9 +358,7 @@ class _Drawing:
                 return r
             ofs = nn.InstanceNorm2d if kind == "maps" else nn.InstanceNorm1d
             affine, track = self.chance(0.6), self.chance(0.4)
-            return self.layer(
-                "norm", ofs(width, affine=affine, track_running_stats=track), r
-            )
+            return self.layer("norm", ofs(width, affine=affine, track_running_stats=track), r)
         if drawn < 0.9:
             return self.layer("norm", nn.GroupNorm(self.some(1, self.parts(width)), width), r)
         if kind == "maps" and drawn < 0.97:
@@ -441,7 +437,9 @@ class _Drawing:
             apart = self.do("split", r, sizes=sizes, dim=dim)
         elif form < 0.8:
             first = self.choose.randint(1, self.width(r) - 1)
-            sizes = None if self.width(r) > 3 and self.chance(0.6) else [first, self.width(r) - first]
+            sizes = (
+                None if self.width(r) > 3 and self.chance(0.6) else [first, self.width(r) - first]
+            )
             apart, count = self.do("split", r, sizes=sizes, dim=dim), 2
         else:
             return self._sliced(r)
@@ -454,12 +452,11 @@ class _Drawing:
         half = c // 2
         bounds: Any = self.some(
             ((0.0, 0.5, 1), (0.5, 1.0, 1)), ((0.0, 0.5, 1), (0.5, 1.0, 1)),
-            ((0, half, 1), (half, 2 * half, 1)), ((0, c, 2), (1, c, 2)), ((0.0, 1.0, 2), (1, 1.0, 2)),
+            ((0, half, 1), (half, 2 * half, 1)), ((0, c, 2), (1, c, 2)),
+            ((0.0, 1.0, 2), (1, 1.0, 2)),
             ((1, c, 1), (0, c - 1, 1)), ((0.25, 0.75, 1), (0.0, 0.5, 1)),
         )  # fmt: skip
-        parts = [
-            self.do("slice", r, dim=dim, start=a, end=b, step=s) for a, b, s in bounds
-        ]
+        parts = [self.do("slice", r, dim=dim, start=a, end=b, step=s) for a, b, s in bounds]
         if self.chance(0.2):
             return parts[0]
         return self._joined(parts, dim)
@@ -601,9 +598,7 @@ class _Drawing:
         dim = self.dim(r)
         same = [k for k in self.kept if self.values[k].shape == self.values[r].shape and k != r]
         like = [
-            k
-            for k in self.kept
-            if self.kind(k) == self.kind(r) and k != r and self._fits(k, r)
+            k for k in self.kept if self.kind(k) == self.kind(r) and k != r and self._fits(k, r)
         ]
         if same and self.chance(0.6):
             return self.do(self.some("sum", "sum", "product", "maximum"), r, self.some(*same))
@@ -687,6 +682,9 @@ class _Drawing:
             self.grouped: 2, self.transposed: 0.7, self.normalised: 1.5, self.active: 1.5,
             self.bare: 1, self.odd: 0.7, self.reshaped: 2, self.resized: 0.7, self.back: 1.5,
         }  # fmt: skip
+        if self.plain:
+            for rare in (self.odd, self.reshaped, self.normalised, self.halves, self.transposed):
+                blocks[rare] /= 4
         for _ in range(self.choose.randint(2, 6)):
             if self.chance(0.5):
                 self.kept.append(r)
