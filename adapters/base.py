@@ -54,6 +54,8 @@ Loss = Callable[[], Tensor]
 """Runs the model on the next training batch and returns the mean loss."""
 State = Mapping[str, Any]
 """What :meth:`Adapter.state_dict` gave."""
+
+
 class AdapterError(ValueError):
     """A framework cannot do what is asked of it. The message says why, and what to change."""
 

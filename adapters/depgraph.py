@@ -98,7 +98,11 @@ class DepGraph(Adapter):
         with refusals():
             if options.skip_unsupported:
                 reading, self.skipped = trial.exact_groups(
-                    model, example, options.ignored, skip_unsupported=True, progress=context.progress
+                    model,
+                    example,
+                    options.ignored,
+                    skip_unsupported=True,
+                    progress=context.progress,
                 )
                 for group in reading.groups:
                     why = self.frozen((s.name, s.parameter) for s in group.shares)
@@ -189,9 +193,7 @@ class DepGraph(Adapter):
                 raise AdapterError(f"{named(root, why)}, or {_SKIP}")
         if not groups:
             left_out = f" ({'; '.join(self.skipped.values())})" if self.skipped else ""
-            raise AdapterError(
-                f"no group of layers is left to prune{left_out}; shorten `ignored`"
-            )
+            raise AdapterError(f"no group of layers is left to prune{left_out}; shorten `ignored`")
         if self.options.speed_up is not None:
             most = [(g.root, g.channels_of(range(1, g.structures))) for g in groups]
             small = copy.deepcopy(model)

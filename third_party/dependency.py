@@ -103,7 +103,9 @@ def set_to_zero(model: nn.Module, example: Any, plan: Plan) -> None:
 
 
 @torch.no_grad()
-def zero(table: UpstreamGroup, structures: Sequence[int], of: Callable[[Tensor], Tensor] = lambda p: p) -> None:
+def zero(
+    table: UpstreamGroup, structures: Sequence[int], of: Callable[[Tensor], Tensor] = lambda p: p
+) -> None:
     """Set some structures of a group to zero, in the parameters that ``of`` gives for its own."""
     for share in table.shares:
         positions = torch.tensor([p for k in structures for p in share.index[k]], dtype=torch.int64)
@@ -152,8 +154,13 @@ def gathered(built: Any, model: nn.Module, plan: Plan) -> list[tuple[Any, list[i
 
 
 def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) -> None:
-    """Take positions out of a model's layers; the graph keeps to the model as it was."""
+    """Take positions out of a model's layers; the graph keeps to the model as it was.
+
+    Raises:
+        UnsupportedLayerError: layers that share a parameter would lose different parts of it.
+    """
     layers = set(model.modules())
+    tied = _tied(model)
     for dep, positions in taken:
         module = dep.target.module
         if isinstance(module, nn.Parameter):
@@ -161,6 +168,32 @@ def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) 
             setattr(model.get_submodule(parent), last, dep(positions))
         elif module in layers:
             dep(positions)
+    for names in tied:
+        _tie(model, names)
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter that has several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [n for n in names.values() if len(n) > 1]
+
+
+def _tie(model: nn.Module, names: Sequence[str]) -> None:
+    """Let layers share a parameter again, of which each has lost the same."""
+    parameter = model.get_parameter(names[0])
+    for name in names[1:]:
+        other = model.get_parameter(name)
+        if other is parameter:
+            continue
+        if other.shape != parameter.shape or not torch.equal(other, parameter):
+            raise UnsupportedLayerError(
+                f"{names[0]!r} and {name!r} are one parameter, of which the two layers would lose "
+                "different parts"
+            )
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, parameter)
 
 
 def one_by_one(model: nn.Module, example: Any, plan: Plan) -> Iterator[str]:
@@ -196,7 +229,13 @@ def _whole_or_not(model: nn.Module) -> Iterator[None]:
 def parts(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
     """Everything that the layers of a model hold, but not its values."""
     return [
-        (m, {k: copy.copy(v) if isinstance(v, dict | list | set) else v for k, v in vars(m).items()})
+        (
+            m,
+            {
+                k: copy.copy(v) if isinstance(v, dict | list | set) else v
+                for k, v in vars(m).items()
+            },
+        )
         for m in model.modules()
     ]
 

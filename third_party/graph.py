@@ -397,9 +397,7 @@ def known_layers(model: nn.Module, ignored: Collection[str | nn.Module]) -> list
     return [str(name) for name in found]
 
 
-def read(
-    model: nn.Module, example: Any, ignored: Collection[str | nn.Module] = ()
-) -> Reading:
+def read(model: nn.Module, example: Any, ignored: Collection[str | nn.Module] = ()) -> Reading:
     """All groups of a network but those of ignored layers and of its outputs.
 
     Only output positions are listed: they are disjoint between groups and, at zero, leave nothing
@@ -539,9 +537,7 @@ def attentions(model: nn.Module) -> list[SplitAttention]:
     return [m for m in model.modules() if isinstance(m, SplitAttention)]
 
 
-def attention_of(
-    built: Any, group: Any, among: Sequence[SplitAttention]
-) -> SplitAttention | None:
+def attention_of(built: Any, group: Any, among: Sequence[SplitAttention]) -> SplitAttention | None:
     """The attention whose heads a group holds, if it holds any."""
     values = {a.value: a for a in among}
     for item in group.items if values else ():
@@ -589,9 +585,7 @@ def _table(
         if isinstance(module, nn.Parameter):
             name = built._param_to_name[module]
             index = _even(positions, name)
-            table.shares.append(
-                _share(name, module, node.pruning_dim % module.dim(), False, index)
-            )
+            _add(table, _share(name, module, node.pruning_dim % module.dim(), False, index))
             continue
         if module not in names:
             continue  # an operation between layers
@@ -604,7 +598,7 @@ def _table(
             parameter = getattr(module, attribute)
             if parameter is not None:
                 name = f"{names[module]}.{attribute}"
-                table.shares.append(_share(name, parameter, dim, norm, index))
+                _add(table, _share(name, parameter, dim, norm, index))
         last = isinstance(module, (nn.Linear, nn.Embedding))
         (norms if norm else producers).append((module, -1 if last else 1, index))
     if attention is not None:  # without its values a head says nothing, whatever it looks at
@@ -696,6 +690,19 @@ def _share(name: str, parameter: Tensor, dim: int, norm: bool, index: list[list[
             "takes its channels for others on their way"
         )
     return Share(name, parameter, dim, norm, index)
+
+
+def _add(table: UpstreamGroup, share: Share) -> None:
+    """A further share of a group; of a parameter that two layers share, it is the same one."""
+    for other in table.shares:
+        if other.parameter is share.parameter:
+            if (other.dim, other.index) == (share.dim, share.index):
+                return
+            raise UnsupportedLayerError(
+                f"holds one parameter as {other.name!r} and as {share.name!r}, of which a "
+                "structure has different parts"
+            )
+    table.shares.append(share)
 
 
 def _kind(module: nn.Module, name: str) -> tuple[dict[str, int], bool] | None:

@@ -12,6 +12,7 @@ as removed even where the removal is then refused, as that of a layer's last one
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -112,7 +113,7 @@ class Pruner:
 
     def _by_structure(self, group: Any, **settings: Any) -> Any:
         """Upstream's importance; all channels of a structure have the mean of theirs."""
-        scores = self._importance(group, **settings)
+        scores = self._importance(_rankable(group), **settings)
         if group[0].dep.target.module in self._tied:
             for members in graph.members(self._graph, group):
                 scores[members] = scores[members].mean()
@@ -130,7 +131,7 @@ class Pruner:
         layer = self._model.get_submodule(group.root)
         with graph.upstream(self._model), torch.no_grad():
             whole = graph.whole(self._graph, layer, range(group.channels))
-            scores: Tensor = self._importance(whole)
+            scores: Tensor = self._importance(_rankable(whole))
         return scores.detach().cpu()[torch.tensor(group.members)].mean(1)
 
     def counts(self) -> dict[str, int]:
@@ -155,7 +156,7 @@ class Pruner:
             What was removed, by the channels' positions before the run.
         """
         names = {m: n for n, m in self._model.named_modules()}
-        trained = {n: p.requires_grad for n, p in self._model.named_parameters()}
+        trained = {n: p.requires_grad for n, p in _parameters(self._model)}
         left: dict[str, list[int]] = {}
         removed: dict[str, list[int]] = {}
         up = self.upstream
@@ -175,9 +176,9 @@ class Pruner:
                     left[name] = [c for i, c in enumerate(before) if i not in gone]
                     group.prune()
             progress(f"selecting {up.current_step}/{up.iterative_steps}")
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in _parameters(self._model):
             parameter.requires_grad_(trained[name])
-        return [(name, sorted(channels)) for name, channels in removed.items()]
+        return [(name, sorted(channels)) for name, channels in removed.items() if channels]
 
     def _count_heads(self) -> None:
         """Tell upstream how many heads there are, and not to ask for none in the next step."""
@@ -199,6 +200,29 @@ class Pruner:
     def regularize(self) -> None:
         """Upstream's, after backward."""
         self.upstream.regularize(self._model)
+
+
+def _rankable(group: Any) -> Any:
+    """A group without what upstream's importance stumbles over.
+
+    It looks for rows of a convolution with one input channel to each part and several output
+    channels; the same weights are in the group as that layer's output.
+    """
+    found = copy.copy(group)
+    found._group = [
+        item
+        for item in group._group
+        if not (
+            item.dep.handler == tp.function.prune_conv_in_channels
+            and 1 < item.dep.target.module.groups == item.dep.target.module.in_channels
+        )
+    ]
+    return found
+
+
+def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """By all their names: upstream unties what layers share."""
+    return list(model.named_parameters(remove_duplicate=False))
 
 
 def _drawn(model: nn.Module, seed: int) -> Callable[..., Tensor]:

@@ -268,9 +268,11 @@ class Precision:
             return example
         return map_tensors(
             example,
-            lambda t: t.to(torch.complex128 if t.is_complex() else torch.float64)
-            if t.is_floating_point() or t.is_complex()
-            else t,
+            lambda t: (
+                t.to(torch.complex128 if t.is_complex() else torch.float64)
+                if t.is_floating_point() or t.is_complex()
+                else t
+            ),
         )
 
 

@@ -211,7 +211,10 @@ def _some(count: int, share: float, draw: torch.Generator) -> list[int]:
 
 
 def _anywhere(count: int, draw: torch.Generator) -> list[int]:
-    return _some(count, float(torch.empty(()).uniform_(0.3, 0.7, generator=draw)), draw)
+    """Some in between: where only the ends went, all that are left would keep their neighbours."""
+    share = float(torch.empty(()).uniform_(0.3, 0.7, generator=draw))
+    ends = 1 if count > 2 else 0
+    return [ends + k for k in _some(count - 2 * ends, share, draw)]
 
 
 def _early(count: int, draw: torch.Generator) -> list[int]:
@@ -229,7 +232,12 @@ def _early_in(count: int, share: float, draw: torch.Generator) -> list[int]:
     return _some(part, 0.8, draw) if part > 1 else [0]
 
 
-_SUBSETS = (_anywhere, _early, _late)
+def _most(count: int, draw: torch.Generator) -> list[int]:
+    """All but one: what is left may be fewer channels than the forward pass takes apart."""
+    return _some(count, 1.0, draw)
+
+
+_SUBSETS = (_anywhere, _early, _late, _most)
 
 
 def _draw(model: nn.Module, example: Any) -> None:

@@ -361,7 +361,9 @@ def test_what_is_not_zero_is_not_removed(case):
         held = [id(p) for g in optimizer.param_groups for p in g["params"]]
         masked = any(n.endswith(".gate") for n in values)  # a mask silences whatever the gate is
         if not masked and case.framework != "otov2":  # there what is not zero is not in the plan
-            with pytest.raises((AdapterError, PhaseError), match="changes the outputs|exactly zero"):
+            with pytest.raises(
+                (AdapterError, PhaseError), match="changes the outputs|exactly zero"
+            ):
                 remove()
             refused.append(True)
             assert adapter.removed is None

@@ -159,7 +159,9 @@ def test_a_head_is_a_structure_of_its_queries_keys_and_values():
 
 
 def test_the_embedding_is_refused_and_the_message_says_why():
-    with pytest.raises(AdapterError, match=r"\(LayerNorm\), whose mean and variance.*skip_unsupported"):
+    with pytest.raises(
+        AdapterError, match=r"\(LayerNorm\), whose mean and variance.*skip_unsupported"
+    ):
         adapter(split_vit(), "sp", speed_up=1.2, steps=50).check()
     with pytest.raises(UnsupportedLayerError, match=r"LayerNorm.*`ignored`"):
         structure_groups(whole_vit(), EXAMPLE)

@@ -49,9 +49,7 @@ def sizes(model: nn.Module, example: Any, **settings: Any) -> dict[str, int]:
 def assert_exact(model: nn.Module, example: Any, seed: int = 0) -> int:
     """Drawn structures of every group at zero are the same as removed; how many channels went."""
     draw, model = torch.Generator().manual_seed(seed), model.double().eval()
-    example = running.map_tensors(
-        example, lambda t: t.double() if t.is_floating_point() else t
-    )
+    example = running.map_tensors(example, lambda t: t.double() if t.is_floating_point() else t)
     plan = []
     with torch.no_grad():
         for group in structure_groups(model, example):
@@ -156,7 +154,9 @@ def test_halves_that_go_to_the_wrong_branch_are_refused(how):
         return m.o(torch.cat([m.p(u), m.q(v)], 1))
 
     layers = {"a": conv(3, 16), "p": conv(8, 6), "q": nn.Conv2d(8, 6, 1), "o": nn.Conv2d(12, 3, 1)}
-    with pytest.raises(UnsupportedLayerError, match=r"group of 'a' (cannot be removed|gives different)"):
+    with pytest.raises(
+        UnsupportedLayerError, match=r"group of 'a' (cannot be removed|gives different)"
+    ):
         structure_groups(Net(run, **layers), IMAGES)
 
 
