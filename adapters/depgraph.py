@@ -149,7 +149,7 @@ class DepGraph(Adapter):
         return target if way == 1 else 1 - (1 - target) ** way
 
     def _selected(self) -> tuple[Plan, nn.Module]:
-        """What upstream removes now, to the present round's target, and a copy that it is gone from.
+        """What upstream removes now, to the present round's target, and a copy without it.
 
         Raises:
             AdapterError: upstream does not meet the target.

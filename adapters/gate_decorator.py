@@ -125,12 +125,10 @@ class GateDecorator(Adapter):
         with refusals():
             graph.require_plain_weights(model)
         made = self._decorated(copy.deepcopy(model))
-        layers = {p.rpartition(".")[0]: [] for p, _ in model.named_parameters()}
-        for name, parameter in model.named_parameters():
-            layers[name.rpartition(".")[0]].append((name, parameter))
         for group in made.groups:
             for name in group.members:
-                self.check_trainable(group.name, layers[name])
+                own = model.get_submodule(name).named_parameters(prefix=name)
+                self.check_trainable(group.name, own)
         least = made.least() / made.costs.dense
         if self.options.macs < least:
             raise AdapterError(

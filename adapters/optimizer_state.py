@@ -45,16 +45,15 @@ def remove(model: nn.Module, example: Any, plan: Plan, optimizer: torch.optim.Op
         optimizer: of the model's parameters; it may hold others as well, which are left alone.
 
     Raises:
-        CarryOverError: the optimizer's state cannot be divided by structure, or layers that share
-            a parameter would no longer do so. Nothing has changed.
-        UnsupportedLayerError: what would stay of a parameter is not whole rows and columns, or
-            the outputs for the example would change by more than rounding. Nothing has changed.
+        CarryOverError: the optimizer's state cannot be divided by structure. Nothing has changed.
+        UnsupportedLayerError: what would stay of a parameter is not whole rows and columns, layers
+            that share a parameter would lose different parts of it, or the outputs for the example
+            would change by more than rounding. Nothing has changed.
     """
     from third_party import dependency  # only now: it loads torch-pruning
 
     carried = CarryOver(model, optimizer)
     stays = carried.survivors(example, plan)
-    carried.check(stays)
     dependency.remove(model, example, plan)
     carried.replace(stays)
 
@@ -111,7 +110,6 @@ class CarryOver:
         from third_party import dependency  # only now: it loads torch-pruning
 
         stays = self.survivors(example, plan)
-        self.check(stays)
         self._in_place_of(stays)
         small = copy.deepcopy(self._before)
         dependency.repeat(small, example, plan)
@@ -123,19 +121,6 @@ class CarryOver:
         from third_party import dependency  # only now: it loads torch-pruning
 
         return dependency.survivors(self._before, example, plan)
-
-    def check(self, stays: Mapping[str, list[Tensor]]) -> None:
-        """Refuse a removal that takes apart what layers share, before or after it is done."""
-        for parameter in self._held():
-            first, *others = self._names[parameter]
-            for other in others:
-                left = {torch.Size(len(i) for i in stays[n]) for n in (first, other)}
-                if left != {parameter.shape}:  # upstream makes a new parameter in each layer
-                    raise CarryOverError(
-                        f"{first!r} and {other!r} are one parameter, and the removal makes two of "
-                        "it, which train apart; leave its channels out of the plan (name the "
-                        "layers in `ignored`)"
-                    )
 
     def replace(self, stays: Mapping[str, list[Tensor]]) -> None:
         """Put the model's present parameters in the place of those before, with their state."""
@@ -173,6 +158,12 @@ class CarryOver:
                     "changed by something besides this plan; make a new optimizer"
                 )
             fresh[old] = now[name]
+            for other in self._names[old][1:]:
+                if now.get(other) is not now[name]:
+                    raise CarryOverError(
+                        f"{name!r} and {other!r} were one parameter, and the removal has made two "
+                        "of it, which train apart; make a new optimizer"
+                    )
         return fresh
 
     def _held(self) -> list[Tensor]:

@@ -133,7 +133,8 @@ class OTOv2(Adapter):
             why = self.frozen((s.name, own[s.name]) for s in group.shares)
             if why is not None:
                 raise AdapterError(
-                    f"the group of {group.root!r} {why}. Upstream leaves out no layers; let it train"
+                    f"the group of {group.root!r} {why}. Upstream leaves out no layers, so let it "
+                    "train"
                 )
         with refusals():
             odd = trial.inexact(model, example, found, self.context.progress)

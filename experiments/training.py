@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from adapters.base import Adapter, AdapterError
+from adapters.base import Adapter, AdapterError, Plan
 from adapters.optimizer_state import CarryOver
 from dpm_core import DecayPruning, Phase
 

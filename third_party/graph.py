@@ -1,12 +1,12 @@
 """The touch points in torch-pruning 1.6.1: its dependency graph, and its groups as index tables.
 
 Facts this file answers, all of them of that version. Building a graph leaves the model in eval
-mode, follows gradients and silently misses frozen layers, so all train while it is built; it unpacks
-an example of one sample into the model's arguments, so the forward pass is given; it fails at
-outputs that are no tensors (``graph._trace``). A layer whose output is returned *and* used further
-does not look like an output. GRU and RNN are taken for operations element by element, an LSTM is
-entered, so each is traced as one piece. The raw form of a group says which channels go together; the
-merged one does not (``Group.add_and_merge``). A walk over the graph need not end, as with
+mode, follows gradients and silently misses frozen layers, so all train while it is built; it
+unpacks an example of one sample into the model's arguments, so the forward pass is given; it fails
+at outputs that are no tensors (``graph._trace``). A layer whose output is returned *and* used
+further does not look like an output. GRU and RNN are taken for operations element by element, an
+LSTM is entered, so each is traced as one piece. The raw form of a group says which channels go
+together; the merged one does not (``Group.add_and_merge``). A walk over the graph need not end, as with
 grouped-query attention (``get_pruning_group``). Index maps are worked out anew for every group
 (``index_mapping``), though nothing but a removal changes them; after one, a split keeps the offsets
 it had before (``SplitPruner``).
@@ -223,7 +223,7 @@ class Tracing:
         layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         own = {m: m.__dict__.get("forward") for m in layers}
         for layer in layers:
-            layer.forward = _in_one_piece(layer.forward)  # type: ignore[method-assign]
+            layer.forward = _in_one_piece(layer.forward)
         try:
             with running.same_draws():
                 return running.call(model, example)
@@ -231,7 +231,7 @@ class Tracing:
             for layer, forward in own.items():
                 del layer.forward
                 if forward is not None:
-                    layer.forward = forward  # type: ignore[method-assign]
+                    layer.forward = forward
 
     def _traceable(self, outputs: Any) -> list[Tensor]:
         """The outputs that upstream can trace, each once."""
@@ -263,7 +263,8 @@ def _in_one_piece(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(given: Any, state: Any = None) -> Any:
         if isinstance(given, PackedSequence):
             return forward(given, state)
-        out, *states = _Piece.apply(lambda x: forward(x, state), given)
+        piece: Any = _Piece
+        out, *states = piece.apply(lambda x: forward(x, state), given)
         return out, tuple(states) if len(states) == 2 else states[0]
 
     return run
@@ -466,7 +467,7 @@ def _table_of(built: Any, model: nn.Module, name: str) -> UpstreamGroup:
     try:
         layer = model.get_submodule(name)
     except AttributeError:
-        layer = None
+        layer = nn.Module()
     if layer not in built.module2node or not isinstance(layer, tuple(ROOTS)):
         raise UnsupportedLayerError(
             f"{name!r} is no convolution or linear layer of the model that its outputs depend on"
@@ -509,7 +510,8 @@ def _names(model: nn.Module) -> dict[nn.Module, str]:
 def _walks(built: Any, inside: Collection[nn.Module]) -> Iterator[tuple[nn.Module, Any, Any]]:
     """Upstream's groups with all their channels: root, group, and what upstream stumbled over."""
     visited: set[nn.Module] = set()
-    for module in list(built.module2node):
+    modules: list[nn.Module] = list(built.module2node)
+    for module in modules:
         if not isinstance(module, tuple(ROOTS)) or module in inside or module in visited:
             continue
         prune = built.get_pruner_of_module(module)
@@ -624,7 +626,7 @@ def members(built: Any, group: Any) -> list[list[int]]:
     for (node, handler), met in meetings.items():
         if any(c is None or not 0 <= c < count for _, c in met):
             raise UnsupportedLayerError(
-                "shares channels in a way that torch-pruning does not tell, as heads of attention do"
+                "shares channels in a way that torch-pruning does not tell, as attention heads may"
             )
         places, channels = torch.tensor(sorted(met)).T
         parts, size = _parts(built, node, handler)

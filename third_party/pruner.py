@@ -21,8 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from . import graph
-from .graph import tp
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
+from .upstreams import require
+
+require("torch-pruning")
+import torch_pruning as tp  # noqa: E402  (only after its version is known)
 
 
 class Pruner:
@@ -41,8 +44,8 @@ class Pruner:
     Attributes:
         upstream: its pruner.
         groups: what it may prune.
-        left_whole: layers that the last step of :meth:`run` left as they are, as they would have lost
-            all their channels.
+        left_whole: layers that the last step of :meth:`run` left as they are, as they would have
+            lost all their channels.
 
     Raises:
         UnsupportedLayerError: naming a group that cannot be read, and why.
@@ -135,7 +138,7 @@ class Pruner:
         return scores.detach().cpu()[torch.tensor(group.members)].mean(1)
 
     def counts(self) -> dict[str, int]:
-        """How many structures there are, by upstream's scopes of ranking, of which a ratio is a share.
+        """How many structures there are in each of upstream's scopes of ranking.
 
         Upstream counts them in a pruner's first step. Here that is one of a ratio of zero, which
         removes nothing.

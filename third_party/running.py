@@ -7,7 +7,6 @@ what rounding does to the outputs depends on the network and has to be measured.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import random
@@ -62,7 +61,7 @@ def first(example: Any, samples: int = 1) -> Any:
 
 
 def telling(example: Any) -> Any:
-    """An example; a single tensor of one value only, as of zeros, is drawn anew: it tells little."""
+    """An example; a single tensor of one value only, as of zeros, tells little and is drawn anew."""
     if not (isinstance(example, Tensor) and example.is_floating_point() and example.numel() > 1):
         return example
     if bool((example != example.flatten()[0]).any()):
@@ -103,9 +102,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, float):
         yield torch.tensor(value, dtype=torch.float64)
-    elif isinstance(value, int | complex | str | bytes | type(None)):
-        return
-    elif id(value) in seen:
+    elif isinstance(value, int | complex | str | bytes | type(None)) or id(value) in seen:
         return
     else:
         seen.add(id(value))
@@ -154,7 +151,7 @@ class _Watched(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.draws: list[torch.Size] = []
         self.eps = 0.0
 

@@ -520,9 +520,14 @@ def test_a_parameter_of_two_layers_goes_on_as_one_or_is_refused():
         model(example).square().sum().backward()
         optimizer.step()
     check = snapshot(model, optimizer)
-    with pytest.raises(CarryOverError, match=r"'third.weight' and 'last.weight' are one"):
+    with pytest.raises(UnsupportedLayerError, match=r"'third.weight' and 'last.weight' are one"):
         remove(model, example, [("second", [1])], optimizer)
     check()
+    carried = CarryOver(model, optimizer)
+    model.last.weight = nn.Parameter(model.third.weight.detach().clone())
+    with pytest.raises(CarryOverError, match=r"were one parameter, and the removal has made two"):
+        carried.finish(example, [])
+    model.last.weight = model.third.weight
     dependency.set_to_zero(model, example, [("first", [0, 2])])
     remove(model, example, [("first", [0, 2])], optimizer)
     assert model.last.weight is model.third.weight

@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from adapters import registry
 from adapters.base import Adapter, Context, Stage
-from third_party.groups import Plan
 from adapters.optimizer_state import CarryOver
 from dpm_core import Event, SelfRectifying, SmoothPruning, Trajectory
 from tests.support.rounding import in_double
+from third_party.groups import Plan
 
 CLASSES = 5
 

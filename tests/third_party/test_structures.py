@@ -301,7 +301,7 @@ def test_a_detached_output_is_refused_for_its_shape():
         maps = F.relu(m.a(x))
         return m.o(maps.mean((2, 3))), maps.detach()
 
-    with pytest.raises(UnsupportedLayerError, match="'a'.*changes the shape of an output"):
+    with pytest.raises(UnsupportedLayerError, match=r"'a'.*changes the shape of an output"):
         structure_groups(Net(run, a=conv(3, 8), o=nn.Linear(8, 5)), IMAGES)
 
 
