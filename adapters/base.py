@@ -47,7 +47,8 @@ from dpm_core import (
 )
 from dpm_core.groups import is_sharded
 from third_party import running
-from third_party.groups import Plan, UnsupportedLayerError, UpstreamGroup
+from third_party.groups import Plan as Plan
+from third_party.groups import UnsupportedLayerError, UpstreamGroup
 
 Variant = Literal["base", "sp", "sr"]
 Loss = Callable[[], Tensor]

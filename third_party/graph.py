@@ -6,8 +6,8 @@ unpacks an example of one sample into the model's arguments, so the forward pass
 at outputs that are no tensors (``graph._trace``). A layer whose output is returned *and* used
 further does not look like an output. GRU and RNN are taken for operations element by element, an
 LSTM is entered, so each is traced as one piece. The raw form of a group says which channels go
-together; the merged one does not (``Group.add_and_merge``). A walk over the graph need not end, as with
-grouped-query attention (``get_pruning_group``). Index maps are worked out anew for every group
+together; the merged one does not (``Group.add_and_merge``). A walk over the graph need not end, as
+with grouped-query attention (``get_pruning_group``). Index maps are worked out anew for every group
 (``index_mapping``), though nothing but a removal changes them; after one, a split keeps the offsets
 it had before (``SplitPruner``).
 """

@@ -61,7 +61,7 @@ def first(example: Any, samples: int = 1) -> Any:
 
 
 def telling(example: Any) -> Any:
-    """An example; a single tensor of one value only, as of zeros, tells little and is drawn anew."""
+    """An example; a single tensor of one value, as of zeros, tells little and is drawn anew."""
     if not (isinstance(example, Tensor) and example.is_floating_point() and example.numel() > 1):
         return example
     if bool((example != example.flatten()[0]).any()):
