@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -86,9 +87,8 @@ class _Group(_graph_module.Group):  # type: ignore[misc]
         super().prune(idxs, record_history)
         self._DG.maps_stand = False
         for module in self._DG.module2node:
-            if isinstance(module, tp.ops._SplitOp) and module.split_sizes is not None:
-                sizes = torch.tensor([0, *module.split_sizes])
-                module.offsets = sizes.cumsum(0).tolist()
+            if isinstance(module, tp.ops._SplitOp) and None not in (module.split_sizes or [None]):
+                module.offsets = list(accumulate([0, *module.split_sizes]))
 
 
 _MAPS = {
