@@ -396,9 +396,7 @@ def known_layers(model: nn.Module, ignored: Collection[str | nn.Module]) -> list
     return [str(name) for name in found]
 
 
-def read(
-    model: nn.Module, example: Any, ignored: Collection[str | nn.Module] = ()
-) -> Reading:
+def read(model: nn.Module, example: Any, ignored: Collection[str | nn.Module] = ()) -> Reading:
     """All groups of a network but those of ignored layers and of its outputs.
 
     Only output positions are listed: they are disjoint between groups and, at zero, leave nothing
@@ -449,7 +447,30 @@ def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> R
             except UnsupportedLayerError as why:
                 reading.refused[name] = named(name, str(why))
     reading.outputs = sorted(set(reading.outputs))
+    for name, why in _overlapping(reading.groups).items():
+        reading.refused[name] = named(name, why)
+    reading.groups = [g for g in reading.groups if g.root not in reading.refused]
     return reading
+
+
+def _overlapping(groups: Sequence[UpstreamGroup]) -> dict[str, str]:
+    """Groups that hold the same part of one parameter, as layers that share it do; and why not."""
+    held: dict[Tensor, list[tuple[UpstreamGroup, Share]]] = {}
+    found: dict[str, str] = {}
+    for group in groups:
+        for share in group.shares:
+            here = held.setdefault(share.parameter, [])
+            mine = {p for positions in share.index for p in positions}
+            for other, theirs in here:
+                if other is group or (share.dim == theirs.dim and mine.isdisjoint(*theirs.index)):
+                    continue
+                for one, with_whom in ((group, other), (other, group)):
+                    found[one.root] = (
+                        f"shares {share.name!r} with the group of {with_whom.root!r}, so it cannot "
+                        "be decayed or removed by itself"
+                    )
+            here.append((group, share))
+    return found
 
 
 def tables(model: nn.Module, example: Any, roots: Iterable[str]) -> dict[str, UpstreamGroup]:
@@ -538,9 +559,7 @@ def attentions(model: nn.Module) -> list[SplitAttention]:
     return [m for m in model.modules() if isinstance(m, SplitAttention)]
 
 
-def attention_of(
-    built: Any, group: Any, among: Sequence[SplitAttention]
-) -> SplitAttention | None:
+def attention_of(built: Any, group: Any, among: Sequence[SplitAttention]) -> SplitAttention | None:
     """The attention whose heads a group holds, if it holds any."""
     values = {a.value: a for a in among}
     for item in group.items if values else ():
