@@ -462,7 +462,9 @@ def _overlapping(groups: Sequence[UpstreamGroup]) -> dict[str, str]:
             here = held.setdefault(share.parameter, [])
             mine = {p for positions in share.index for p in positions}
             for other, theirs in here:
-                if other is group or (share.dim == theirs.dim and mine.isdisjoint(*theirs.index)):
+                taken = {p for positions in theirs.index for p in positions}
+                apart = share.dim == theirs.dim and mine.isdisjoint(taken)
+                if other is group or apart:
                     continue
                 for one, with_whom in ((group, other), (other, group)):
                     found[one.root] = (
