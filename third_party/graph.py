@@ -449,7 +449,32 @@ def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> R
             except UnsupportedLayerError as why:
                 reading.refused[name] = named(name, str(why))
     reading.outputs = sorted(set(reading.outputs))
+    for name, why in _overlapping(reading.groups).items():
+        reading.refused[name] = named(name, why)
+    reading.groups = [g for g in reading.groups if g.root not in reading.refused]
     return reading
+
+
+def _overlapping(groups: Sequence[UpstreamGroup]) -> dict[str, str]:
+    """Groups that hold the same part of one parameter, as layers that share it do; and why not."""
+    held: dict[Tensor, list[tuple[UpstreamGroup, Share]]] = {}
+    found: dict[str, str] = {}
+    for group in groups:
+        for share in group.shares:
+            here = held.setdefault(share.parameter, [])
+            mine = {p for positions in share.index for p in positions}
+            for other, theirs in here:
+                taken = {p for positions in theirs.index for p in positions}
+                apart = share.dim == theirs.dim and mine.isdisjoint(taken)
+                if other is group or apart:
+                    continue
+                for one, with_whom in ((group, other), (other, group)):
+                    found[one.root] = (
+                        f"shares {share.name!r} with the group of {with_whom.root!r}, so it cannot "
+                        "be decayed or removed by itself"
+                    )
+            here.append((group, share))
+    return found
 
 
 def tables(model: nn.Module, example: Any, roots: Iterable[str]) -> dict[str, UpstreamGroup]:

@@ -218,18 +218,18 @@ def _anywhere(count: int, draw: torch.Generator) -> list[int]:
 
 
 def _early(count: int, draw: torch.Generator) -> list[int]:
-    """Of the first two fifths, some."""
-    return _early_in(count, 0.4, draw)
+    """Of the first two fifths, most: more of the first half, and of the first third."""
+    part = max(1, round(0.4 * count))
+    order = torch.rand(part, generator=draw).argsort()
+    return order[: max(1, round(0.8 * part))].sort().values.tolist()
 
 
 def _late(count: int, draw: torch.Generator) -> list[int]:
-    """Of the last third, some."""
-    return [count - 1 - k for k in _early_in(count, 0.3, draw)]
-
-
-def _early_in(count: int, share: float, draw: torch.Generator) -> list[int]:
-    part = max(1, round(share * count))
-    return _some(part, 0.8, draw) if part > 1 else [0]
+    """All kinds of places where there are many, but more and more towards the end."""
+    part = max(1, round(0.3 * count))
+    last = [count - 1 - k for k in (_some(part, 0.7, draw) if part > 1 else [0])]
+    first = _some(count - part, 0.1, draw) if count >= 10 else []
+    return sorted({*last, *first})
 
 
 def _most(count: int, draw: torch.Generator) -> list[int]:
