@@ -206,16 +206,11 @@ class Config(_Table):
     curve: Curve = Curve()
     compute: Compute = Compute()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _plain_values(cls, raw: Any) -> Any:
-        # What stands under [options] has no limits of its own, as other keys have.
-        if found := list(faults(raw)):
-            raise ValueError("; ".join(found))
-        return raw
-
     @model_validator(mode="after")
     def _known(self) -> Config:
+        # What stands under [options] has no limits of its own, as other keys have.
+        if found := list(faults(self.model_dump())):
+            raise ValueError("; ".join(found))
         if self.model not in MODELS:
             raise ValueError(f"unknown model {self.model!r}; there are: {', '.join(MODELS)}")
         try:

@@ -39,7 +39,7 @@ VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
 CONTROLS: tuple[Control, ...] = ("random", "least-resistant")
 """``sr`` with the releases of a control: as many on the same schedule, but other ones."""
 RECORD_VERSION = 3
-ANEW = "delete it to start anew"  # not by --force, which a comparison does not know
+ANEW = "delete it, as --force does, to start anew"  # a comparison knows no --force
 CHECKPOINT_VERSION = 4
 LATENCY_BATCH = 128
 MODEL, TRACE, RECORD, CHECKPOINT = "model.safetensors", "trace.pt", "record.json", "checkpoint.pt"
@@ -174,6 +174,8 @@ def _carry_out(request: Request) -> Path:
             "model or larger images"
         ) from cause
     _adapter(request, images, model, example).check()
+    if config.dense is not None:
+        images.steps_per_epoch(config.dense.batch)
     if ranks.first:
         _check_places(request, images, model)
         if request.force:

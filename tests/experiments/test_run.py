@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -289,8 +290,9 @@ def test_a_record_of_another_configuration_is_refused_and_kept(tmp_path):
     record = run(tiny.request(tmp_path, "base", MINIATURE))
     content = record.read_bytes()
     changed = {**MINIATURE, "smooth.steps": 6}
-    for resume in (False, True):
-        with pytest.raises(RunError, match=r"another configuration.*--force.*--out"):
+    # Who resumes, as a comparison does, is told of no --force.
+    for resume, remedy in ((False, "--force runs anew"), (True, r"delete \S+base-seed0")):
+        with pytest.raises(RunError, match=rf"another configuration.*{remedy}.*--out"):
             run(tiny.request(tmp_path, "base", changed, resume=resume))
     assert record.read_bytes() == content
     run(tiny.request(tmp_path, "base", changed, force=True))
@@ -303,8 +305,10 @@ def test_a_damaged_record_is_refused_with_the_remedy(tmp_path, content):
     request = tiny.request(tmp_path, "base", MINIATURE, resume=True)
     request.folder.mkdir(parents=True)
     (request.folder / "record.json").write_bytes(content)
-    with pytest.raises(RunError, match=r"cannot be read.*--force"):
+    with pytest.raises(RunError, match=r"cannot be read.*delete \S+base-seed0"):
         run(request)
+    with pytest.raises(RunError, match=r"cannot be read.*--force"):
+        run(replace(request, resume=False))
 
 
 @pytest.mark.parametrize("variant", ["base", "sr"])
