@@ -12,6 +12,7 @@ its round, not in the next one, which decides anew.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -25,6 +26,9 @@ from third_party import dependency
 from third_party.groups import UnsupportedLayerError, UpstreamGroup
 
 from .base import Adapter, AdapterError, Context, Loss, Plan, State, count_macs, structure_group
+
+NORMALIZER = re.compile(r"mean|max|sum|standarization|gaussian|lamp|sentinel_0?\.\d{1,9}")
+"""Upstream's, as it spells them."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,11 @@ class DepGraphOptions:
             raise AdapterError(f"ratio is {self.ratio}; give above 0, below 1")
         if self.steps < 1 or self.reg < 0:
             raise AdapterError("give steps of at least 1 and reg of at least 0")
+        if self.normalizer is not None and not NORMALIZER.fullmatch(self.normalizer):
+            raise AdapterError(
+                f"normalizer is {self.normalizer!r}; give mean, max, sum, standarization, "
+                "gaussian, lamp or sentinel_ and a share below 1"
+            )
         if self.rounds < 1 or self.round_epochs < 1:
             raise AdapterError("give rounds and round_epochs of at least 1")
 

@@ -16,8 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CACHES = ("build", "dist", "docs/_build", "docs/tutorials", "docs/jupyter_execute")
-CACHES += (".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis")
+DOCS = ("docs/_build", "docs/tutorials", "docs/jupyter_execute")
+CACHES = ("build", "dist", *DOCS, ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis")
 PACKAGES = ("adapters", "docs", "dpm_core", "experiments", "tests", "third_party", "tutorials")
 
 _RUN = re.compile(r"[^/]+/[^/]+/(base|sp|sr|random|least-resistant)-seed\d+")

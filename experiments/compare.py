@@ -135,9 +135,9 @@ def _name(request: Request) -> str:
 def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
     request = job.request
     request.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "experiments", "run", str(job.config_path)]
+    command = [sys.executable, "-m", "experiments", "run", _word(job.config_path)]
     command += ["--variant", request.variant, "--seed", str(request.seed), "--resume"]
-    command += [f"--out={request.out}", f"--data-root={request.data_root}", "--until-eof"]
+    command += ["--out", _word(request.out), "--data-root", _word(request.data_root), "--until-eof"]
     command += ["--device", str(request.device), "--save-every", str(request.save_every)]
     command += ["--threads", str(max(1, torch.get_num_threads() // at_once))]
     if job.data is not None:
@@ -156,3 +156,8 @@ def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+
+
+def _word(path: Path) -> str:
+    """A path as a word of a command line: never an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)

@@ -378,7 +378,9 @@ def _check_facts(facts: _Facts, saved: Saved) -> None:
             dense = models.build(facts.model, facts.in_channels, facts.classes).state_dict()
     except (RuntimeError, OverflowError, TypeError) as cause:
         raise SavedModelError("it says to be larger than any model can be") from cause
-    for name in dense.keys() & saved.tensors:
+    if dense.keys() != saved.tensors.keys():
+        raise SavedModelError(f"its tensors are not those of a {facts.model}; save the model anew")
+    for name in sorted(dense):
         small, whole = saved.tensors[name].shape, dense[name].shape
         pairs = zip(small, whole, strict=False)
         if len(small) != len(whole) or any(not s <= w <= s + gone for s, w in pairs):

@@ -35,9 +35,6 @@ class Started:
     waited: bool = False
 
     def option(self, name: str) -> str:
-        for word in self.command:
-            if word.startswith(f"--{name}="):
-                return word.partition("=")[2]
         return self.command[self.command.index(f"--{name}") + 1]
 
     @property
