@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .files import save_text, write
 from .names import Seed, one_line, slug
 from .run import CONTROLS, RECORD, RunError, Variant
-from .table import NAMES, ORDER, Record, dense, left, processes, sections, summary
+from .table import NAMES, ORDER, Number, Record, dense, left, processes, sections, summary
 
 Samples = Mapping[str, Mapping[str, Any]]
 """Sampled norms by variant, see :func:`sample_norms`."""
@@ -60,7 +60,8 @@ POINTS = 25
 
 
 Kind = Literal["decayed to zero", "released", "decayed in their place"]
-Points = Annotated[list[tuple[int, float]], Field(min_length=1, max_length=10 * POINTS)]
+Point = tuple[Number, Annotated[float, Field(ge=0, le=1e30)]]
+Points = Annotated[list[Point], Field(min_length=1, max_length=10 * POINTS)]
 
 PICTURES = ("accuracy", "channels", "norms")
 
@@ -224,9 +225,9 @@ class _Sample(BaseModel):
 
     variant: Variant
     seed: Seed
-    counts: dict[Kind, int]
+    counts: dict[Kind, Number]
     lines: dict[Kind, Annotated[list[Points], Field(max_length=LINES)]]
-    releases: Annotated[list[tuple[int, float]], Field(max_length=10 * LINES * POINTS)]
+    releases: Annotated[list[Point], Field(max_length=10 * LINES * POINTS)]
 
     @model_validator(mode="after")
     def _counted(self) -> _Sample:
