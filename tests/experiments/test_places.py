@@ -1,4 +1,4 @@
-"""Folders that cannot take a run, locks, leftovers, and what is said of the file system's errors."""
+"""Folders that cannot take a run, locks, leftovers, and what is said of errors of files."""
 
 from __future__ import annotations
 
@@ -517,6 +517,13 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
+def listens(pid: int) -> bool:
+    """Whether a run trains: from then on it takes a termination as a request."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (caught,) = [line.split()[1] for line in lines if line.startswith("SigCgt:")]
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def children(out: Path) -> list[int]:
     """Runs of a comparison, by their locks: each says which process holds it."""
     return [int(text) for path in out.rglob(places.LOCK) if (text := path.read_text().strip())]
@@ -555,7 +562,9 @@ def test_a_comparisons_runs_end_and_save_themselves_with_it_whatever_ends_it(tmp
             assert "another process is at work" in again.stderr
             assert "--force" not in again.stderr
             assert children(out) == runs
-        time.sleep(3)
+        while not all(map(listens, runs)):
+            assert time.monotonic() < until, "no training"
+            time.sleep(0.1)
         process.send_signal(getattr(signal, kind))
         process.wait(timeout=100)
         while any(map(alive, runs)):
