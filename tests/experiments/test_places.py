@@ -531,7 +531,7 @@ def children(out: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
-@pytest.mark.parametrize("kind", ["SIGHUP", "SIGQUIT", "SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("kind", ["SIGHUP", "SIGKILL"])
 def test_a_comparisons_runs_end_and_save_themselves_with_it_whatever_ends_it(tmp_path, kind):
     out = tmp_path / "out"
     path = tiny.write(tmp_path / "c.toml", {"dense.epochs": 500})
