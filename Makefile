@@ -1,7 +1,7 @@
 # Everything a user or a developer runs. `make` alone lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
-PY ?= $(VENV)/bin/python
+PY ?= $(call q,$(VENV)/bin/python)
 SETUP ?= $(VENV)/.installed
 OUT ?= runs
 SEEDS ?= 0-2
@@ -15,18 +15,42 @@ DATA ?=
 NPROC ?= 1
 FLAGS ?=
 
+# A value as one word for the shell, whatever is in it. PYTHON, PY and FLAGS are words already.
+q = '$(subst ','\'',$(1))'
+# What make itself would take apart, or would take for a pattern, cannot name an environment.
+ifneq ($(words $(VENV)),1)
+$(error VENV is '$(VENV)'; give the path of one folder, without spaces)
+endif
+odd := $(strip $(foreach c,* ? [ ] % : ; ~ \ ' ",$(findstring $(c),$(VENV))))
+ifneq ($(odd),)
+$(error VENV is '$(VENV)'; give a path without $(odd))
+endif
+ifeq ($(strip $(OUT)),)
+$(error OUT is empty; give a folder for runs)
+endif
+define newline
+
+
+endef
+torn := $(foreach v,OUT DATA CONFIG RECORDS,$(if $(findstring $(newline),$($(v))),$(v)))
+ifneq ($(strip $(torn)),)
+$(error $(strip $(torn)) has more than one line; give one)
+endif
+
 CONFIGS := experiments/configs
 # Every framework has a configuration for digits. One for CIFAR-10, if any, is its benchmark's recipe.
 FRAMEWORKS := $(patsubst %-digits.toml,%,$(notdir $(wildcard $(CONFIGS)/*-digits.toml)))
 BENCHES := $(addprefix bench-,$(FRAMEWORKS))
 RECORDS ?=
-ran = $(shell find '$(OUT)' -name record.json -print -quit 2>/dev/null)
-SHOWN = $(or $(RECORDS),$(if $(ran),$(OUT),experiments/records))
+ran = $(shell cd -- $(call q,$(OUT)) 2>/dev/null && find . -name record.json -print -quit)
+SHOWN = $(call q,$(or $(RECORDS),$(if $(ran),$(OUT),experiments/records)))
 digits = $(CONFIGS)/$(1)-digits.toml
 recipe = $(or $(if $(filter-out digits,$(DATA)),$(wildcard $(CONFIGS)/$(1)-cifar10.toml)),$(call digits,$(1)))
 
 # Several processes share every batch of a benchmark; torchrun lets them find one another.
-launch = $(if $(filter-out 1,$(NPROC)),torch.distributed.run --standalone --nproc-per-node $(NPROC) -m )
+launch = $(if $(filter-out 1,$(NPROC)),torch.distributed.run --standalone --nproc-per-node $(call q,$(NPROC)) -m )
+
+places = --out=$(call q,$(OUT)) $(if $(DATA),--data $(call q,$(DATA)))
 
 # A comparison is small enough for two cores: all digits, or 10,000 images and a slim network.
 small = $(CONFIGS)/$(FRAMEWORK)-$(if $(filter-out digits,$(DATA)),$(NETWORK),digits).toml
@@ -46,40 +70,40 @@ setup: $(VENV)/.installed ## make the environment in .venv, once
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); \
 	  sys.exit(0 if ok else "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (PyTorch is large: minutes, and about 5 GB)"
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	@test -x $(call q,$(VENV)/bin/python) || $(PYTHON) -m venv -- $(call q,$(VENV))
+	@echo "installing into "$(call q,$(VENV))" (PyTorch is large: minutes, and about 5 GB)"
+	@$(call q,$(VENV)/bin/python) -m pip install --quiet --disable-pip-version-check \
 	  -c constraints.txt -e '.[frameworks,experiments,dev]'
-	@touch $@
+	@touch -- $(call q,$@)
 
 demo: $(SETUP) ## all frameworks on digits: base, +SP and +SR over SEEDS=0-2, table and plots
-	@$(PY) -m experiments compare $(or $(CONFIG),$(foreach f,$(FRAMEWORKS),$(call digits,$(f)))) \
-	  --seeds $(SEEDS) --out $(OUT) $(if $(DATA),--data '$(DATA)') $(FLAGS)
+	@$(PY) -m experiments compare $(if $(CONFIG),$(call q,$(CONFIG)),$(foreach f,$(FRAMEWORKS),$(call digits,$(f)))) \
+	  --seeds $(call q,$(SEEDS)) $(places) $(FLAGS)
 
 # DATA= other than digits takes the framework's recipe.
 $(BENCHES): bench-%: $(SETUP)
-	@$(PY) -m $(launch)experiments run $(or $(CONFIG),$(call recipe,$*)) --variant $(VARIANT) \
-	  --seed $(SEED) --out $(OUT) --resume $(if $(DATA),--data '$(DATA)') $(FLAGS)
+	@$(PY) -m $(launch)experiments run $(call q,$(or $(CONFIG),$(call recipe,$*))) \
+	  --variant $(call q,$(VARIANT)) --seed $(call q,$(SEED)) --resume $(places) $(FLAGS)
 
 compare: $(SETUP) ## base, +SP, +SR and the controls: FRAMEWORK= DATA= NETWORK= SEEDS=0-4 CONFIG=
-	@$(PY) -m experiments compare $(or $(CONFIG),$(small)) --variants $(VARIANTS) \
-	  --seeds $(SEEDS) --out $(OUT) $(if $(DATA),--data '$(DATA)') $(FLAGS)
+	@$(PY) -m experiments compare $(call q,$(or $(CONFIG),$(small))) \
+	  --variants $(call q,$(VARIANTS)) --seeds $(call q,$(SEEDS)) $(places) $(FLAGS)
 
 bench-overhead: $(SETUP) ## what attaching costs a training step, and the decay against torch-kirigami
-	@$(PY) -m experiments.overhead --out $(OUT)/overhead/overhead.json $(FLAGS)
+	@$(PY) -m experiments.overhead --out=$(call q,$(OUT)/overhead/overhead.json) $(FLAGS)
 
 # Where nothing has run yet, tables and the report show the records that are kept.
 table: $(SETUP) ## the table of the runs in OUT=runs, or of the kept records: RECORDS=
-	@$(PY) -m experiments table $(SHOWN) --out $(OUT)
+	@$(PY) -m experiments table --out=$(call q,$(OUT)) -- $(SHOWN)
 
 report: $(SETUP) ## one page to look at, report.html in OUT: tables, plots, latency
-	@$(PY) -m experiments report $(SHOWN) --out $(OUT)
+	@$(PY) -m experiments report --out=$(call q,$(OUT)) -- $(SHOWN)
 
 table-models: $(SETUP) ## which of torchvision's networks can be pruned; measures what is missing
 	@$(PY) -m experiments.breadth $(FLAGS)
 
 plots: $(SETUP) ## the plots of all finished runs in OUT=runs
-	@$(PY) -m experiments plots --out $(OUT)
+	@$(PY) -m experiments plots --out=$(call q,$(OUT))
 
 results: $(SETUP) ## RESULTS.md and the README's tables, anew from the kept records
 	@$(PY) -m experiments results
@@ -119,6 +143,5 @@ lint: $(SETUP) ## ruff (lint and format) and mypy
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-clean: ## remove runs, caches and the environment; downloads in data/ stay
-	rm -rf $(VENV) $(OUT) build dist docs/_build docs/tutorials docs/jupyter_execute *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+clean: ## remove runs, caches and the environment, and nothing else; downloads in data/ stay
+	$(PYTHON) experiments/clean.py --out=$(call q,$(OUT)) --venv=$(call q,$(VENV))

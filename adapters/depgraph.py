@@ -12,6 +12,7 @@ its round, not in the next one, which decides anew.
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from third_party.groups import Plan, UpstreamGroup, named
 from third_party.pruner import Pruner
 
 from .base import Adapter, AdapterError, Context, Loss, State, count_macs, refusals, structure_group
+
+NORMALIZER = re.compile(r"mean|max|sum|standarization|gaussian|lamp|sentinel_0?\.\d{1,9}")
+"""Upstream's, as it spells them."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,11 @@ class DepGraphOptions:
             raise AdapterError(f"ratio is {self.ratio}; give above 0, below 1")
         if self.steps < 1 or self.reg < 0:
             raise AdapterError("give steps of at least 1 and reg of at least 0")
+        if self.normalizer is not None and not NORMALIZER.fullmatch(self.normalizer):
+            raise AdapterError(
+                f"normalizer is {self.normalizer!r}; give mean, max, sum, standarization, "
+                "gaussian, lamp or sentinel_ and a share below 1"
+            )
         if self.rounds < 1 or self.round_epochs < 1:
             raise AdapterError("give rounds and round_epochs of at least 1")
 

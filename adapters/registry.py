@@ -5,6 +5,8 @@ One from outside the repository is found by an entry point of the group ``decay_
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import is_dataclass
 from importlib import import_module, metadata
 from inspect import isclass
 
@@ -54,7 +56,7 @@ def _installed(entry: metadata.EntryPoint) -> type[Adapter]:
     where = f"the adapter {entry.name!r} ({entry.value}) of the installed package {_package(entry)}"
     try:
         found = entry.load()
-    except Exception as cause:
+    except (Exception, SystemExit) as cause:
         raise AdapterError(
             f"{where} cannot be loaded ({type(cause).__name__}: {cause}); repair or uninstall the "
             "package"
@@ -67,6 +69,10 @@ def _installed(entry: metadata.EntryPoint) -> type[Adapter]:
     )
     if missing:
         raise AdapterError(f"{where} does not define {', '.join(missing)}; see adapters/base.py")
+    if not is_dataclass(found.Options):
+        raise AdapterError(f"{where} has Options that are no dataclass; see adapters/base.py")
+    if not isinstance(found.stages, Mapping):
+        raise AdapterError(f"{where} has stages that are no mapping; see adapters/base.py")
     return found
 
 

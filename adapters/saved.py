@@ -11,9 +11,11 @@ removal for every framework::
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,8 +30,17 @@ from third_party.groups import Plan
 
 from .base import Adapter
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = "decay-pruning model"
 VERSION = 1
+TEMPORARY = re.compile(
+    r"\.(?P<name>.+\.(json|jsonl|pt|pt2|onnx|safetensors|png|html|md))\.[a-z0-9_]{8}\.tmp"
+)
+"""How :func:`write` calls a file that is not complete yet; others leave such names alone."""
 
 
 class SavedModelError(ValueError):
@@ -237,7 +248,14 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         fill: writes the content to an open binary file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    while True:
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
+        )
+        claim(handle)
+        if os.fstat(handle).st_nlink:
+            break
+        os.close(handle)  # somebody who cleans up was faster
     try:
         # Temporary files are private; this one takes the permissions of any new file.
         mask = os.umask(0)
@@ -247,10 +265,33 @@ def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+            os.replace(temporary, path)
+    except BaseException as cause:
         Path(temporary).unlink(missing_ok=True)
+        # PyTorch's writer hides an error of the file system behind one of its own.
+        hidden = cause.__context__ if isinstance(cause, RuntimeError) else cause
+        if isinstance(hidden, OSError) and hidden.errno:
+            raise OSError(hidden.errno, hidden.strerror, str(path)) from cause
         raise
+
+
+def claim(handle: int, sure: bool = False) -> bool:
+    """Lock an open file for this process, until it is closed.
+
+    Args:
+        handle: of the open file.
+        sure: where there are no such locks, on this platform or file system, say no.
+
+    Returns:
+        Whether no other process has it.
+    """
+    if fcntl is None:
+        return not sure
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as cause:
+        return not sure and cause.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+    return True
 
 
 def checksum(description: str, tensors: Mapping[str, Tensor]) -> str:

@@ -11,19 +11,21 @@ from pathlib import Path
 
 import torch
 
-from adapters.base import AdapterError
-from dpm_core import DecayPruningError
-
 from . import table
 from .compare import Job, compare
-from .config import ConfigError, load
-from .data import DataError
+from .config import load
+from .errors import carried_out
 from .files import save_json
+from .names import LAST_SEED, shown
+from .places import check, clean
 from .ranks import Ranks, joined, started
-from .run import CONTROLS, VARIANTS, Request, RunError, run
-from .training import DivergedError, Stopped
+from .run import ASKING, CONTROLS, VARIANTS, Request, RunError, run
+from .training import Stopped
 
 STOPPED = 130
+MOST = 10**9
+"""No count is larger."""
+MOST_THREADS, MOST_SEEDS = 1024, 1000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,11 +35,18 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("run", help="one run of one variant, one record")
     one.add_argument("config", type=Path, help="a TOML configuration")
     one.add_argument("--variant", choices=VARIANTS + CONTROLS, required=True)
-    one.add_argument("--seed", type=int, required=True)
+    one.add_argument("--seed", type=seed, required=True)
     _common(one)
     one.add_argument("--resume", action="store_true", help="go on from a checkpoint, if any")
-    one.add_argument("--force", action="store_true", help="throw away what is there")
-    one.add_argument("--save-every", type=float, default=30.0, help="seconds between checkpoints")
+    one.add_argument(
+        "--force", action="store_true", help="start anew, and replace what is there in the end"
+    )
+    one.add_argument("--save-every", type=pause, default=30.0, help="seconds between checkpoints")
+    one.add_argument(
+        "--until-eof",
+        action="store_true",
+        help="save and stop when standard input ends, as it does with the process behind it",
+    )
 
     many = commands.add_parser("compare", help="all variants over several seeds, and their table")
     many.add_argument("configs", type=Path, nargs="+", help="TOML configurations")
@@ -47,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"{','.join(VARIANTS + CONTROLS)} (default: %(default)s)",
     )
     many.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="0-2, or 0,3,5")
-    many.add_argument("--jobs", type=count, help="runs at a time (default: one per core)")
+    many.add_argument("--jobs", type=threads, help="runs at a time (default: one per core)")
     _common(many)
 
     small = commands.add_parser("export", help="a run's pruned model as ONNX, or by torch.export")
@@ -60,19 +69,31 @@ def parser() -> argparse.ArgumentParser:
         ("report", "one page of all there is to see of finished runs"),
         ("keep", "take finished runs into the records that are kept"),
     ):
-        shown = commands.add_parser(name, help=what)
-        shown.add_argument(
-            "paths", type=Path, nargs="*", help="records or folders (default: --out)"
+        known = commands.add_parser(name, help=what)
+        known.add_argument(
+            "paths", type=folder, nargs="*", help="records or folders (default: --out)"
         )
-        shown.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept")
+        known.add_argument("--out", type=folder, default=Path("runs"), help="where runs are kept")
     commands.add_parser("results", help="RESULTS.md and the README's tables from the kept records")
     return top
 
 
-def count(text: str) -> int:
+def count(text: str, most: int = MOST) -> int:
     """A whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count; give 1 or more")
+    if not _whole(text) or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{shown(text)!r} is no count; give 1 to {most}")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    """As many as a machine may run at once."""
+    return count(text, MOST_THREADS)
+
+
+def seed(text: str) -> int:
+    """A whole number that every generator takes."""
+    if not _whole(text) or int(text) > LAST_SEED:
+        raise argparse.ArgumentTypeError(f"{shown(text)!r} is no seed; give 0 to {LAST_SEED}")
     return int(text)
 
 
@@ -81,12 +102,42 @@ def seeds(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of seeds; give 0-4 or 0,2,5")
-        if dash and int(last) < int(first):
-            raise argparse.ArgumentTypeError(f"{text!r} runs backwards; give 0-4 or 0,2,5")
-        found += range(int(first), int(last if dash else first) + 1)
+        if not _whole(first) or (dash and not _whole(last)):
+            raise argparse.ArgumentTypeError(
+                f"{shown(text)!r} is no list of seeds; give 0-4 or 0,2,5"
+            )
+        start, end = seed(first), seed(last if dash else first)
+        if end < start:
+            raise argparse.ArgumentTypeError(f"{shown(text)!r} runs backwards; give 0-4 or 0,2,5")
+        if len(found) + end - start >= MOST_SEEDS:
+            raise argparse.ArgumentTypeError(
+                f"{shown(text)!r} is more than {MOST_SEEDS} seeds; give fewer at a time"
+            )
+        found += range(start, end + 1)
     return sorted(set(found))
+
+
+def _whole(text: str) -> bool:
+    """Whether text is a whole number of a length that any number here may have."""
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
+def pause(text: str) -> float:
+    """Seconds, 0 or more; ``inf`` for never."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not found >= 0:
+        raise argparse.ArgumentTypeError(f"{shown(text)!r} are no seconds; give 0 or more")
+    return found
+
+
+def folder(text: str) -> Path:
+    """A path that is not empty: nothing would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; give a folder's")
+    return Path(text)
 
 
 def _run(args: argparse.Namespace, ranks: Ranks, own: torch.device) -> None:
@@ -108,9 +159,12 @@ def _run(args: argparse.Namespace, ranks: Ranks, own: torch.device) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    # A termination is an interrupt too: the runs are to save themselves.
+    # A termination is an interrupt too, and so is the end of a terminal: the runs are to save
+    # themselves.
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for kind in ASKING:
+            if signal.getsignal(kind) == signal.SIG_DFL:
+                signal.signal(kind, signal.default_int_handler)
     variants = args.variants.split(",")
     every = VARIANTS + CONTROLS
     if unknown := [v for v in variants if v not in every]:
@@ -126,6 +180,8 @@ def _compare(args: argparse.Namespace) -> None:
         for variant in every
         if variant in variants
     ]
+    check(args.out, ["table.json"])
+    check(args.out / "plots")
     records = compare(jobs, at_once=args.jobs)
     runs = table.located(records)
     made = [record for _, record in runs]
@@ -137,6 +193,7 @@ def _compare(args: argparse.Namespace) -> None:
 def _figures(records: list[table.Record], out: Path) -> Path:
     """Write the table's figures as JSON, in full precision."""
     found = [{"title": t, "rows": table.rows(m)} for t, m in table.sections(records)]
+    clean(out)
     save_json(out / "table.json", found)
     return out / "table.json"
 
@@ -144,6 +201,7 @@ def _figures(records: list[table.Record], out: Path) -> Path:
 def _plots(runs: list[tuple[Path, table.Record]], out: Path) -> None:
     from . import plot  # only now, as in other commands: matplotlib takes a second to load
 
+    clean(out / "plots")
     for made in plot.plot(runs, out / "plots"):
         print(made)
 
@@ -173,10 +231,10 @@ def _common(command: argparse.ArgumentParser) -> None:
         type=count,
         help="measure on so many training images set apart, not on the test images",
     )
-    command.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept")
-    command.add_argument("--data-root", type=Path, default=Path("data"), help="downloads, caches")
+    command.add_argument("--out", type=folder, default=Path("runs"), help="where runs are kept")
+    command.add_argument("--data-root", type=folder, default=Path("data"), help="downloads, caches")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    command.add_argument("--threads", type=count, help="CPU threads (default: PyTorch's choice)")
+    command.add_argument("--threads", type=threads, help="CPU threads (default: PyTorch's choice)")
 
 
 def device(name: str) -> torch.device:
@@ -185,11 +243,25 @@ def device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(name)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as cause:
-        reason = str(cause).splitlines()[0]
+        torch.ones(1, device=found).add(1).item()  # a device that can compute
+    except Exception as cause:  # every kind of device has errors of its own
+        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise RunError(f"there is no device {name!r} ({reason}); give auto, cpu or cuda") from cause
     return found
+
+
+def stop_at_eof() -> None:
+    """Ask this process to stop, as by SIGTERM, when its standard input ends.
+
+    A pipe from whoever started it ends with that process, also where it was killed.
+    """
+
+    def wait() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -198,25 +270,17 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("MPLBACKEND", "agg")  # files only, whatever the machine has for a screen
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
+    if getattr(args, "until_eof", False):
+        stop_at_eof()
+    return carried_out(
+        lambda: _stoppable(args),
+        lambda: "" if started().first else f" on rank {started().number}",
+    )
+
+
+def _stoppable(args: argparse.Namespace) -> int:
     try:
-        if args.command == "run":
-            with joined(device(args.device)) as (ranks, own):
-                _run(args, ranks, own)
-        elif started().count > 1:
-            raise RunError(f"{args.command} is for one process; only run takes several")
-        elif args.command == "compare":
-            _compare(args)
-        elif args.command == "export":
-            from .export import export  # only now: onnxruntime takes a while to load
-
-            print(export(args.model, args.kind))
-        elif args.command == "results":
-            from . import results
-
-            for path in results.renew():
-                print(path)
-        else:
-            _show(args.command, table.located(args.paths or [args.out]), args.out)
+        _carry_out(args)
     except Stopped:
         if started().first:
             print("stopped; the same command with --resume goes on", file=sys.stderr)
@@ -224,18 +288,28 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on", file=sys.stderr)
         return STOPPED
-    except (
-        ConfigError,
-        DataError,
-        RunError,
-        DivergedError,
-        AdapterError,
-        DecayPruningError,
-    ) as error:
-        at = "" if started().first else f" on rank {started().number}"
-        print(f"error{at}: {error}", file=sys.stderr)
-        return 2
     return 0
+
+
+def _carry_out(args: argparse.Namespace) -> None:
+    if args.command == "run":
+        with joined(device(args.device)) as (ranks, own):
+            _run(args, ranks, own)
+    elif started().count > 1:
+        raise RunError(f"{args.command} is for one process; only run takes several")
+    elif args.command == "compare":
+        _compare(args)
+    elif args.command == "export":
+        from .export import export  # only now: onnxruntime takes a while to load
+
+        print(export(args.model, args.kind))
+    elif args.command == "results":
+        from . import results
+
+        for path in results.renew():
+            print(path)
+    else:
+        _show(args.command, table.located(args.paths or [args.out]), args.out)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,10 @@ from third_party.groups import UnsupportedLayerError
 from third_party.upstreams import require
 
 from . import training
-from .__main__ import STOPPED
+from .__main__ import STOPPED, threads
+from .errors import carried_out
 from .files import save_text
+from .places import check
 from .run import RunError, device_name, revision
 from .table import grid
 
@@ -344,6 +346,7 @@ def collect(
     path: Path,
     largest: float,
     run: Callable[[str], Row],
+    anew: bool = False,
 ) -> list[Row]:
     """Measure what has not been measured yet, the small first, and keep each row at once.
 
@@ -353,13 +356,15 @@ def collect(
             large, or took too long.
         largest: networks with more parameters are not run.
         run: gives a network's row.
+        anew: measure what is there, too; a row is replaced when the new one is complete.
 
     Returns:
         All rows of the file.
     """
     rows = {row["network"]: row for row in read(path)}
     sizes = {name: size_of(name) for name in names}
-    missing = [n for n in sizes if rows.get(n, {"outcome": "not run"})["outcome"] == "not run"]
+    undone = {n for n in sizes if rows.get(n, {"outcome": "not run"})["outcome"] == "not run"}
+    missing = [n for n in sizes if anew or n in undone]
     made = {
         "versions": {
             "torch": torch.__version__,
@@ -400,7 +405,7 @@ def read(path: Path) -> list[Row]:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for row in rows:
             _cells(row)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as cause:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
         raise RunError(f"{path} cannot be read ({cause}); delete it, or take it anew") from cause
     return rows
 
@@ -502,7 +507,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--networks", help="names, with commas between (default: all)")
     top.add_argument("--largest", type=float, default=150.0, help="parameters, in millions")
     top.add_argument("--time-limit", type=float, default=600.0, help="seconds for one network")
-    top.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    top.add_argument("--threads", type=threads, default=1, help="CPU threads (default: 1)")
     top.add_argument("--force", action="store_true", help="measure anew what is there, too")
     top.add_argument("--render", action="store_true", help="measure nothing, write the table")
     top.add_argument("--records", type=Path, default=RECORDS, help="a line for each network")
@@ -514,18 +519,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure what is missing, write the table and print its path."""
     args = parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
+    return carried_out(lambda: _measured(args))
+
+
+def _measured(args: argparse.Namespace) -> int:
+    names = args.networks.split(",") if args.networks else networks()
+    names = [] if args.render else names
+    for path in (args.records, args.out):
+        check(path.parent, [path.name])
     try:
-        names = args.networks.split(",") if args.networks else networks()
-        names = [] if args.render else names
-        if args.force:
-            kept = [row for row in read(args.records) if row["network"] not in names]
-            save_text(args.records, "".join(f"{json.dumps(row)}\n" for row in kept))
         rows = collect(
-            names, args.records, 1e6 * args.largest, lambda n: in_process(n, args.time_limit)
+            names,
+            args.records,
+            1e6 * args.largest,
+            lambda n: in_process(n, args.time_limit),
+            args.force,
         )
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; what was measured is kept, the same command goes on", file=sys.stderr)
         return STOPPED

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .run import Request, RunError, finished
+from .errors import QuotingError
+from .places import BusyError, busy
+from .run import RECORD, Request, RunError, finished
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ def compare(jobs: Sequence[Job], *, at_once: int | None = None) -> list[Path]:
     Raises:
         RunError: two configurations have one name; or a run failed, then its output is quoted and
             the others are kept.
+        BusyError: another process carries one of the runs out.
     """
     if at_once is None:
         on_gpu = bool(jobs) and jobs[0].request.device.type == "cuda"
@@ -69,16 +72,22 @@ def compare(jobs: Sequence[Job], *, at_once: int | None = None) -> list[Path]:
             )
     jobs = list(own.values())  # a run that was asked for twice is one run
     first = {job.dense: job for job in reversed(jobs) if job.dense is not None}
-    waiting = [job for job in jobs if not finished(job.request)]
+    waiting = [job for job in jobs if not finished(replace(job.request, resume=True))]
+    for job in waiting:
+        if busy(job.request.folder):
+            raise BusyError(
+                f"another process is at work in {job.request.folder}; wait until it has ended, or "
+                "end it, or give another --out"
+            )
     # First the runs that train dense models; each is waited for by those that find its model.
     leading = [job for job in waiting if job.dense is not None and job is first[job.dense]]
-    queue = leading + [job for job in waiting if job not in leading]
+    queue = leading + [job for job in waiting if job.dense is None or first[job.dense] is not job]
     bar = tqdm(
         total=len(jobs), initial=len(jobs) - len(waiting), unit="run", desc="runs", disable=None
     )
     with bar:
         _work(queue, {job.dense: job for job in leading}, at_once, bar)
-    return [job.request.folder / "record.json" for job in jobs]
+    return [job.request.folder / RECORD for job in jobs]
 
 
 def _work(queue: list[Job], leading: dict[str | None, Job], at_once: int, bar: tqdm[None]) -> None:
@@ -98,9 +107,11 @@ def _work(queue: list[Job], leading: dict[str | None, Job], at_once: int, bar: t
                 if code is None:
                     continue
                 running.remove((job, process))
+                assert process.stdin is not None
+                process.stdin.close()
                 if code:
                     log = (request.folder / "run.log").read_text(errors="replace").strip()
-                    raise RunError(
+                    raise QuotingError(
                         f"{_name(request)} ended with code {code}:\n"
                         + "\n".join(log.splitlines()[-15:])
                     )
@@ -124,9 +135,9 @@ def _name(request: Request) -> str:
 def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
     request = job.request
     request.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "experiments", "run", str(job.config_path)]
+    command = [sys.executable, "-m", "experiments", "run", _word(job.config_path)]
     command += ["--variant", request.variant, "--seed", str(request.seed), "--resume"]
-    command += ["--out", str(request.out), "--data-root", str(request.data_root)]
+    command += ["--out", _word(request.out), "--data-root", _word(request.data_root), "--until-eof"]
     command += ["--device", str(request.device), "--save-every", str(request.save_every)]
     command += ["--threads", str(max(1, torch.get_num_threads() // at_once))]
     if job.data is not None:
@@ -136,6 +147,17 @@ def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
     with (request.folder / "run.log").open("ab") as log:
         # A session of its own: an interrupt on the terminal reaches this process alone, which
         # then asks every run once. A second signal would end a run before it has saved itself.
+        # Nothing is written into the pipe: it ends with this process, whatever ends it, and then
+        # the run saves itself, too.
         return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
+
+
+def _word(path: Path) -> str:
+    """A path as a word of a command line: never an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 import adapters.base
 from adapters import registry
@@ -27,6 +37,10 @@ from dpm_core import (
 )
 
 from .models import MODELS
+from .names import LARGEST, Name, Text, faults, one_line
+
+LARGEST_IMAGE = 1024
+"""Pixels to a side; images are held in memory, all of them."""
 
 
 class ConfigError(ValueError):
@@ -47,15 +61,33 @@ class Data(_Table):
     """Which images; ``--data`` overrides the name."""
 
     name: str = "digits"
-    label: str | None = None
+    label: Text | None = None
     """What tables and plots call a folder's images; by default the folder's name."""
-    size: Count = 32
+    size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] = 32
     """Height and width that a folder's images are brought to."""
     train: Count | None = None
     """Train on so many of the training images, always the same, equally many of each class."""
     validation: Count | None = None
     """Set so many of the other training images apart, and measure on them, not on the test images:
     for choosing settings; ``--validation`` overrides it."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name in ("digits", "cifar10", "cifar100"):
+            return name
+        kind, _, path = name.partition(":")
+        if kind != "folder" or not path:
+            raise ValueError(
+                f"unknown data {name!r}; give digits, cifar10, cifar100 or folder:PATH"
+            )
+        try:
+            Path(path).expanduser()
+        except RuntimeError as cause:
+            raise ValueError(
+                f"there is no such user as in {name!r}; give the whole path"
+            ) from cause
+        return name
 
 
 class Compute(_Table):
@@ -81,6 +113,16 @@ class Stage(_Table):
     weight_decay: Decay = 5e-4
     mixup: Decay = 0.0
     """Alpha of mixup; 0 for none."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Stage:
+        try:
+            last = self.learning_rate * self.gamma ** len(self.milestones)
+        except OverflowError:
+            last = math.inf
+        if last > LARGEST:
+            raise ValueError("gamma raises the learning rate beyond all measure; give less than 1")
+        return self
 
     def plan(self, steps_per_epoch: int) -> adapters.base.Stage:
         """What an adapter has to know of it."""
@@ -149,7 +191,7 @@ class Curve(_Table):
 class Config(_Table):
     """One experiment: a framework on a network on images, for all variants."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     framework: str
     model: str
     data: Data = Data()
@@ -166,6 +208,9 @@ class Config(_Table):
 
     @model_validator(mode="after")
     def _known(self) -> Config:
+        # What stands under [options] has no limits of its own, as other keys have.
+        if found := list(faults(self.model_dump())):
+            raise ValueError("; ".join(found))
         if self.model not in MODELS:
             raise ValueError(f"unknown model {self.model!r}; there are: {', '.join(MODELS)}")
         try:
@@ -229,6 +274,11 @@ def _options(kind: type, given: dict[str, Any]) -> Any:
         return TypeAdapter(kind).validate_json(json.dumps(given), strict=True)
     except ValidationError as cause:
         raise ValueError("; ".join(_lines(cause, "options"))) from cause
+    except (PydanticUserError, NameError) as cause:
+        reason = str(cause).splitlines()[0]
+        raise ValueError(
+            f"options: {kind.__name__} has a type that none can be of ({reason})"
+        ) from cause
 
 
 def _lines(error: ValidationError, prefix: str = "") -> list[str]:
@@ -239,7 +289,7 @@ def _lines(error: ValidationError, prefix: str = "") -> list[str]:
             message = "unknown key"
         else:
             message = e["msg"].removeprefix("Value error, ")
-        lines.append(f"{key}: {message}" if key else message)
+        lines.append(one_line(f"{key}: {message}" if key else message))
     return lines
 
 
@@ -263,10 +313,12 @@ def load(path: Path, *, data: str | None = None, validation: int | None = None) 
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as cause:
         raise ConfigError(f"cannot read {path}: {cause.strerror}") from cause
-    except tomllib.TOMLDecodeError as cause:
-        raise ConfigError(f"{path} is not TOML: {cause}") from cause
     except UnicodeDecodeError as cause:
         raise ConfigError(f"{path} is not TOML: it is not UTF-8 ({cause.reason})") from cause
+    except ValueError as cause:  # of a number with thousands of digits, too
+        raise ConfigError(f"{path} is not TOML: {cause}") from cause
+    except RecursionError as cause:
+        raise ConfigError(f"{path} is nested too deeply to be a configuration") from cause
     table = raw.get("data", {})
     if isinstance(table, dict):
         raw["data"] = table = dict(table)
@@ -275,6 +327,8 @@ def load(path: Path, *, data: str | None = None, validation: int | None = None) 
             table["name"] = data
         if validation is not None:
             table["validation"] = validation
+    if found := list(faults(raw)):  # not all of it can be written as JSON
+        raise ConfigError(f"{path}: " + "; ".join(found))
     try:
         # Strict JSON mode takes lists for tuples and whole numbers for floats, and nothing else.
         return Config.model_validate_json(json.dumps(raw, default=_plain), strict=True)

@@ -45,7 +45,10 @@ from third_party import gate_decorator, otov2
 
 from . import models
 from .__main__ import device as device_of
+from .__main__ import threads
+from .errors import carried_out
 from .files import save_json
+from .places import check
 from .run import device_name, revision
 
 RECORD_VERSION = 2
@@ -439,7 +442,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--image-size", type=int, default=32)
     top.add_argument("--repeats", type=_from_two, default=20, help="timed steps per arm")
     top.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    top.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    top.add_argument("--threads", type=threads, help="CPU threads (default: PyTorch's choice)")
     top.add_argument("--out", type=Path, default=Path("runs/overhead/overhead.json"))
     return top
 
@@ -472,7 +475,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     if args.threads:
         torch.set_num_threads(args.threads)
+    return carried_out(lambda: _measured(args))
+
+
+def _measured(args: argparse.Namespace) -> int:
     device = device_of(args.device)
+    check(args.out.parent, [args.out.name])
     content: dict[str, Any] = {
         "version": RECORD_VERSION,
         "revision": revision(),

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -16,10 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .files import FileError, load_tensors, save_text, write
-from .run import CONTROLS, RunError, Variant, run_of_record, trace_of
-from .table import NAMES, ORDER, Record, dense, left, processes, sections, summary
+from .names import Seed, one_line, slug
+from .run import CONTROLS, RECORD, TRACE, RunError, Variant, run_of_record, trace_of
+from .table import NAMES, ORDER, Number, Record, dense, left, processes, sections, summary
 
 Samples = Mapping[str, Mapping[str, Any]]
 """Sampled norms by variant, see :func:`sample_norms`."""
@@ -56,6 +58,10 @@ POINTS = 25
 """Points sampled per trajectory."""
 
 
+Kind = Literal["decayed to zero", "released", "decayed in their place"]
+Point = tuple[Number, Annotated[float, Field(ge=0, le=1e30)]]
+Points = Annotated[list[Point], Field(min_length=1, max_length=10 * POINTS)]
+
 PICTURES = ("accuracy", "channels", "norms")
 
 
@@ -72,11 +78,15 @@ def plot(
     Returns:
         The pictures' paths.
     """
-    made = []
+    made: list[Path] = []
+    used: set[str] = set()
     for title, members in sections([record for _, record in runs]):
-        name = f"{members[0]['config']['name']}-{plain(members[0]['data'])}"
+        name = f"{members[0]['config']['name']}-{slug(members[0]['data'])}"
         if processes(members[0]) > 1:
             name += f"-{processes(members[0])}processes"
+        while name in used:  # titles differ where names do not
+            name += "-more"
+        used.add(name)
         if "accuracy" in kinds:
             made.append(_save(draw_accuracy(members, title), out / f"{name}-accuracy.png"))
         if "channels" in kinds:
@@ -84,11 +94,6 @@ def plot(
         if "norms" in kinds and (samples := find_norms(runs, members)):
             made.append(_save(draw_norms(samples, title), out / f"{name}-norms.png"))
     return made
-
-
-def plain(label: str) -> str:
-    """A label as part of a file's name or a link's target."""
-    return "".join(c if c.isalnum() else "-" for c in label.lower()).strip("-")
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -201,21 +206,45 @@ def find_norms(
         mine = sorted((r for r in members if r["variant"] == variant), key=lambda r: r["seed"])
         for record in mine:
             path = paths[id(record)]
-            trace = path.with_name("trace.pt")
+            trace = path.with_name(TRACE)
             kept = path.with_name(f"{record['config']['name']}-norms.json")
-            if path.name == "record.json" and trace.exists():
-                try:
-                    saved = load_tensors(trace, trace_of(run_of_record(record)))
-                except FileError as cause:
-                    raise RunError(
-                        f"{trace} cannot be read ({cause}); delete it, or carry the run out anew"
-                    ) from cause
-                found[variant] = sample_norms(saved, record["seed"], variant)
+            if path.name == RECORD and trace.exists():
+                found[variant] = _sampled(trace, record)
             elif kept.exists() and (sample := _kept(kept, record)) is not None:
                 found[variant] = sample
             if variant in found:
                 break
     return found
+
+
+class _Sample(BaseModel):
+    """What :func:`sample_norms` gives."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    variant: Variant
+    seed: Seed
+    counts: dict[Kind, Number]
+    lines: dict[Kind, Annotated[list[Points], Field(max_length=LINES)]]
+    releases: Annotated[list[Point], Field(max_length=10 * LINES * POINTS)]
+
+    @model_validator(mode="after")
+    def _counted(self) -> _Sample:
+        if self.lines.keys() - self.counts.keys():
+            raise ValueError("lines of a kind that is not counted")
+        return self
+
+
+def _sampled(trace: Path, record: Record) -> Mapping[str, Any]:
+    try:
+        saved = load_tensors(trace, trace_of(run_of_record(record)))
+        sample = sample_norms(saved, record["seed"], record["variant"])
+        _Sample.model_validate_json(json.dumps(sample))
+    except Exception as cause:  # damage shows in many ways
+        raise RunError(
+            f"{trace} holds no norms of a run ({_reason(cause)}); delete it to go without them"
+        ) from cause
+    return sample
 
 
 def _kept(path: Path, record: Record) -> Mapping[str, Any] | None:
@@ -225,15 +254,23 @@ def _kept(path: Path, record: Record) -> Mapping[str, Any] | None:
             sample: dict[str, Any] = entry["sample"]
             of = (entry["config_hash"], sample["variant"], sample["seed"])
             if of == (record["config_hash"], record["variant"], record["seed"]):
-                for kind in sample["lines"]:
-                    KINDS[kind], sample["counts"][kind]
+                _Sample.model_validate_json(json.dumps(sample))
                 return sample
-    except (OSError, ValueError, KeyError, TypeError) as cause:
-        reason = " ".join(str(cause).split())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as cause:
         raise RunError(
-            f"{path} holds no norms ({reason}); delete it, and keep the runs anew"
+            f"{path} holds no norms ({_reason(cause)}); delete it, and keep the runs anew"
         ) from cause
     return None
+
+
+def _reason(cause: Exception) -> str:
+    """What is wrong with a file, without the advice that PyTorch and pydantic add."""
+    if isinstance(cause, ValidationError):
+        first = cause.errors()[0]
+        return one_line(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+    if isinstance(cause, FileError):
+        return one_line(str(cause))
+    return one_line(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}")
 
 
 def keep_norms(runs: Sequence[tuple[Path, Record]], path: Path) -> Path | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import plot, published, search, table
 from .files import save_text
+from .places import check, clean
 from .published import Published
 from .run import RunError
 from .table import Record, grid
@@ -33,11 +34,18 @@ def keep(runs: Sequence[tuple[Path, Record]], folder: Path = RECORDS) -> list[Pa
         folder: one file of records per configuration, and one of norms.
 
     Raises:
-        RunError: records of another configuration of that name are kept already.
+        RunError: before any file is written. Records of another configuration of that name are
+            kept already, or a trace is damaged.
     """
+    by_name: dict[str, list[tuple[Path, Record]]] = {}
+    for run in sorted(runs, key=lambda run: run[1]["config"]["name"]):
+        by_name.setdefault(run[1]["config"]["name"], []).append(run)
+    for members in by_name.values():
+        plot.find_norms(members, [record for _, record in members])
+    check(folder)
+    clean(folder)
     made = table.keep([record for _, record in runs], folder)
-    for name in sorted({record["config"]["name"] for _, record in runs}):
-        members = [run for run in runs if run[1]["config"]["name"] == name]
+    for name, members in by_name.items():
         if norms := plot.keep_norms(members, folder / f"{name}-norms.json"):
             made.append(norms)
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import platform
 import signal
@@ -10,24 +11,27 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from tqdm import tqdm
 
 import adapters.base
 import dpm_core
 from adapters.base import Adapter, Context, count_macs, count_parameters
-from adapters.saved import DamagedError, SavedModelError, checksum, read, save_pruned
+from adapters.saved import DamagedError, Saved, SavedModelError, checksum, read, save_pruned
 from third_party.upstreams import PINS, require
 
 from . import data, models
-from .config import Config, ConfigError, Control
-from .files import FileError, load_tensors, save_json, save_tensors, vouches
+from .config import LARGEST_IMAGE, Config, ConfigError, Control
+from .files import FileError, load_tensors, save_json, save_tensors, save_text, vouches
+from .names import LAST_SEED, check_text, folder_of, shown
+from .places import alone_in, check, clean
 from .ranks import Ranks
 from .training import Loop, Progress, Stopped, accuracy, latency, outputs
 
@@ -36,12 +40,20 @@ VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
 CONTROLS: tuple[Control, ...] = ("random", "least-resistant")
 """``sr`` with the releases of a control: as many on the same schedule, but other ones."""
 RECORD_VERSION = 3
-ANEW = "delete it, as --force does, to start anew"  # a comparison knows no --force
+ANEW = "delete it to start anew"  # not --force: a comparison resumes, and knows none
 CHECKPOINT_VERSION = 5
 CHECKPOINT, DENSE_CHECKPOINT = "checkpoint.pt", "dense-checkpoint.pt"
 """A run's, and that of a dense model that it has to train anew while it has gone beyond it."""
 LATENCY_BATCH = 128
-MODEL = "model.safetensors"
+MODEL, TRACE, RECORD = "model.safetensors", "trace.pt", "record.json"
+FORCED = ".forced"
+"""Says which record a run that was forced is to replace; the record stays until then."""
+ASKING = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
+    if hasattr(signal, name)  # not all are on Windows
+]
+"""Signals that ask to save and stop; what was started to ignore a terminal's end goes on."""
 
 
 def split(variant: Variant) -> tuple[adapters.base.Variant, Control | None]:
@@ -67,7 +79,8 @@ class Request:
         data_root: where downloads and decoded folders are kept.
         device: where to train.
         resume: go on from a checkpoint.
-        force: throw away what is there and start anew.
+        force: start anew; a record that is there is replaced when the new one is complete, a
+            checkpoint goes when the new run is known to be possible.
         save_every: seconds between checkpoints; 0 writes one after every step.
         ranks: this process among those that carry the run out together.
     """
@@ -87,7 +100,7 @@ class Request:
     def folder(self) -> Path:
         """This run's own folder."""
         data = self.config.data
-        kind = "".join(c if c.isalnum() or c in "-_." else "-" for c in data.label or data.name)
+        kind = folder_of(data.label or data.name)
         if data.validation is not None:
             kind += f"-validation{data.validation}"
         if self.ranks.count > 1:  # BatchNorm sees other batches, so it is another run
@@ -104,30 +117,53 @@ def run(request: Request) -> Path:
 
     Raises:
         RunError: the folder holds another run, or there is nothing to resume.
+        BusyError: another process carries this run out.
         Stopped: the run was asked to stop; ``resume`` goes on, with as many threads.
         DivergedError: training left the finite numbers; there is no record of such a network.
         ConfigError, DataError, AdapterError: before any work, with cause and remedy.
+        OSError: a file or folder cannot be written; before any work, where that can be known.
         DisagreementError: in every process, where one of them has decided otherwise.
     """
+    _check_seed(request)
+    _check_shares(request.config, request.ranks.count)
+    if _there(request):
+        return request.folder / RECORD
+    with alone_in(request.folder) if request.ranks.first else nullcontext():
+        # Another process may have finished it just now.
+        if request.ranks.as_first(request.ranks.first and _there(request)):
+            return request.folder / RECORD
+        return _carry_out(request)
+
+
+def _there(request: Request) -> bool:
+    """Whether the run is finished, and its record is what was asked for.
+
+    Raises:
+        RunError: it is finished, or its model is gone, and nothing says what is to become of the
+            record; or the record is of another run.
+    """
+    record_path = request.folder / RECORD
+    if request.force:
+        return False
+    if not finished(request):
+        if record_path.exists() and not (request.resume or _to_be_replaced(request)):
+            raise RunError(
+                f"{record_path} is there, but its {MODEL} is gone or damaged; --resume makes both "
+                "anew"
+            )
+        return False
+    if not request.resume:
+        raise RunError(f"{record_path} is there already; --force replaces it by a new run's")
+    if request.ranks.first:  # there, if it was killed right before this
+        for name in (DENSE_CHECKPOINT, CHECKPOINT, FORCED):
+            (request.folder / name).unlink(missing_ok=True)
+    return True
+
+
+def _carry_out(request: Request) -> Path:
     folder, config, ranks = request.folder, request.config, request.ranks
-    _check_shares(config, ranks.count)
-    record_path = folder / "record.json"
-    checkpoints = folder / CHECKPOINT, folder / DENSE_CHECKPOINT
-    if request.force and ranks.first:
-        for path in (record_path, *checkpoints):
-            path.unlink(missing_ok=True)
-    ranks.wait()
-    if finished(request):
-        if request.resume:
-            for path in checkpoints:  # there, if it was killed right before this
-                path.unlink(missing_ok=True)
-            return record_path
-        raise RunError(f"{record_path} is there already; --force throws it away and runs anew")
-    if record_path.exists() and not request.resume:
-        raise RunError(
-            f"{record_path} is there, but its {MODEL} is gone or damaged; --resume makes both anew"
-        )
-    saved = _checkpoint(folder / CHECKPOINT, request)
+    record_path = folder / RECORD
+    saved = None if request.force else _checkpoint(folder / CHECKPOINT, request)
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     with ranks.first_alone():  # downloads and decoded images are written once, then read
@@ -153,6 +189,15 @@ def run(request: Request) -> Path:
             "model or larger images"
         ) from cause
     _adapter(request, images, model, example).check()
+    if config.dense is not None:
+        images.steps_per_epoch(config.dense.batch)
+    if ranks.first:
+        _check_places(request, images, model)
+        if request.force:
+            _start_anew(request)
+        if saved is None:  # of a run that does not go on
+            (folder / DENSE_CHECKPOINT).unlink(missing_ok=True)
+    ranks.wait()
 
     with _asked_to_stop() as asked:
 
@@ -187,7 +232,7 @@ def run(request: Request) -> Path:
         },
     )
     of = trace_of(_run_of(request, images))
-    save_tensors(folder / "trace.pt", {"trace": p.trace, "events": p.events}, of)
+    save_tensors(folder / TRACE, {"trace": p.trace, "events": p.events}, of)
     save_json(
         record_path,
         {
@@ -245,32 +290,36 @@ def run(request: Request) -> Path:
         },
         vouch=True,
     )
-    (folder / DENSE_CHECKPOINT).unlink(missing_ok=True)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    for name in (DENSE_CHECKPOINT, CHECKPOINT, FORCED):
+        (folder / name).unlink(missing_ok=True)
     return record_path
 
 
 def finished(request: Request) -> bool:
-    """Whether the run's record is there, and the model that it is of.
+    """Whether record and model of the run are there, and no forced run is to replace them.
 
     Raises:
         RunError: a record is there, but damaged or of another run or configuration; or a model of a
             later release is.
     """
-    path = request.folder / "record.json"
-    if not path.exists():
+    path = request.folder / RECORD
+    if not path.exists() or _to_be_replaced(request):
         return False
+    # A comparison resumes, and knows no --force.
+    anew = f"delete {path.parent}" if request.resume else "--force runs anew"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         there = record["config_hash"], record["variant"], record["seed"]
         if not sound(record):
             raise ValueError("its checksum is another one")
-    except (OSError, ValueError, KeyError, TypeError) as cause:
-        raise RunError(f"{path} cannot be read ({cause}); --force runs anew") from cause
+    except IsADirectoryError as cause:
+        raise RunError(f"{path} is a folder, and in the way; move it") from cause
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as cause:
+        raise RunError(f"{path} cannot be read ({cause}); {anew}") from cause
     if there[0] != request.config.hash():
         raise RunError(
-            f"{path} is of another configuration of this name; --force throws it away, another "
-            "--out keeps both"
+            f"{path} is of another configuration of this name; {anew}, or keep both by another "
+            "--out"
         )
     if there[1:] != (request.variant, request.seed):
         raise RunError(f"{path} is of {there[1]}, seed {there[2]}; put it back where it belongs")
@@ -283,7 +332,7 @@ def finished(request: Request) -> bool:
     if run_of is not None and run_of != run_of_record(record):
         raise RunError(
             f"{request.folder / MODEL} is of another run than {path.name} beside it ({run_of}); "
-            "put both back where they belong, or --force runs anew"
+            f"put both back where they belong, or {anew}"
         )
     return True
 
@@ -309,6 +358,39 @@ def trace_of(run_of: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": "trace", "run": dict(run_of)}
 
 
+def _replaces(request: Request) -> str:
+    """What :data:`FORCED` says while the present record is to be replaced by the request's run."""
+    path = request.folder / RECORD
+    content = path.read_bytes() if path.is_file() else b""
+    return f"{hashlib.sha256(content).hexdigest()} {request.config.hash()}\n"
+
+
+def _to_be_replaced(request: Request) -> bool:
+    try:
+        said = (request.folder / FORCED).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return said == _replaces(request)
+
+
+def _start_anew(request: Request) -> None:
+    """What is there is to be replaced: from now on a checkpoint is the new run's."""
+    if (request.folder / RECORD).exists():
+        save_text(request.folder / FORCED, _replaces(request))
+    (request.folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+class _Facts(BaseModel):
+    """What a run says of its model, for whoever builds it again."""
+
+    model_config = ConfigDict(strict=True)
+
+    model: str
+    in_channels: Annotated[int, Field(ge=1)]
+    classes: Annotated[int, Field(ge=1)]
+    image_size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)]
+
+
 def load_model(path: Path) -> tuple[nn.Module, torch.Tensor]:
     """The pruned model of a run, rebuilt from its file alone, in eval mode.
 
@@ -323,17 +405,48 @@ def load_model(path: Path) -> tuple[nn.Module, torch.Tensor]:
     """
     try:
         saved = read(path)
-        facts = saved.facts
-        model = models.build(facts["model"], facts["in_channels"], facts["classes"])
-        shape = (4, facts["in_channels"], facts["image_size"], facts["image_size"])
+        facts = _Facts.model_validate(saved.facts)
+        _check_facts(facts, saved)
+        model = models.build(facts.model, facts.in_channels, facts.classes)
+        shape = (4, facts.in_channels, facts.image_size, facts.image_size)
         example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return saved.load_into(model, example).eval(), example
     except OSError as cause:
         raise RunError(f"{path} cannot be read ({cause.strerror})") from cause
     except SavedModelError as cause:
         raise RunError(f"{path}: {cause}") from cause
-    except KeyError as cause:
-        raise RunError(f"{path} is no model of a run: it does not say its {cause}") from cause
+    except ValidationError as cause:
+        first = cause.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "all"
+        raise RunError(f"{path} is no model of a run: its facts, {key}: {first['msg']}") from cause
+
+
+def _check_facts(facts: _Facts, saved: Saved) -> None:
+    """Refuse facts that do not go with the tensors, before a network of that size is built.
+
+    Raises:
+        SavedModelError: with what differs.
+    """
+    if facts.model not in models.MODELS:
+        raise SavedModelError(
+            f"its model is {shown(facts.model)!r}, and there are: {', '.join(models.MODELS)}"
+        )
+    gone = sum(len(channels) for _, channels in saved.plan)
+    try:
+        with torch.device("meta"):
+            dense = models.build(facts.model, facts.in_channels, facts.classes).state_dict()
+    except (RuntimeError, OverflowError, TypeError) as cause:
+        raise SavedModelError("it says to be larger than any model can be") from cause
+    if dense.keys() != saved.tensors.keys():
+        raise SavedModelError(f"its tensors are not those of a {facts.model}; save the model anew")
+    for name in sorted(dense):
+        small, whole = saved.tensors[name].shape, dense[name].shape
+        pairs = zip(small, whole, strict=False)
+        if len(small) != len(whole) or any(not s <= w <= s + gone for s, w in pairs):
+            raise SavedModelError(
+                f"{name!r} has shape {tuple(small)}, and what was removed does not make it that "
+                f"from {tuple(whole)}, as the file's facts have it; save the model anew"
+            )
 
 
 def revision() -> str | None:
@@ -352,6 +465,34 @@ def revision() -> str | None:
 
 
 # ---------------------------------------------------------------------- parts of a run
+
+
+def _check_seed(request: Request) -> None:
+    if not 0 <= request.seed <= LAST_SEED:
+        raise RunError(f"the seed is {request.seed}; give 0 to {LAST_SEED}")
+
+
+def _check_places(request: Request, images: data.Images, model: nn.Module) -> None:
+    """Refuse what would fail only when all is trained.
+
+    Raises:
+        ConfigError: what the images are called cannot be shown.
+        OSError: a folder cannot take what is to be written.
+    """
+    try:
+        check_text(images.label)
+    except ValueError as cause:
+        raise ConfigError(f"data.label: {cause}; give another label") from cause
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    # A checkpoint: the model, masked and not, with its optimizer's state, beside the one before.
+    names = (RECORD, CHECKPOINT, DENSE_CHECKPOINT, MODEL, TRACE, FORCED)
+    needed = 6 * size
+    if request.config.dense is not None:
+        dense = _dense_path(request, images)
+        clean(dense.parent)
+        check(dense.parent, [dense.name])
+        needed += 0 if dense.exists() else size
+    check(request.folder, names, needed)
 
 
 def _check_shares(config: Config, processes: int) -> None:
@@ -379,13 +520,13 @@ def _check_images(request: Request, images: data.Images, saved: Mapping[str, Any
         raise RunError(
             f"{request.folder} was started on images that are no longer those of "
             f"{request.config.data.name} ({saved['images']}, now {digest}); put them back, or "
-            "start anew with --force"
+            f"delete {request.folder / CHECKPOINT} to start anew"
         )
     for path in sorted(request.folder.parent.glob("*/record.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             other, of = record.get("images"), record["config_hash"]
-        except (OSError, ValueError, AttributeError, KeyError):
+        except (OSError, ValueError, AttributeError, KeyError, RecursionError):
             continue  # whoever reads it will say so
         beside = path.parent != request.folder and of == request.config.hash()
         if beside and other not in (None, digest):
@@ -430,6 +571,12 @@ def _adapter(
     return adapter(context, config.build_options())
 
 
+def _dense_path(request: Request, images: data.Images) -> Path:
+    config = request.config
+    name = f"{config.model}-{config.dense_hash(images.digest())}-seed{request.seed}.pt"
+    return request.out / "dense" / name
+
+
 def _dense_model(
     request: Request,
     images: data.Images,
@@ -440,9 +587,8 @@ def _dense_model(
     config, model = request.config, _build(request, images)
     if config.dense is None:
         return model
-    name = f"{config.model}-{config.dense_hash(images.digest())}-seed{request.seed}.pt"
-    path = request.out / "dense" / name
-    of = {"kind": "dense model", "name": name}
+    path = _dense_path(request, images)
+    of = {"kind": "dense model", "name": path.name}
     if request.ranks.as_first(path.exists()):  # another run may be writing it just now
         try:
             model.load_state_dict(load_tensors(path, of, request.device))
@@ -493,7 +639,7 @@ def _framework_loop(
         raise RunError(
             f"{request.folder} was started from another dense model than the one in "
             f"{request.out / 'dense'}, which was trained anew or replaced; put the old one back, "
-            "or start anew with --force"
+            f"or delete {request.folder / CHECKPOINT} to start anew"
         )
     loop = Loop(
         model=model,
@@ -625,8 +771,10 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
 
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            previous[kind] = signal.signal(kind, note)
+        for kind in ASKING:
+            left_alone = kind not in (signal.SIGINT, signal.SIGTERM)
+            if not (left_alone and signal.getsignal(kind) == signal.SIG_IGN):
+                previous[kind] = signal.signal(kind, note)
     try:
         yield lambda: bool(asked)
     finally:

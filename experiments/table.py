@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from . import published
 from .files import save_text
+from .names import Name, Seed, Text, one_line
 from .pairs import Difference, difference
 from .run import CONTROLS, RECORD_VERSION, VARIANTS, RunError, Variant, sound
 
@@ -30,72 +32,101 @@ EFFECT, ENOUGH = 0.3, 25
 """The effect that is looked for, in points, and the pairs that it takes at the least."""
 
 
-class _Config(BaseModel):
-    name: str
+class _Table(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+# Beyond these bounds sums overflow, and pictures are too large to be drawn.
+Number = Annotated[int, Field(ge=0, le=10**15)]
+Whole = Annotated[int, Field(ge=1, le=10**15)]
+Amount = Annotated[float, Field(ge=0, le=1e15)]
+Duration = Annotated[float, Field(gt=0, le=1e15)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Width = Annotated[int, Field(ge=0, le=10**9)]
+MOST_LAYERS = 1000
+
+
+class _Data(_Table):
+    validation: Number | None = None
+
+
+class _Config(_Table):
+    name: Name
+    data: _Data | None = None
     stages: dict[str, Any] = {}
+    options: dict[str, Any] = {}
 
 
-class _Accuracy(BaseModel):
-    dense: float | None
-    at_removal: float
-    at_removal_reestimated: float
-    final: float
+class _Accuracy(_Table):
+    dense: Percent | None
+    at_removal: Percent
+    at_removal_reestimated: Percent
+    final: Percent
 
 
-class _Size(BaseModel):
-    dense: int
-    pruned: int
+class _Size(_Table):
+    dense: Whole
+    pruned: Number
 
 
-class _Structures(BaseModel):
-    decayed: int
-    released: int
-    refilled: int
-    pruned: int
+class _Structures(_Table):
+    decayed: Number
+    released: Number
+    refilled: Number
+    pruned: Number
 
 
-class _Steps(BaseModel):
-    total: int
-    decision: int
-    zero: int
-    removal: int
-    heard: int
-    dense: int
+class _Steps(_Table):
+    total: Number
+    decision: Number
+    zero: Number
+    removal: Number
+    heard: Number
+    dense: Number
 
 
-class _Latency(BaseModel):
-    batch: int
-    dense: float
-    masked: float | None = None
-    pruned: float
+class _Latency(_Table):
+    batch: Whole
+    dense: Duration
+    masked: Duration | None = None
+    pruned: Duration
 
 
-class _Shape(BaseModel):
+class _Shape(_Table):
     """What tables, plots and results read of a record."""
 
     config: _Config
-    config_hash: str
-    framework: str
-    model: str
-    data: str
+    config_hash: Text
+    framework: Text
+    model: Text
+    data: Text
     variant: Variant
-    seed: int
-    versions: dict[str, str]
-    revision: str | None
-    device: str
+    seed: Seed
+    versions: dict[Text, Text]
+    revision: Text | None
+    device: Text
+    threads: Whole
     accuracy: _Accuracy
     macs: _Size
     parameters: _Size
     structures: _Structures
-    channels: dict[str, tuple[int, int]]
-    releases: list[tuple[int, str, int]]
-    curve: list[tuple[int, float]]
+    channels: Annotated[
+        dict[Text, tuple[Width, Width]], Field(min_length=1, max_length=MOST_LAYERS)
+    ]
+    releases: Annotated[list[tuple[Number, Text, Number]], Field(max_length=10**6)]
+    curve: Annotated[list[tuple[Number, Percent]], Field(min_length=1, max_length=10**6)]
     steps: _Steps
     latency: _Latency
-    seconds: float
-    loading: float
-    processes: int = 1  # what records say that were made before there could be several
-    images: str | None = None  # names the images; not in records of earlier releases
+    seconds: Amount
+    loading: Amount
+    processes: Whole = 1  # what records say that were made before there could be several
+    images: Text | None = None  # names the images; not in records of earlier releases
+
+    @model_validator(mode="after")
+    def _drawable(self) -> _Shape:
+        if len({group for _, group, _ in self.releases}) > MOST_LAYERS:
+            raise ValueError(f"releases: more than {MOST_LAYERS} groups")
+        return self
 
 
 # ---------------------------------------------------------------------- reading and keeping
@@ -109,7 +140,7 @@ def files(paths: Iterable[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        if path.suffix in (".json", ".jsonl"):
+        if path.suffix in (".json", ".jsonl") and not path.is_dir():
             found.append(path)
         else:
             found += sorted([*path.rglob("*record.json"), *path.rglob("*.jsonl")])
@@ -123,7 +154,7 @@ def located(paths: Iterable[Path]) -> list[tuple[Path, Record]]:
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, ValueError) as cause:
-            raise _refused(str(file), cause) from cause
+            raise _refused(str(file), str(cause)) from cause
         if file.suffix == ".jsonl":
             lines = text.rstrip("\n").split("\n")
             places = [f"{file}, line {number}," for number in range(1, len(lines) + 1)]
@@ -146,21 +177,35 @@ def read(paths: Iterable[Path]) -> list[Record]:
 
 def _record(text: str, place: str) -> Record:
     try:
-        record: Record = json.loads(text)
+        record: Record = json.loads(text, parse_float=_finite, parse_constant=_finite)
         version = record["version"]
         if version == RECORD_VERSION:
-            _Shape.model_validate(record)
+            _Shape.model_validate_json(text)
             if not sound(record):
                 raise ValueError("its checksum is another one: it was changed")
-    except (ValueError, KeyError, TypeError) as cause:
-        raise _refused(place, cause) from cause
+    except ValidationError as cause:
+        first = cause.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise _refused(place, f"{key}: {first['msg']}" if key else first["msg"]) from cause
+    except KeyError as cause:
+        raise _refused(place, f"it has no {cause}") from cause
+    except RecursionError as cause:
+        raise _refused(place, "it is nested too deeply") from cause
+    except (ValueError, TypeError) as cause:
+        raise _refused(place, str(cause)) from cause
     if version != RECORD_VERSION:
-        raise RunError(f"{place} has version {version}, this release reads {RECORD_VERSION}")
+        raise RunError(f"{place} has version {version!r}, this release reads {RECORD_VERSION}")
     return record
 
 
-def _refused(place: str, cause: Exception) -> RunError:
-    return RunError(f"{place} is no record ({' '.join(str(cause).split())})")
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return number
+
+
+def _refused(place: str, reason: str) -> RunError:
+    return RunError(f"{place} is no record ({one_line(reason)}); take it away, or run anew")
 
 
 def keep(records: Sequence[Record], folder: Path) -> list[Path]:
@@ -208,8 +253,9 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """Records that may be compared with one another, by what they share.
 
     Raises:
-        RunError: records of one experiment differ in configuration or images, so a table would mix
-            them; or there are several of one variant and seed, and pairs would be ambiguous.
+        RunError: records of one experiment differ in configuration, in images or in the layers of
+            the dense network, so a table would mix them; or there are several of one variant and
+            seed, and pairs would be ambiguous.
     """
     found: dict[str, list[Record]] = {}
     for record in records:
@@ -230,6 +276,13 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
                 f"the records of {title} are of different images under one name ({each}); give "
                 "those of one kind, or carry the others out anew"
             )
+        layers = {name: width for name, (width, _) in members[0]["channels"].items()}
+        for member in members:
+            if {name: width for name, (width, _) in member["channels"].items()} != layers:
+                raise RunError(
+                    f"the records of {title} are of different networks: {member['variant']}, seed "
+                    f"{member['seed']}, has other layers than the first; run it anew"
+                )
         runs = Counter((m["variant"], m["seed"]) for m in members)
         (variant, seed), times = runs.most_common(1)[0]
         if times > 1:

@@ -87,6 +87,13 @@ BAD = {
     "missing upstream": ("offered:Mine", "import no_such_upstream", "no_such_upstream"),
     "broken module": ("offered:Mine", "class Mine(:", "SyntaxError"),
     "failing module": ("offered:Mine", "raise RuntimeError('no licence')", "no licence"),
+    "an exit": ("offered:Mine", "raise SystemExit(0)", "SystemExit"),
+    "options of another kind": (
+        "offered:Mine",
+        GOOD + "        Options = dict\n",
+        "no dataclass",
+    ),
+    "stages of another kind": ("offered:Mine", GOOD + "        stages = 'prune'\n", "no mapping"),
     "no class": ("offered", GOOD, "derived from adapters.base.Adapter"),
     "another class": ("offered:Mine", "class Mine: pass", "derived from adapters.base.Adapter"),
     "an instance": ("offered:Mine", "Mine = 3", "derived from adapters.base.Adapter"),

@@ -165,6 +165,23 @@ def test_rows_are_kept_as_they_come_the_small_first_and_the_rest_goes_on(tmp_pat
     assert again == ["vgg11"]
 
 
+def test_a_row_that_is_measured_anew_stays_until_the_new_one_is_there(tmp_path):
+    path, names = tmp_path / "models.jsonl", ["squeezenet1_1", "resnet18"]
+    collect(names, path, 1e9, made_up)
+    kept = read(path)
+
+    def stop(name):
+        raise KeyboardInterrupt
+
+    for run, asked, error in ((stop, names, KeyboardInterrupt), (made_up, ["no"], RunError)):
+        with pytest.raises(error):
+            collect(asked, path, 1e9, run, anew=True)
+        assert read(path) == kept
+    again = []
+    collect(names, path, 1e9, lambda name: again.append(name) or made_up(name), anew=True)
+    assert again == names
+
+
 def test_a_process_that_takes_too_long_or_ends_is_told_as_that(capfd):
     row = in_process("squeezenet1_1", 0.01)
     assert (row["outcome"], row["message"]) == ("not run", "not done within 0.01 seconds")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from experiments import compare as compare_module
 from experiments.__main__ import STOPPED, main
 from experiments.compare import Job, compare
 from experiments.config import Config
-from experiments.run import MODEL, Request, RunError
+from experiments.run import ASKING, MODEL, Request, RunError
 from tests.support import tiny
 from tests.support.records import record
 
@@ -66,14 +67,16 @@ class Machine:
     at_once: list[int] = field(default_factory=list)
     ticks: int = 0
 
-    def popen(self, command, stdout, stderr, start_new_session):
-        assert stderr == subprocess.STDOUT
+    def popen(self, command, stdin, stdout, stderr, start_new_session):
+        assert (stdin, stderr) == (subprocess.PIPE, subprocess.STDOUT)
+        assert "--until-eof" in command
         # Else an interrupt on the terminal would reach a run twice, and end it unsaved.
         assert start_new_session
         process = Started(command, 0)
         process.ends_after = self.ticks + self.durations.get(process.name, 1)
         process.code = self.codes.get(process.name, 0)
         stdout.write(self.log.encode())
+        process.stdin = io.BytesIO()
         process.poll = lambda: self.poll(process)
         process.terminate = lambda: setattr(process, "terminated", True)
         process.wait = lambda: setattr(process, "waited", True)
@@ -114,7 +117,7 @@ def machine(monkeypatch) -> Machine:
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
     """Comparisons take signals; these tests give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in ASKING}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -365,19 +368,21 @@ def command(tmp_path, *more) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ASKING)
 def test_an_interrupted_comparison_says_how_to_go_on(
     tmp_path, machine, monkeypatch, capsys, number
 ):
     monkeypatch.setattr(compare_module.time, "sleep", lambda seconds: signal.raise_signal(number))
-    # A process started in the background ignores interrupts, and this would never end.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A process started in the background ignores some of them, and this would never end.
+    usual = {number: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {kind: signal.signal(kind, handler) for kind, handler in usual.items()}
     try:
         code = main(command(tmp_path))
     except KeyboardInterrupt:  # which would end the tests
         pytest.fail("the interrupt went through, with a traceback")
     finally:
-        signal.signal(signal.SIGINT, before)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
     assert code == STOPPED
     assert "the same command" in capsys.readouterr().err
     assert machine.started

@@ -113,6 +113,8 @@ WRONG = {
         "ratio is 1.0",
         "above 0, below 1",
     ),
+    "an unknown normalizer": ({"options.normalizer": "x"}, "normalizer is 'x'", "mean, max"),
+    "a sentinel of nothing": ({"options.normalizer": "sentinel_"}, "'sentinel_'", "share"),
     "no upstream steps": ({"options.steps": 0}, "steps", "at least 1"),
     # stages
     "a stage of no framework": ({"stages.finetune": STAGE}, "'finetune'", "sparse, prune"),

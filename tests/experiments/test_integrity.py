@@ -112,7 +112,7 @@ def test_files_of_two_runs_in_each_others_place_are_refused(made, tmp_path, name
         path.write_bytes(content)
     for request in (one, two):
         if name == "trace.pt":
-            with pytest.raises(RunError, match=r"trace\.pt cannot be read \(it is of .*delete it"):
+            with pytest.raises(RunError, match=r"trace\.pt holds no norms .*it is of .*delete it"):
                 drawn(request.folder)
         else:
             with pytest.raises(RunError, match=f"{name} is of .*back where"):
@@ -240,24 +240,24 @@ def test_records_of_earlier_releases_are_read_beside_new_ones(tmp_path):
 def test_a_run_that_diverges_leaves_no_record(tmp_path, stage, variant):
     changes = {"name": "wild", **{k: v for k, v in MINIATURE.items() if k != "name"}}
     if stage == "dense":
-        changes["dense.learning_rate"] = 1e30
+        changes["dense.learning_rate"] = 1e9
     else:
         stages = {name: dict(table) for name, table in MINIATURE["stages"].items()}
-        stages[stage] |= {"learning_rate": 1e30, "optimizer": "sgd"}
+        stages[stage] |= {"learning_rate": 1e9, "optimizer": "sgd"}
         changes["stages"] = stages
     request = tiny.request(tmp_path, variant, changes, save_every=0)
     with pytest.raises(
-        DivergedError, match=rf"step \d+ of stage '{stage}'.*learning_rate \(1e\+30\)"
+        DivergedError, match=rf"step \d+ of stage '{stage}'.*learning_rate \(1e\+09\)"
     ):
         run(request)
     assert not list(tmp_path.rglob("record.json"))
     assert not list(tmp_path.rglob(MODEL))
-    assert (tmp_path / "dense").exists() == (stage != "dense")
+    assert any((tmp_path / "dense").glob("*.pt")) == (stage != "dense")
 
 
 @pytest.mark.usefixtures("miniature")
 def test_the_command_line_says_that_training_diverged(tmp_path, capsys):
-    path = tiny.write(tmp_path / "c.toml", {**MINIATURE, "dense.learning_rate": 1e30})
+    path = tiny.write(tmp_path / "c.toml", {**MINIATURE, "dense.learning_rate": 1e9})
     command = ["run", str(path), "--variant", "sp", "--seed", "0", "--out", str(tmp_path / "out")]
     assert main([*command, "--device", "cpu"]) == 2
     printed = capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -306,8 +307,9 @@ def test_a_record_of_another_configuration_is_refused_and_kept(tmp_path):
     record = run(tiny.request(tmp_path, "base", MINIATURE))
     content = record.read_bytes()
     changed = {**MINIATURE, "smooth.steps": 6}
-    for resume in (False, True):
-        with pytest.raises(RunError, match=r"another configuration.*--force.*--out"):
+    # Who resumes, as a comparison does, is told of no --force.
+    for resume, remedy in ((False, "--force runs anew"), (True, r"delete \S+base-seed0")):
+        with pytest.raises(RunError, match=rf"another configuration.*{remedy}.*--out"):
             run(tiny.request(tmp_path, "base", changed, resume=resume))
     assert record.read_bytes() == content
     run(tiny.request(tmp_path, "base", changed, force=True))
@@ -320,8 +322,10 @@ def test_a_damaged_record_is_refused_with_the_remedy(tmp_path, content):
     request = tiny.request(tmp_path, "base", MINIATURE, resume=True)
     request.folder.mkdir(parents=True)
     (request.folder / "record.json").write_bytes(content)
-    with pytest.raises(RunError, match=r"cannot be read.*--force"):
+    with pytest.raises(RunError, match=r"cannot be read.*delete \S+base-seed0"):
         run(request)
+    with pytest.raises(RunError, match=r"cannot be read.*--force"):
+        run(replace(request, resume=False))
 
 
 @pytest.mark.parametrize("variant", ["base", "sr"])
@@ -544,7 +548,7 @@ def test_a_checkpoint_moved_from_another_run_is_refused(stopped, other):
     request = tiny.request(stopped.out, variant, MINIATURE, resume=True, seed=seed)
     request.folder.mkdir(parents=True)
     (stopped.folder / "checkpoint.pt").rename(request.folder / "checkpoint.pt")
-    with pytest.raises(RunError, match=r"of another run.*delete it, as --force does"):
+    with pytest.raises(RunError, match=r"of another run.*delete it to start anew"):
         run(request)
 
 
@@ -553,7 +557,7 @@ def test_a_checkpoint_of_another_release_is_refused_with_the_remedy(stopped, ver
     path = stopped.folder / CHECKPOINT
     saved = load_tensors(path, {"kind": "checkpoint"})
     save_tensors(path, {**saved, "version": version}, {"kind": "checkpoint"})
-    with pytest.raises(RunError, match=r"written by another release; delete it, as --force does"):
+    with pytest.raises(RunError, match=r"written by another release; delete it to start anew"):
         run(stopped)
 
 
@@ -580,7 +584,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(stopped, damage):
     else:
         path.write_bytes(made[damage])
     with pytest.raises(
-        RunError, match=r"(?s)checkpoint\.pt cannot be read.*delete it, as --force does"
+        RunError, match=r"(?s)checkpoint\.pt cannot be read.*delete it to start anew"
     ) as caught:
         run(stopped)
     # PyTorch's own advice is to load it without weights_only.

@@ -54,7 +54,8 @@ class Lines:
     Attributes:
         last: the line at which to end; 0 for none.
         count: lines so far.
-        marks: the count when the removal began and ended, and when the saving began.
+        marks: the count when the removal and the saving of the model and of the record began and
+            ended.
         writing: the counts of lines in which some file is being written.
     """
 
@@ -73,7 +74,7 @@ class Lines:
                 self.writing.append(self.count)
             if self.count == self.last:
                 os.kill(os.getpid(), signal.SIGKILL)
-        elif code.co_name in ("_remove", "save_pruned"):
+        elif code.co_name in ("_remove", "save_pruned", "save_json"):
             self.marks.setdefault(f"{code.co_name} {event}", self.count)
         return self
 
@@ -141,7 +142,7 @@ def main(folder: Path) -> None:
     points += [("writing", line) for line in draw.sample(marks["writing"], IN_WRITING)]
     saving, last = marks["save_pruned call"] + 1, marks["end"]
     points += [("end", draw.randint(saving, last)) for _ in range(AT_END)]
-    points += [("end", last - 1)]  # the record is there, and the checkpoint still is
+    points += [("end", marks["save_json return"] + 1)]  # the record is there, and the checkpoint
     points += [("anywhere", draw.randint(1, last)) for _ in range(ANYWHERE)]
     kills: list[tuple[str, dict[str, Any]]] = [(where, {"last": line}) for where, line in points]
     kills += [("time", {"seconds": draw.uniform(0, usual)}) for _ in range(AT_TIMES)]

@@ -1,0 +1,82 @@
+"""What ends a command in one line that says what to do; any other error keeps its traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from adapters.base import AdapterError
+from adapters.saved import SavedModelError
+from dpm_core import DecayPruningError
+
+from .config import ConfigError
+from .data import DataError
+from .names import one_line
+from .places import BusyError, explained
+from .run import RunError
+from .training import DivergedError
+
+KNOWN = (
+    ConfigError,
+    DataError,
+    RunError,
+    DivergedError,
+    BusyError,
+    AdapterError,
+    SavedModelError,
+    DecayPruningError,
+)
+REFUSED, CUT_OFF = 2, 141
+
+
+class QuotingError(RunError):
+    """A run of a comparison failed. The message quotes what it printed, on lines of its own."""
+
+
+def told(error: BaseException) -> str | None:
+    """One line about an error that a user can do something about; ``None`` for any other.
+
+    A :class:`QuotingError` keeps its lines.
+    """
+    if isinstance(error, QuotingError):
+        return str(error)
+    if isinstance(error, KNOWN):
+        return one_line(" ".join(str(error).split("\n")))
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    ):
+        return "there is not enough memory; take smaller batches or images, or fewer --jobs"
+    if isinstance(error, OSError):
+        return one_line(explained(error))
+    return None
+
+
+def carried_out(command: Callable[[], int], who: Callable[[], str] = str) -> int:
+    """Carry a command out; an error that is no bug is printed in one line.
+
+    Args:
+        command: gives the exit status.
+        who: what stands behind the word error, such as which of several processes it was.
+
+    Returns:
+        The exit status: the command's, 2 for an error, 141 where whoever reads the output has gone.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold what is no text
+    try:
+        status = command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing more is to fail on the way out
+        return CUT_OFF
+    except Exception as error:
+        line = told(error)
+        if line is None:
+            raise
+        print(f"error{who()}: {line}", file=sys.stderr)
+        return REFUSED
+    return status
