@@ -447,8 +447,8 @@ def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> R
             except UnsupportedLayerError as why:
                 reading.refused[name] = named(name, str(why))
     reading.outputs = sorted(set(reading.outputs))
-    for name, why in _overlapping(reading.groups).items():
-        reading.refused[name] = named(name, why)
+    for name, shared in _overlapping(reading.groups).items():
+        reading.refused[name] = named(name, shared)
     reading.groups = [g for g in reading.groups if g.root not in reading.refused]
     return reading
 
