@@ -19,7 +19,6 @@ from tqdm import tqdm
 from adapters.base import Adapter, AdapterError, Plan
 from adapters.optimizer_state import CarryOver
 from dpm_core import DecayPruning, Phase
-from third_party.groups import Plan
 
 from .config import Compute, Curve, Stage
 from .data import Images, mixing
