@@ -49,6 +49,10 @@ WALK = 20
 """How many times as many steps as the graph has edges a walk may take; ours. Most take one each."""
 
 
+Meeting = tuple[Tensor, Tensor]
+"""Places in a layer, and the root's channel at each: both int64 (N,)."""
+
+
 class TraceError(UnsupportedLayerError):
     """Upstream cannot follow the channels through a network."""
 
@@ -69,6 +73,23 @@ class _Group(_graph_module.Group):  # type: ignore[misc]
         super().__init__()
         self.raw: list[tuple[Any, Any]] = []
         self._seen: dict[tuple[Any, Any], list[Any]] = {}
+        self._meetings: dict[int, Meeting] = {}
+
+    def meeting(self, idxs: Any) -> Meeting:
+        """Indices of :attr:`raw` as two tensors; many steps share one list.
+
+        Raises:
+            UnsupportedLayerError: upstream does not say which channels of the root they are.
+        """
+        if id(idxs) not in self._meetings:
+            channels = [i.root_idx for i in idxs]
+            if None in channels:
+                raise UnsupportedLayerError(
+                    "shares channels in a way that torch-pruning does not tell, as attention heads "
+                    "may"
+                )
+            self._meetings[id(idxs)] = torch.tensor([i.idx for i in idxs]), torch.tensor(channels)
+        return self._meetings[id(idxs)]
 
     def add_dep(self, dep: Any, idxs: Any) -> None:
         if len(self._group) > self.bound:
@@ -596,22 +617,22 @@ def _table(
     else:
         tied = members(built, group)
     table = UpstreamGroup(names[root], tied, attention is not None)
-    of = table.structure_of()
-    rows: dict[Any, list[set[int]]] = {}
+    of = torch.empty(table.channels, dtype=torch.int64)
+    for structure, channels in enumerate(tied):
+        of[channels] = structure
+    rows: dict[Any, dict[int, Meeting]] = {}
     for dep, idxs in group.raw:
         if built.is_out_channel_pruning_fn(dep.handler):
-            by_structure = rows.setdefault(dep.target, [set() for _ in tied])
-            for i in idxs:
-                by_structure[of[i.root_idx]].add(i.idx)
+            rows.setdefault(dep.target, {})[id(idxs)] = group.meeting(idxs)
         if isinstance(dep.target.module, nn.Module) and dep.target.module in names:
             _require_no_parametrization(names[dep.target.module], dep.target.module)
     producers: list[tuple[nn.Module, int, list[list[int]]]] = []
     norms: list[tuple[nn.Module, int, list[list[int]]]] = []
-    for node, positions in rows.items():
+    for node, meetings in rows.items():
         module = node.module
         if isinstance(module, nn.Parameter):
             name = built._param_to_name[module]
-            index = _even(positions, name)
+            index = _by_structure(meetings.values(), of, len(tied), name)
             _add(table, _share(name, module, node.pruning_dim % module.dim(), False, index))
             continue
         if module not in names:
@@ -620,7 +641,7 @@ def _table(
         if kind is None:
             continue
         dims, norm = kind
-        index = _even(positions, names[module])
+        index = _by_structure(meetings.values(), of, len(tied), names[module])
         for attribute, dim in dims.items():
             parameter = getattr(module, attribute)
             if parameter is not None:
@@ -641,19 +662,16 @@ def members(built: Any, group: Any) -> list[list[int]]:
     place of a grouped convolution's parts.
     """
     root, count = group[0].dep, len(group[0].idxs)
-    meetings: dict[tuple[Any, Any], set[tuple[int, int]]] = {}  # (place, root's channel)
+    label, meetings = torch.arange(count), dict[tuple[Any, Any], dict[int, Meeting]]()
     for dep, idxs in group.raw:
-        met = meetings.setdefault((dep.target, dep.handler), set())
-        met.update((i.idx, i.root_idx) for i in idxs)
-        if (dep.target, dep.handler) == (root.target, root.handler):
-            met.update((i.idx, i.idx) for i in idxs)
+        meetings.setdefault((dep.target, dep.handler), {})[id(idxs)] = group.meeting(idxs)
     pairs = []
     for (node, handler), met in meetings.items():
-        if any(c is None or not 0 <= c < count for _, c in met):
-            raise UnsupportedLayerError(
-                "shares channels in a way that torch-pruning does not tell, as attention heads may"
-            )
-        places, channels = torch.tensor(sorted(met)).T
+        places, channels = (torch.cat(t) for t in zip(*met.values(), strict=True))
+        if int(channels.max()) >= count:
+            raise UnsupportedLayerError("has channels beyond its root's")
+        if (node, handler) == (root.target, root.handler):
+            places, channels = torch.cat([places, places]), torch.cat([places, channels])
         parts, size = _parts(built, node, handler)
         if parts > 1:
             if len(places.unique()) != size:
@@ -662,8 +680,8 @@ def members(built: Any, group: Any) -> list[list[int]]:
                     "concatenation"
                 )
             places = places % (size // parts)
-        pairs.append((places, channels))
-    label = torch.arange(count)
+        if len(places) != count or not torch.equal(places, channels):  # else each meets itself
+            pairs.append((places, channels))
     while True:
         before = label.clone()
         for places, channels in pairs:
@@ -672,8 +690,10 @@ def members(built: Any, group: Any) -> list[list[int]]:
             label.scatter_reduce_(0, channels, lowest[places], "amin")
         if torch.equal(before, label):
             break
-    tied = [(label == k).nonzero()[:, 0].tolist() for k in label.unique().tolist()]
-    return _even(tied, "its root")
+    _, sizes = label.unique(return_counts=True)
+    if bool((sizes != sizes[0]).any()):
+        raise _uneven("its root")
+    return label.argsort(stable=True).view(len(sizes), -1).tolist()
 
 
 def _parts(built: Any, node: Any, handler: Any) -> tuple[int, int]:
@@ -693,19 +713,28 @@ def _depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and 1 < module.groups == module.out_channels
 
 
-def _even(rows: Sequence[Collection[int]], layer: str) -> list[list[int]]:
-    """Positions by structure, of which each has equally many.
+def _by_structure(
+    meetings: Iterable[Meeting], of: Tensor, structures: int, layer: str
+) -> list[list[int]]:
+    """A layer's positions by structure, of which each has equally many, in ascending order.
 
     Raises:
-        UnsupportedLayerError: they do not.
+        UnsupportedLayerError: they have not.
     """
-    if len({len(r) for r in rows}) != 1:
-        what = layer if layer == "its root" else repr(layer)
-        raise UnsupportedLayerError(
-            f"gives its structures unequal shares of {what}, as where one half of a split is added "
-            "to something and the other is not"
-        )
-    return [sorted(r) for r in rows]
+    places, channels = (torch.cat(t) for t in zip(*meetings, strict=True))
+    size = int(places.max()) + 1
+    pairs = (of[channels] * size + places).unique()  # by structure, then by position
+    counts = (pairs // size).bincount(minlength=structures)
+    if bool((counts != counts[0]).any()):
+        raise _uneven(repr(layer))
+    return (pairs % size).view(structures, -1).tolist()  # type: ignore[no-any-return]
+
+
+def _uneven(layer: str) -> UnsupportedLayerError:
+    return UnsupportedLayerError(
+        f"gives its structures unequal shares of {layer}, as where one half of a split is added to "
+        "something and the other is not"
+    )
 
 
 def _share(name: str, parameter: Tensor, dim: int, norm: bool, index: list[list[int]]) -> Share:
