@@ -59,7 +59,8 @@ class Request:
     Attributes:
         config: the checked configuration.
         variant: base, sp, sr or a control.
-        seed: of initial weights, data order and augmentation.
+        seed: of initial weights, data order and augmentation; where dense models are shared
+            (``dense.seeds``), those of the dense model are of its own seed.
         out: where all runs are kept; this one gets a folder of its own in it.
         data_root: where downloads and decoded folders are kept.
         device: where to train.
@@ -184,6 +185,7 @@ def run(request: Request) -> Path:
             "data": images.label,
             "variant": request.variant,
             "seed": request.seed,
+            "dense_seed": None if config.dense is None else config.dense_seed(request.seed),
             "versions": _versions(config),
             "revision": revision(),
             "device": device_name(request.device),
@@ -314,7 +316,8 @@ def _check_shares(config: Config, processes: int) -> None:
 
 def _build(request: Request, images: data.Images) -> nn.Module:
     config = request.config
-    model = models.build(config.model, images.channels, images.classes, seed=request.seed)
+    seed = config.dense_seed(request.seed)
+    model = models.build(config.model, images.channels, images.classes, seed=seed)
     return model.to(request.device)
 
 
@@ -343,11 +346,12 @@ def _dense_model(
     saved: Mapping[str, Any] | None,
     stop: Callable[[], bool],
 ) -> nn.Module:
-    """The dense model, trained once for all variants and frameworks of a seed."""
+    """The dense model, trained once for all variants, frameworks and seeds that start from it."""
     config, model = request.config, _build(request, images)
+    seed = config.dense_seed(request.seed)
     if config.dense is None:
         return model
-    name = f"{config.model}-{config.dense_hash(images.digest())}-seed{request.seed}.pt"
+    name = f"{config.model}-{config.dense_hash(images.digest())}-seed{seed}.pt"
     path = request.out / "dense" / name
     if request.ranks.as_first(path.exists()):  # another run may be writing it just now
         try:
@@ -358,7 +362,7 @@ def _dense_model(
     loop = Loop(
         model=model,
         images=images,
-        seed=request.seed,
+        seed=seed,
         stages=[("dense", config.dense)],
         adapter=None,
         curve=config.curve,
