@@ -39,7 +39,8 @@ class Job:
         config = self.request.config
         if config.dense is None:
             return None
-        return f"{config.dense_hash(config.data.model_dump_json())}, seed {self.request.seed}"
+        seed = config.dense_seed(self.request.seed)
+        return f"{config.dense_hash(config.data.model_dump_json())}, seed {seed}"
 
 
 def compare(jobs: Sequence[Job], *, at_once: int | None = None) -> list[Path]:

@@ -136,6 +136,14 @@ class Stage(_Table):
         )
 
 
+class Dense(Stage):
+    """Training of the dense model."""
+
+    seeds: Count | None = None
+    """Train so many dense models, and let runs share them: seed s starts from model s modulo
+    ``seeds``. By default every seed has its own."""
+
+
 class Smooth(_Table):
     """The decay."""
 
@@ -195,7 +203,7 @@ class Config(_Table):
     framework: str
     model: str
     data: Data = Data()
-    dense: Stage | None = None
+    dense: Dense | None = None
     """Training of the dense model, before the framework starts; without it, it starts untrained."""
     stages: dict[str, Stage]
     """The framework's stages, by name."""
@@ -246,21 +254,33 @@ class Config(_Table):
 
     def hash(self) -> str:
         """Names the configuration's content: 16 hex digits."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        content = self.model_dump(mode="json")
+        if self.dense is not None and self.dense.seeds is None:
+            del content["dense"]["seeds"]  # the hashes of older records go without it
+        text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def dense_seed(self, seed: int) -> int:
+        """The seed of the model that a run of this seed starts from: of its weights and training.
+
+        Args:
+            seed: of the run.
+        """
+        shared = None if self.dense is None else self.dense.seeds
+        return seed if shared is None else seed % shared
 
     def dense_hash(self, images: str) -> str:
         """Names what the dense model depends on, so that variants and frameworks share it.
 
         Args:
-            images: names the images' content.
+            images: names the training images' content.
         """
         parts = [
             self.model,
             images,
             self.data.size,
             self.compute.model_dump(mode="json"),
-            self.dense and self.dense.model_dump(mode="json"),
+            self.dense and self.dense.model_dump(mode="json", exclude={"seeds"}),
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -98,13 +98,20 @@ class Images:
 
     def digest(self) -> str:
         """Names the content, images and labels of both sets: 16 hex digits."""
-        cached: str | None = getattr(self, "_cached_digest", None)
+        return self._named("digest", "train", "train_labels", "test", "test_labels")
+
+    def training_digest(self) -> str:
+        """Names the training images and their labels, all that training sees: 16 hex digits."""
+        return self._named("training_digest", "train", "train_labels")
+
+    def _named(self, digest: str, *tensors: str) -> str:
+        cached: str | None = getattr(self, f"_cached_{digest}", None)
         if cached is None:
             found = hashlib.blake2b(digest_size=8)
-            for tensor in (self.train, self.train_labels, self.test, self.test_labels):
-                found.update(tensor.cpu().contiguous().numpy().data)
+            for name in tensors:
+                found.update(getattr(self, name).cpu().contiguous().numpy().data)
             cached = found.hexdigest()
-            object.__setattr__(self, "_cached_digest", cached)
+            object.__setattr__(self, f"_cached_{digest}", cached)
         return cached
 
     def steps_per_epoch(self, batch: int) -> int:

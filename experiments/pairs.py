@@ -18,13 +18,16 @@ class Difference:
 
     Attributes:
         pairs: how many.
-        mean: of the differences.
-        deviation: standard deviation of the differences, of a sample; ``None`` for one pair.
-        low, high: the 95% interval of the mean; ``None`` for one pair.
-        detectable: see :func:`detectable`; ``None`` for one pair.
+        networks: dense networks that they start from; as many as there are pairs, where each has
+            its own.
+        mean: of the networks' mean differences.
+        deviation: standard deviation of those means, of a sample; ``None`` for one network.
+        low, high: the 95% interval of the mean; ``None`` for one network.
+        detectable: see :func:`detectable`; ``None`` for one network.
     """
 
     pairs: int
+    networks: int
     mean: float
     deviation: float | None
     low: float | None
@@ -32,54 +35,68 @@ class Difference:
     detectable: float | None
 
 
-def difference(one: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+def difference(
+    one: Mapping[int, float],
+    other: Mapping[int, float],
+    network: Mapping[int, int] | None = None,
+) -> Difference | None:
     """``one`` minus ``other``, paired by seed; what only one of them has is left out.
 
-    The interval is that of the paired t-test: mean ± t_{0.975, n-1} s / sqrt(n).
+    Pairs that start from one dense network are not independent, so what counts is the mean
+    difference of each network: the interval is mean ± t_{0.975, k-1} s / sqrt(k) of these k means.
+    It is exact for normal differences when every network has as many pairs, however much networks
+    differ, and close to it otherwise; a network per pair makes it the paired t-test. Source: the
+    between-groups estimator for few groups, Donald and Lang, "Inference with
+    difference-in-differences and other panel data", Review of Economics and Statistics 89 (2007).
 
     Args:
         one: values by seed.
         other: values by seed.
+        network: the dense network of every seed that both have; by default one each.
 
     Returns:
         ``None`` without a common seed.
     """
-    differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
-    n = len(differences)
-    if n == 0:
+    by_network: dict[int, list[float]] = {}
+    for seed in sorted(one.keys() & other.keys()):
+        start = seed if network is None else network[seed]
+        by_network.setdefault(start, []).append(one[seed] - other[seed])
+    pairs = sum(map(len, by_network.values()))
+    if pairs == 0:
         return None
-    mean = statistics.fmean(differences)
+    means = [statistics.fmean(d) for d in by_network.values()]
+    n, mean = len(means), statistics.fmean(means)
     if n == 1:
-        return Difference(1, mean, None, None, None, None)
-    deviation = statistics.stdev(differences)
+        return Difference(pairs, 1, mean, None, None, None, None)
+    deviation = statistics.stdev(means)
     reach = _quantile(1 - LEVEL / 2, n) * deviation / math.sqrt(n)
     found = detectable(n, deviation)
-    return Difference(n, mean, deviation, mean - reach, mean + reach, found)
+    return Difference(pairs, n, mean, deviation, mean - reach, mean + reach, found)
 
 
-def detectable(pairs: int, deviation: float) -> float:
-    """The smallest true difference that so many pairs find.
+def detectable(networks: int, deviation: float) -> float:
+    """The smallest true difference that so many networks, or pairs with one each, find.
 
     To find it is a two-sided paired t-test at 5% with a power of 80%:
     (t_{0.975, n-1} + t_{0.8, n-1}) s / sqrt(n), the usual approximation to the noncentral t. Its
-    true power is 78.4% with 4 pairs, 77% with 3 and 73% with 2.
+    true power is 78.4% with 4 of them, 77% with 3 and 73% with 2.
 
     Args:
-        pairs: n, at least 2.
-        deviation: s, the standard deviation of the paired differences.
+        networks: n, at least 2.
+        deviation: s, the standard deviation of their mean differences.
 
     Returns:
         In the unit of ``deviation``.
 
     Raises:
-        ValueError: fewer than two pairs have no t-test.
+        ValueError: fewer than two have no t-test.
     """
-    if pairs < 2:
-        raise ValueError(f"{pairs} pairs have no t-test; it takes 2 or more")
-    both = _quantile(1 - LEVEL / 2, pairs) + _quantile(POWER, pairs)
-    return both * deviation / math.sqrt(pairs)
+    if networks < 2:
+        raise ValueError(f"{networks} networks have no t-test; it takes 2 or more")
+    both = _quantile(1 - LEVEL / 2, networks) + _quantile(POWER, networks)
+    return both * deviation / math.sqrt(networks)
 
 
-def _quantile(share: float, pairs: int) -> float:
-    """Of Student's t with as many degrees of freedom as the mean of so many pairs has."""
-    return float(special.stdtrit(pairs - 1, share))
+def _quantile(share: float, count: int) -> float:
+    """Of Student's t with as many degrees of freedom as the mean of so many values has."""
+    return float(special.stdtrit(count - 1, share))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from . import plot, published, search, table
+from . import lengths, plot, published, search, table
 from .files import save_text
 from .places import check, clean
 from .published import Published
@@ -70,12 +70,14 @@ def renew(root: Path = ROOT) -> list[Path]:
     }
     links = {t: [p.relative_to(root).as_posix() for p in made] for t, made in pictures.items()}
     plan, tried = texts / "search.md", search.read(texts / "search.jsonl")
+    decays = texts / "lengths.jsonl"
     text = results(
         kept,
         (texts / "protocol.md").read_text(encoding="utf-8"),
         (texts / "reading.md").read_text(encoding="utf-8"),
         links,
         f"{plan.read_text(encoding='utf-8').strip()}\n\n{search.markdown(tried)}",
+        lengths.markdown(table.read([decays])) if decays.exists() else "",
     )
     readme = root / "README.md"
     shown = readme.read_text(encoding="utf-8")
@@ -112,6 +114,7 @@ def results(
     reading_text: str,
     plots: Mapping[str, Sequence[str]] | None = None,
     search_text: str = "",
+    lengths_text: str = "",
 ) -> str:
     """The whole text of RESULTS.md.
 
@@ -122,6 +125,7 @@ def results(
         plots: links to pictures, relative to RESULTS.md, by the titles of
             :func:`experiments.table.sections`.
         search_text: Markdown: the plan of the search for a rectifier, and what was tried.
+        lengths_text: Markdown: the decay lengths that were tried on validation images.
 
     Raises:
         RunError: records do not fit together, or the published figures are damaged.
@@ -132,6 +136,8 @@ def results(
         name, data = members[0]["config"]["name"], members[0]["data"]
         parts += [f"### {name}, {data}", table.markdown(members)]
         parts += [f"![{title}]({link})" for link in plots.get(title, ())]
+    if lengths_text:
+        parts += ["## The length of the decay", lengths_text]
     if search_text:
         parts += ["## The search for a rectifier", search_text.strip()]
     parts += ["## Published", published_tables(published.load())]

@@ -74,7 +74,8 @@ class Request:
     Attributes:
         config: the checked configuration.
         variant: base, sp, sr or a control.
-        seed: of initial weights, data order and augmentation.
+        seed: of initial weights, data order and augmentation; where dense models are shared
+            (``dense.seeds``), those of the dense model are of its own seed.
         out: where all runs are kept; this one gets a folder of its own in it.
         data_root: where downloads and decoded folders are kept.
         device: where to train.
@@ -245,6 +246,7 @@ def _carry_out(request: Request) -> Path:
             "images": images.digest(),
             "variant": request.variant,
             "seed": request.seed,
+            "dense_seed": None if config.dense is None else config.dense_seed(request.seed),
             "versions": _versions(config),
             "revision": revision(),
             "device": device_name(request.device),
@@ -548,7 +550,8 @@ def _run_of(request: Request, images: data.Images) -> dict[str, Any]:
 
 def _build(request: Request, images: data.Images) -> nn.Module:
     config = request.config
-    model = models.build(config.model, images.channels, images.classes, seed=request.seed)
+    seed = config.dense_seed(request.seed)
+    model = models.build(config.model, images.channels, images.classes, seed=seed)
     return model.to(request.device)
 
 
@@ -573,7 +576,8 @@ def _adapter(
 
 def _dense_path(request: Request, images: data.Images) -> Path:
     config = request.config
-    name = f"{config.model}-{config.dense_hash(images.digest())}-seed{request.seed}.pt"
+    seed = config.dense_seed(request.seed)
+    name = f"{config.model}-{config.dense_hash(images.training_digest())}-seed{seed}.pt"
     return request.out / "dense" / name
 
 
@@ -583,8 +587,9 @@ def _dense_model(
     saved: Mapping[str, Any] | None,
     stop: Callable[[], bool],
 ) -> nn.Module:
-    """The dense model, trained once for all variants and frameworks of a seed."""
+    """The dense model, trained once for all variants, frameworks and seeds that start from it."""
     config, model = request.config, _build(request, images)
+    seed = config.dense_seed(request.seed)
     if config.dense is None:
         return model
     path = _dense_path(request, images)
@@ -604,7 +609,7 @@ def _dense_model(
     loop = Loop(
         model=model,
         images=images,
-        seed=request.seed,
+        seed=seed,
         stages=[("dense", config.dense)],
         adapter=None,
         curve=config.curve,

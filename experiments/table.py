@@ -29,7 +29,8 @@ NAMES: dict[str, str] = {
     "least-resistant": "least resistant",
 }
 EFFECT, ENOUGH = 0.3, 25
-"""The effect that is looked for, in points, and the pairs that it takes at the least."""
+"""The effect that is looked for, in points, and the pairs that it takes at the least, with a dense
+network each."""
 
 
 class _Table(BaseModel):
@@ -120,6 +121,7 @@ class _Shape(_Table):
     seconds: Amount
     loading: Amount
     processes: Whole = 1  # what records say that were made before there could be several
+    dense_seed: Seed | None = None  # older records do not say it: every seed had its own network
     images: Text | None = None  # names the images; not in records of earlier releases
 
     @model_validator(mode="after")
@@ -315,9 +317,15 @@ def figure(found: dict[str, float | None], digits: int) -> str:
 
 
 def dense(members: Sequence[Record]) -> list[float]:
-    """Accuracies of a section's dense networks, by seed: the runs of a seed share one."""
-    found = {m["seed"]: d for m in members if (d := m["accuracy"]["dense"]) is not None}
+    """Accuracies of a section's dense networks, each once, by seed."""
+    found = {network(m): d for m in members if (d := m["accuracy"]["dense"]) is not None}
     return [found[seed] for seed in sorted(found)]
+
+
+def network(record: Record) -> int:
+    """The seed of the dense network that a record started from, or of its initial weights."""
+    found = record.get("dense_seed")  # None without dense training; older records do not say it
+    return int(record["seed"] if found is None else found)
 
 
 def processes(record: Record) -> int:
@@ -376,7 +384,7 @@ def _minus(records: Sequence[Record], one: Variant, other: Variant) -> Differenc
     def finals(variant: Variant) -> dict[int, float]:
         return {r["seed"]: r["accuracy"]["final"] for r in records if r["variant"] == variant}
 
-    return difference(finals(one), finals(other))
+    return difference(finals(one), finals(other), {r["seed"]: network(r) for r in records})
 
 
 def _counterpart(records: Sequence[Record]) -> tuple[str, bool]:
@@ -443,8 +451,10 @@ def _training(members: Sequence[Record]) -> str:
     steps, accuracies = members[0]["steps"], dense(members)
     if not accuracies:
         return f"from scratch, {steps['total']:,} steps"
-    accuracy = statistics.fmean(accuracies)
-    return f"dense {accuracy:.2f}% after {steps['dense']:,} steps, then {steps['total']:,} steps"
+    accuracy, start = statistics.fmean(accuracies), "dense"
+    if len(accuracies) < len({m["seed"] for m in members}):
+        start = f"{len(accuracies)} dense network{'s' if len(accuracies) > 1 else ''} at"
+    return f"{start} {accuracy:.2f}% after {steps['dense']:,} steps, then {steps['total']:,} steps"
 
 
 def _cells(row: dict[str, Any], start: float | None) -> list[str]:
@@ -478,7 +488,7 @@ def _paper(row: dict[str, Any], start: float | None) -> str:
 
 def _contrast(found: dict[str, Any]) -> str:
     text = f"- {NAMES['sr']} minus {NAMES[found['minus']]}: {interval(found)} points"
-    text += f", {_counted(found['pairs'])}"
+    text += f", {_counted(found)}"
     if found["detectable"] is not None:
         text += f", {found['detectable']:.2f} detectable"
     return text
@@ -488,20 +498,26 @@ def _small(found: Sequence[dict[str, Any]]) -> str | None:
     """A sentence where the pairs of a section are too few to speak about a small effect."""
     if not found:
         return None
-    fewest = min(d["pairs"] for d in found)
+    fewest = min(found, key=lambda d: (d["networks"], d["pairs"]))
     sizes = [d["detectable"] for d in found if d["detectable"] is not None]
-    if fewest >= ENOUGH and max(sizes) <= EFFECT:
+    if fewest["networks"] >= ENOUGH and max(sizes) <= EFFECT:
         return None
-    if fewest == 1:
+    if fewest["pairs"] == 1:
         return f"One pair is too few to speak about {EFFECT} points."
-    return (
-        f"{fewest} pairs are too few to speak about {EFFECT} points (detectable, by the spread of "
-        f"the pairs: {max(sizes):.2f} points)."
-    )
+    text = f"{_counted(fewest)} are too few to speak about {EFFECT} points"
+    if fewest["networks"] == 1:
+        return f"{text}: what another network would do, they do not tell."
+    spread = "pairs" if fewest["networks"] == fewest["pairs"] else "networks"
+    return f"{text} (detectable, by the spread of the {spread}: {max(sizes):.2f} points)."
 
 
-def _counted(pairs: int) -> str:
-    return f"{pairs} pair{'s' if pairs != 1 else ''}"
+def _counted(found: dict[str, Any]) -> str:
+    """The pairs of a :class:`~experiments.pairs.Difference`, and their networks if shared."""
+    pairs, networks = found["pairs"], found["networks"]
+    text = f"{pairs} pair{'s' if pairs != 1 else ''}"
+    if networks == pairs:
+        return text
+    return f"{text} of {networks} network{'s' if networks != 1 else ''}"
 
 
 def interval(found: dict[str, Any]) -> str:

@@ -152,6 +152,20 @@ def test_a_seeds_dense_model_is_there_before_the_others_start(tmp_path, machine,
         assert begins[f"tiny {name}"] >= ends[f"tiny base {name[-1]}"]
 
 
+def test_seeds_that_share_a_dense_model_wait_for_the_first_of_them(tmp_path, machine, monkeypatch):
+    sharing = {"name": "sharing", "dense.seeds": 2}
+    path = tiny.write(tmp_path / "sharing.toml", sharing)
+    machine.configs[str(path)] = tiny.config(sharing)
+    machine.durations = {"base 0": 5, "base 1": 9}
+    begins, ends = begins_and_ends(machine, monkeypatch)
+    compare(
+        [Job(path, tiny.request(tmp_path, "base", sharing, seed=s)) for s in range(5)], at_once=9
+    )
+    assert names(machine.started) == ["base 0", "base 1", "base 2", "base 4", "base 3"]
+    for seed, first in ((2, 0), (4, 0), (3, 1)):
+        assert begins[f"sharing base {seed}"] >= ends[f"sharing base {first}"]
+
+
 def test_no_core_waits_for_another_seeds_dense_model(tmp_path, machine, monkeypatch):
     machine.durations = {"base 0": 3, "base 1": 20}
     begins, ends = begins_and_ends(machine, monkeypatch)

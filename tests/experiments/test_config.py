@@ -306,6 +306,7 @@ OTHERS = {
             "mixup": 0.3,
         }.items()
     },
+    "dense.seeds": 2,
     "stages.sparse": STAGE,
     "options.speed_up": 3.0,
     "options.steps": 10,
@@ -329,7 +330,7 @@ OTHERS = {
     "compute.compile": True,
 }
 HEARING_OTHERS = {"rectify.batches": 3, "rectify.threshold": 0.3}
-IN_DENSE_HASH = {k for k in OTHERS if k.startswith("dense.")} | {
+IN_DENSE_HASH = {k for k in OTHERS if k.startswith("dense.") and k != "dense.seeds"} | {
     "model",
     "data.size",
     "compute.precision",
@@ -384,6 +385,14 @@ def test_the_hash_changes_with_any_value_of_a_hearing(key):
         tiny.config({**HEARING, key: HEARING_OTHERS[key]}).hash(),
     }
     assert len(hashes) == 3
+
+
+def test_seeds_take_the_shared_dense_models_in_turn():
+    shared, own = tiny.config({"dense.seeds": 3}), tiny.config()
+    assert [shared.dense_seed(s) for s in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    assert [own.dense_seed(s) for s in range(7)] == list(range(7))
+    assert tiny.config({"dense": GONE}).dense_seed(5) == 5
+    assert shared.dense_hash("digits") == own.dense_hash("digits")
 
 
 def test_the_dense_model_depends_on_the_data():

@@ -65,6 +65,7 @@ VGG16 = [64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
     ("name", "expected", "by_hand"),
     [
         ("vgg16-bn", 14_728_266, vgg_parameters(VGG16, 3, 10)),
+        ("vgg16-quarter", 924_186, vgg_parameters([w // 4 for w in VGG16], 3, 10)),
         ("resnet20", 272_474, resnet_parameters(3, 3, 10)),
         ("resnet56", 855_770, resnet_parameters(9, 3, 10)),
     ],
@@ -82,6 +83,7 @@ def test_the_network_for_digits_is_small():
     ("name", "size", "expected"),
     [
         ("vgg16-bn", 32, 313_201_664),
+        ("vgg16-quarter", 32, 19_907_840),
         ("resnet20", 32, 40_813_184),
         ("resnet56", 32, 125_747_840),
     ],

@@ -26,7 +26,7 @@ def test_the_interval_is_that_of_the_paired_t_test(n):
     one, other = draw.normal(90, 1, n), draw.normal(89.7, 1, n)
     found = difference(dict(enumerate(one.tolist())), dict(enumerate(other.tolist())))
     interval = stats.ttest_rel(one, other).confidence_interval(0.95)
-    assert found.pairs == n
+    assert found.pairs == found.networks == n
     assert found.mean == pytest.approx((one - other).mean())
     assert found.deviation == pytest.approx((one - other).std(ddof=1))
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
@@ -53,11 +53,12 @@ def test_without_a_common_seed_there_is_no_difference():
 
 
 def test_one_pair_has_a_mean_and_nothing_else():
-    assert difference({4: 90.5}, {4: 90.0}) == Difference(1, 0.5, None, None, None, None)
+    assert difference({4: 90.5}, {4: 90.0}) == Difference(1, 1, 0.5, None, None, None, None)
 
 
 def test_pairs_that_all_differ_by_as_much_have_no_spread():
-    assert difference({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}) == Difference(2, 1.0, 0.0, 1.0, 1.0, 0.0)
+    found = difference({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})
+    assert found == Difference(2, 2, 1.0, 0.0, 1.0, 1.0, 0.0)
 
 
 @given(pairs)
@@ -84,6 +85,64 @@ def test_the_mean_lies_in_its_interval_and_what_is_detectable_exceeds_half_of_it
     found = difference(*split(by_seed))
     assert found.low <= found.mean <= found.high
     assert found.detectable >= (found.high - found.low) / 2 - 1e-12
+
+
+# ---------------------------------------------------------------------- shared dense networks
+
+
+@given(st.data(), pairs)
+def test_the_interval_is_that_of_a_t_test_on_the_means_of_the_networks(data, by_seed):
+    one, other = split(by_seed)
+    start = {seed: data.draw(st.integers(0, 4), label="network") for seed in by_seed}
+    found = difference(one, other, start)
+    groups = [[one[s] - other[s] for s in by_seed if start[s] == n] for n in range(5)]
+    means = [np.mean(g) for g in groups if g]
+    assert (found.pairs, found.networks) == (len(by_seed), len(means))
+    assert found.mean == pytest.approx(np.mean(means), abs=1e-9)
+    if len(means) == 1:
+        assert found.deviation is found.low is found.high is found.detectable is None
+        return
+    reach = stats.t.ppf(0.975, len(means) - 1) * stats.sem(means)
+    assert (found.low, found.high) == pytest.approx(
+        (np.mean(means) - reach, np.mean(means) + reach), abs=1e-9
+    )
+    assert found.deviation == pytest.approx(np.std(means, ddof=1), abs=1e-9)
+    assert found.detectable == detectable(len(means), found.deviation)
+
+
+@given(pairs)
+def test_a_network_for_every_pair_is_the_paired_t_test_whatever_they_are_called(by_seed):
+    one, other = split(by_seed)
+    assert difference(one, other, {seed: -seed for seed in by_seed}) == difference(one, other)
+
+
+def test_known_numbers_of_shared_networks():
+    one = {0: 1.0, 1: 4.0, 2: 5.0, 3: 3.0, 4: 9.0}  # seed 4 is no pair
+    found = difference(one, dict.fromkeys(range(4), 0.0), {0: 7, 1: 8, 2: 8, 3: 7})
+    assert (found.pairs, found.networks, found.mean) == (4, 2, 3.25)  # means of 2.0 and 4.5
+    assert found.deviation == pytest.approx(2.5 / math.sqrt(2))
+    # Student's t with 1 degree of freedom: 12.706 at 97.5%.
+    assert found.high - found.mean == pytest.approx(12.7062 * 1.25, abs=1e-3)
+
+
+@pytest.mark.parametrize("between", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (2, 2, 2, 2, 2, 2), (3, 2, 1), (3, 3, 2, 2, 1, 1)])
+def test_simulated_intervals_hold_the_true_difference_19_times_in_20(sizes, between):
+    draw, times = np.random.default_rng(0), 2_000
+    start = dict(enumerate(np.repeat(range(len(sizes)), sizes).tolist()))
+    held = naive = 0
+    for _ in range(times):
+        shared = draw.normal(0, between, len(sizes))
+        one = {s: 0.3 + shared[n] + draw.normal() for s, n in start.items()}
+        other = dict.fromkeys(start, 0.0)
+        found, blind = difference(one, other, start), difference(one, other)
+        held += found.low <= 0.3 <= found.high
+        naive += blind.low <= 0.3 <= blind.high
+    # Four standard errors of the simulation; unequal networks cost at most a point.
+    within = 4 * math.sqrt(0.95 * 0.05 / times) + (0.01 if len(set(sizes)) > 1 else 0)
+    assert held / times == pytest.approx(0.95, abs=within)
+    if between == 5:
+        assert naive / times < 0.88, "what is corrected has to matter"
 
 
 # ---------------------------------------------------------------------- power
@@ -114,5 +173,5 @@ def test_more_pairs_find_less_and_twice_the_spread_hides_twice_as_much(n, spread
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_fewer_than_two_pairs_have_no_detectable_effect(n):
-    with pytest.raises(ValueError, match=f"{n} pairs have no t-test; it takes 2"):
+    with pytest.raises(ValueError, match=f"{n} networks have no t-test; it takes 2"):
         detectable(n, 1.0)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from experiments import published, results, search, table
+from experiments import lengths, published, results, search, table
 from experiments.run import RunError
 from tests.support.records import record, save
 
@@ -60,6 +60,8 @@ def test_its_parts_are_there_in_order():
     assert "\n\n\n" not in text
     searched = results.results(made(), "p", "r", search_text="plan\n")
     assert "\n\n## The search for a rectifier\n\nplan\n\n## Published\n" in searched
+    decays = results.results(made(), "p", "r", lengths_text="grid")
+    assert "\n\n## The length of the decay\n\ngrid\n\n## Published\n" in decays
 
 
 def test_the_same_records_give_the_same_text_in_any_order_of_runs():
@@ -215,6 +217,20 @@ def test_results_and_readme_are_written_from_the_kept_records(root):
     again = {path: path.read_bytes() for path in made if path.suffix == ".md"}
     results.renew(root)
     assert again == {path: path.read_bytes() for path in again}
+
+
+def test_decay_lengths_are_shown_where_some_are_kept(root):
+    tried = root / results.TEXTS.relative_to(results.ROOT) / "lengths.jsonl"
+    tried.unlink(missing_ok=True)
+    results.renew(root)
+    assert "The length of the decay" not in (root / "RESULTS.md").read_text()
+    stages = {"prune": {"epochs": 6, "learning_rate": 0.02}}
+    config = {"name": "p", "stages": stages, "smooth": {"steps": 2}, "data": {"validation": 9}}
+    one = [record(variant, 0, config=config) for variant in ("base", "sp")]
+    lengths.keep(one, tried)
+    results.renew(root)
+    shown = f"## The length of the decay\n\n{lengths.markdown(one)}\n\n"
+    assert shown in (root / "RESULTS.md").read_text()
 
 
 def test_a_readme_without_a_place_for_the_table_is_refused_and_left(root):

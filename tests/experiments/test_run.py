@@ -43,6 +43,7 @@ FIELDS = {
     "images": str,
     "variant": str,
     "seed": int,
+    "dense_seed": int,
     "versions": {"decay-pruning": str, "python": str, "torch": str, "torch-pruning": str},
     "revision": (str, type(None)),
     "device": str,
@@ -361,6 +362,44 @@ def test_configurations_share_a_dense_model_that_is_trained_once(tmp_path, loops
 
 
 @pytest.mark.usefixtures("miniature")
+def test_seeds_share_as_many_dense_models_as_the_configuration_says(tmp_path, loops):
+    own = json.loads(run(tiny.request(tmp_path / "own", "base", MINIATURE, seed=1)).read_text())
+    loops.clear()
+    records, finals = [], []
+    for seed in (1, 3, 4):
+        path = run(tiny.request(tmp_path, "base", {**MINIATURE, "dense.seeds": 2}, seed=seed))
+        records.append(json.loads(path.read_text()))
+        finals.append(read(path.parent / MODEL).tensors["classifier.bias"])
+    assert [r["seed"] for r in records] == [1, 3, 4]
+    assert [r["dense_seed"] for r in records] == [1, 1, 0]
+    assert [(loop.adapter is None, loop.seed) for loop in loops] == [
+        *((True, 1), (False, 1), (False, 3), (True, 0), (False, 4))
+    ]
+    assert records[0]["accuracy"]["dense"] == records[1]["accuracy"]["dense"]
+    assert not torch.equal(finals[0], finals[1]), "the pairs' own seeds order the images"
+    # A network is that of its seed, whoever asks for it.
+    names = [sorted(p.name for p in (tmp_path / n / "dense").iterdir()) for n in ("own", "")]
+    assert names[0][0] in names[1]
+    of_seed = [
+        torch.load(tmp_path / n / "dense" / names[0][0], weights_only=True) for n in ("own", "")
+    ]
+    assert all(torch.equal(v, of_seed[1][k]) for k, v in of_seed[0].items())
+    assert own["accuracy"] == records[0]["accuracy"]
+
+
+@pytest.mark.usefixtures("miniature")
+def test_other_test_images_leave_the_dense_model_as_it_is(tmp_path, loops, monkeypatch):
+    run(tiny.request(tmp_path, "base", MINIATURE))
+    images = tiny.few_digits(test=60)
+    monkeypatch.setattr(run_module.data, "load", lambda *_, **__: images)
+    run(tiny.request(tmp_path, "base", {**MINIATURE, "data.validation": 60}))
+    assert [loop.adapter is None for loop in loops] == [True, False, False]
+    images = tiny.few_digits(train=159)
+    run(tiny.request(tmp_path, "base", {**MINIATURE, "data.validation": 61}))
+    assert [loop.adapter is None for loop in loops][3:] == [True, False]
+
+
+@pytest.mark.usefixtures("miniature")
 def test_seeds_end_in_different_models(tmp_path):
     states = []
     for seed in (0, 1):
@@ -443,7 +482,10 @@ SCRATCH = {**MINIATURE, "dense": tiny.GONE}
 def test_without_dense_training_a_run_starts_untrained(tmp_path, loops, variant):
     made = run(tiny.request(tmp_path, variant, SCRATCH))
     record = json.loads(made.read_text())
-    untrained = {"accuracy": {**FIELDS["accuracy"], "dense": type(None)}}
+    untrained = {
+        "accuracy": {**FIELDS["accuracy"], "dense": type(None)},
+        "dense_seed": type(None),
+    }
     assert_fields(record, {**fields_of(variant), **untrained})
     (loop,) = loops
     assert loop.progress.total == record["steps"]["total"] == 8 + 16

@@ -229,10 +229,66 @@ def test_differences_are_paired_by_seed():
         assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
     assert rows["least-resistant"]["difference"] == {
         "pairs": 1,
+        "networks": 1,
         "mean": -1.0,
         **dict.fromkeys(("deviation", "low", "high", "detectable")),
     }
     json.dumps([*rows.values(), *table.contrasts(runs(PAIRED))], allow_nan=False)
+
+
+SHARED = {"base": [80.0, 81.0, 82.0, 83.0], "sp": [80.5, 82.0, 82.0, 83.5]}
+
+
+def sharing(networks, finals=SHARED):
+    """Runs whose pair s starts from the dense network s modulo ``networks``."""
+    return [
+        {**record(v, s, accuracy__final=a, accuracy__dense=90.0 + s % networks), **start}
+        for v, by_seed in finals.items()
+        for s, a in enumerate(by_seed)
+        for start in [{"dense_seed": s % networks}]
+    ]
+
+
+def test_pairs_that_share_a_dense_network_count_as_their_mean():
+    made = sharing(2)
+    found = {row["variant"]: row for row in table.rows(made)}["sp"]["difference"]
+    # +0.5 and 0 of network 0, +1 and +0.5 of network 1: means of 0.25 and 0.75.
+    interval = stats.ttest_1samp([0.25, 0.75], 0).confidence_interval(0.95)
+    assert (found["pairs"], found["networks"], found["mean"]) == (4, 2, 0.5)
+    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
+    assert table.dense(made) == [90.0, 91.0]
+    text = table.markdown(made)
+    assert text.startswith(f"{TITLE}; 2 dense networks at 90.50% after 40 steps, then 10 steps")
+    assert cells(text)[3][-1] == "4"
+    assert text.splitlines()[-1].startswith("4 pairs of 2 networks are too few to speak about")
+    assert "by the spread of the networks: " in text.splitlines()[-1]
+
+
+def test_several_pairs_of_one_network_have_a_mean_and_no_interval():
+    made = sharing(1)
+    found = {row["variant"]: row for row in table.rows(made)}["sp"]["difference"]
+    assert (found["pairs"], found["networks"], found["mean"], found["low"]) == (4, 1, 0.5, None)
+    text = table.markdown(made)
+    assert "; 1 dense network at 90.00% after" in text
+    assert cells(text)[3][4:6] == ["+0.50", "-"]
+    assert text.splitlines()[-1] == (
+        "4 pairs of 1 network are too few to speak about 0.3 points: what another network would "
+        "do, they do not tell."
+    )
+
+
+@pytest.mark.parametrize("start", ["every seed its own", "from scratch", "an older record"])
+def test_without_a_shared_network_every_pair_stands_for_itself(start):
+    made = sharing(4)
+    for one in made:
+        if start == "from scratch":
+            one["dense_seed"] = None
+        elif start == "an older record":
+            del one["dense_seed"]
+    found = {row["variant"]: row for row in table.rows(made)}["sp"]["difference"]
+    interval = stats.ttest_rel(SHARED["sp"], SHARED["base"]).confidence_interval(0.95)
+    assert (found["pairs"], found["networks"]) == (4, 4)
+    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
 
 
 def test_sr_is_compared_with_its_controls_and_with_sp():

@@ -1,0 +1,103 @@
+"""The table of decay lengths: pairs across configurations, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from scipy import stats
+
+from experiments import lengths
+from experiments.run import RunError
+from tests.support.records import record, save
+
+
+def tried(variant, seed, final, steps=10, rate=0.02, epochs=6, validation=100):
+    config = {
+        "name": f"pilot-{epochs}-{rate}-{steps}",
+        "stages": {"prune": {"epochs": epochs, "learning_rate": rate}},
+        "smooth": {"steps": steps},
+        "data": {"validation": validation},
+    }
+    made = record(variant, seed, config=config, accuracy__final=final, steps__total=200)
+    return {**made, "config_hash": f"{epochs}{rate}{steps}", "dense_seed": seed % 2}
+
+
+RUNS = [
+    *(tried("base", s, 80.0 + s) for s in range(4)),
+    *(tried("sp", s, 80.5 + s, steps=40) for s in range(3)),
+    *(tried("sp", s, 81.0 + 2 * s) for s in range(4)),
+    *(tried("sp", s, 70.0, rate=0.002) for s in range(2)),
+    tried("base", 0, 85.0, epochs=12),
+]
+
+
+def test_a_decay_is_paired_with_the_base_of_its_own_fine_tuning():
+    found = lengths.rows(RUNS[::-1])
+    shown = [(r["epochs"], r["learning_rate"], r["steps"], r["share"]) for r in found]
+    assert shown == [
+        (6, 0.02, None, None),
+        (6, 0.02, 10, 0.05),
+        (6, 0.02, 40, 0.2),
+        (6, 0.002, 10, 0.05),
+        (12, 0.02, None, None),
+    ]
+    assert [r["final"]["mean"] for r in found] == [81.5, 84.0, 81.5, 70.0, 85.0]
+    # Seeds 0 and 2 are of network 0, 1 and 3 of network 1: +1 and +3, +2 and +4 points.
+    ten = found[1]["difference"]
+    interval = stats.ttest_1samp([2.0, 3.0], 0).confidence_interval(0.95)
+    assert (ten["pairs"], ten["networks"], ten["mean"]) == (4, 2, 2.5)
+    assert (ten["low"], ten["high"]) == pytest.approx((interval.low, interval.high))
+    assert (found[2]["difference"]["pairs"], found[2]["difference"]["mean"]) == (3, 0.5)
+    assert [r["difference"] for r in (found[0], found[3], found[4])] == [None] * 3
+
+
+def test_the_table_says_what_there_is():
+    lines = lengths.markdown(RUNS).splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == list(lengths.HEADER)
+    assert cells[2] == ["6", "0.02", "-", "-", "81.50 ± 1.29", "-", "4", "-"]
+    assert cells[4] == [
+        *("6", "0.02", "40", "20", "81.50 ± 1.00", "+0.50 [+0.50, +0.50]", "3", "2")
+    ]
+    assert cells[5][5:] == ["-", "2", "-"]
+
+
+def test_runs_are_kept_once_and_the_table_is_printed_from_them(tmp_path, capsys):
+    kept = tmp_path / "lengths.jsonl"
+    runs = [save(tmp_path / str(i), r) for i, r in enumerate(RUNS)]
+    assert lengths.main([*map(str, runs[:5]), "--out", str(kept)]) == 0
+    assert lengths.main([*map(str, runs[3:]), "--out", str(kept)]) == 0
+    assert len(kept.read_text().splitlines()) == len(RUNS)
+    capsys.readouterr()
+    assert lengths.main(["--out", str(kept)]) == 0
+    assert capsys.readouterr().out == lengths.markdown(RUNS) + "\n"
+    before = kept.read_bytes()
+    again = save(tmp_path / "again", tried("base", 0, 10.0))
+    assert lengths.main([str(again), "--out", str(kept)]) == 0
+    assert len(kept.read_text().splitlines()) == len(RUNS)
+    assert kept.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (tried("sr", 0, 80.0), "seed 0 is neither base nor sp"),
+        (tried("sp", 0, 80.0, validation=None), "measured on test images"),
+    ],
+)
+def test_other_runs_are_refused_and_nothing_is_written(tmp_path, wrong, message, capsys):
+    kept = tmp_path / "lengths.jsonl"
+    lengths.keep(RUNS, kept)
+    before = kept.read_bytes()
+    with pytest.raises(RunError, match=message):
+        lengths.keep([tried("sp", 9, 1.0), wrong], kept)
+    assert lengths.main([str(save(tmp_path, wrong)), "--out", str(kept)]) == 2
+    assert message in capsys.readouterr().err
+    assert kept.read_bytes() == before
+
+
+def test_kept_lines_are_whole_records(tmp_path):
+    lengths.keep(RUNS, tmp_path / "kept.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert sorted(lines, key=str) == sorted(json.loads(json.dumps(RUNS)), key=str)
