@@ -177,7 +177,11 @@ class Code:
         return os.mkdir, ("ran",)
 
 
-@pytest.mark.parametrize("content", [Code(), {"a": [Code()]}, print, slice(3)], ids=repr)
+@pytest.mark.parametrize(
+    "content",
+    [Code(), {"a": [Code()]}, print, slice(3)],
+    ids=["object", "inside", "function", "slice"],
+)
 def test_code_is_not_run_and_nobody_advises_to_run_it(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     files.save_tensors(tmp_path / "a.pt", content, OF)  # whose checksum is sound
