@@ -11,7 +11,6 @@ its round, not in the next one, which decides anew.
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpm_core import Phase, StructureGroup
-from third_party import dependency, graph, trial
+from third_party import dependency, graph, running, trial
 from third_party.groups import Plan, UpstreamGroup, named
 from third_party.pruner import Pruner
 
@@ -163,7 +162,7 @@ class DepGraph(Adapter):
         Raises:
             AdapterError: upstream does not meet the target.
         """
-        model, example, o = copy.deepcopy(self.context.model), self.context.example, self.options
+        model, example, o = running.copied(self.context.model), self.context.example, self.options
         pruner = self._new_pruner(model)
         if o.ratio is not None:
             pruner.count_from(self._counts)
@@ -205,7 +204,7 @@ class DepGraph(Adapter):
             raise AdapterError(f"no group of layers is left to prune{left_out}; shorten `ignored`")
         if self.options.speed_up is not None:
             most = [(g.root, g.channels_of(range(1, g.structures))) for g in groups]
-            small = copy.deepcopy(model)
+            small = running.copied(model)
             with refusals():
                 dependency.take_out(small, example, [p for p in most if p[1]])
             limit = self._macs / count_macs(small, example)

@@ -8,7 +8,6 @@ physically smaller, plain network, which is fine-tuned for what is left of the t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -124,7 +123,7 @@ class GateDecorator(Adapter):
         model = self.context.model
         with refusals():
             graph.require_plain_weights(model)
-        made = self._decorated(copy.deepcopy(model))
+        made = self._decorated(running.copied(model))
         for group in made.groups:
             for name in group.members:
                 own = model.get_submodule(name).named_parameters(prefix=name)

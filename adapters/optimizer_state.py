@@ -19,13 +19,13 @@ or, where somebody else removes::
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from third_party import running
 from third_party.groups import Plan
 
 _KNOWN = ("params", "param_groups", "state")
@@ -89,7 +89,7 @@ class CarryOver:
             for name in self._names.get(held_one, []):
                 for key, value in state.items():
                     self._check(f"{key!r} of {name!r}", value, held_one.shape)
-        self._before = copy.deepcopy(model)
+        self._before = running.copied(model)
 
     def finish(self, example: Any, plan: Plan) -> None:
         """The model is small: let the optimizer go on with its parameters.
@@ -111,7 +111,7 @@ class CarryOver:
 
         stays = self.survivors(example, plan)
         self._in_place_of(stays)
-        small = copy.deepcopy(self._before)
+        small = running.copied(self._before)
         dependency.repeat(small, example, plan)
         dependency.compare(small, self.model, example, plan)
         self.replace(stays)

@@ -7,7 +7,6 @@ network is trained at its full size to the end, and made smaller then.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpm_core import DecayPruning, Phase
-from third_party import otov2, trial
+from third_party import otov2, running, trial
 from third_party.groups import UnsupportedLayerError
 
 from .base import Adapter, AdapterError, Context, Loss, State, refusals, structure_group
@@ -110,7 +109,7 @@ class OTOv2(Adapter):
                 f"{self._needed}, but the stage 'prune' has {given}; give it more epochs or "
                 "shorten smooth.steps, start_epoch or warm_up_steps"
             )
-        model, example = copy.deepcopy(self.context.model), self.context.example
+        model, example = running.copied(self.context.model), self.context.example
         try:
             made = otov2.graph(model, example)
             found = otov2.groups(made, model)

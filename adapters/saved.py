@@ -10,7 +10,6 @@ removal for every framework::
 
 from __future__ import annotations
 
-import copy
 import errno
 import hashlib
 import json
@@ -26,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from third_party import running
 from third_party.groups import Plan
 
 from .base import Adapter
@@ -78,7 +78,7 @@ class Saved:
         from third_party import dependency  # only now: it loads torch-pruning
 
         self._check_names(model.state_dict())
-        trial = copy.deepcopy(model)
+        trial = running.copied(model)
         try:
             Adapter.rebuild(trial, example, self.plan)
         except Exception as cause:  # whatever upstream trips over in a model of another kind

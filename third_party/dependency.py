@@ -7,7 +7,6 @@ left its outputs as they were.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,7 +36,7 @@ def remove(model: nn.Module, example: Any, plan: Plan) -> None:
         RemovalError: the outputs would change; the model is as it was.
         UnsupportedLayerError: upstream cannot remove this; the model is as it was.
     """
-    small = copy.deepcopy(model)
+    small = running.copied(model)
     take_out(small, example, plan)
     compare(model, small, example, plan)
     take_out(model, example, plan)
@@ -52,10 +51,10 @@ def repeat(model: nn.Module, example: Any, plan: Plan) -> None:
         RemovalError: it would compute something else; the model is as it was.
         UnsupportedLayerError: upstream cannot remove this; the model is as it was.
     """
-    zeroed = copy.deepcopy(model)
+    zeroed = running.copied(model)
     for part in separate(plan):
         set_to_zero(zeroed, example, part)
-        small = copy.deepcopy(zeroed)
+        small = running.copied(zeroed)
         take_out(small, example, part)
         compare(zeroed, small, example, part)
         zeroed = small
@@ -86,7 +85,9 @@ def compare(before: nn.Module, after: nn.Module, example: Any, plan: Plan) -> No
     except Exception as cause:
         why = f"leaves a model that cannot run ({_line(cause)})"
     else:
-        why = running.unlike(first, last, moved, doubts=False) or ""
+        why = running.unlike(first, last, moved, doubts=False) or _in_training(
+            model, precision.of(after, example)[0], given
+        )
     if why:
         layers = ", ".join(repr(name) for name, _ in plan[:4]) + (", ..." if plan[4:] else "")
         raise RemovalError(
@@ -94,6 +95,21 @@ def compare(before: nn.Module, after: nn.Module, example: Any, plan: Plan) -> No
             "zero in the weights that the model has now (an averaging or schedule-free optimizer "
             "keeps others), or this network answers their zeros with more than zeros"
         )
+
+
+def _in_training(before: nn.Module, after: nn.Module, example: Any) -> str:
+    """What is wrong in training mode, where other parts of a model may run, or nothing."""
+    first = running.outputs_in_training(before, example)
+    if first is None:
+        return ""
+    last = running.outputs_in_training(after, example)
+    if last is None:
+        return "leaves a model that cannot run in training mode"
+    if first.draws:  # of other shapes in a small model
+        return ""
+    moved = running.rounding(before, example, first, training=True)
+    why = running.unlike(first, last, moved, doubts=False)
+    return f"{why}, in training mode" if why else ""
 
 
 def set_to_zero(model: nn.Module, example: Any, plan: Plan) -> None:
@@ -200,53 +216,30 @@ def one_by_one(model: nn.Module, example: Any, plan: Plan) -> Iterator[str]:
     """Each item of a plan alone: tells its layer's name while only its channels are gone."""
     built = graph.build(model, example)
     for item in plan:
-        kept = parts(model)
+        kept = running.parts(model)
         try:
             with graph.upstream(model):
                 apply(built, model, gathered(built, model, [item]))
             yield item[0]
         finally:
-            put_back(kept)
+            running.put_back(kept)
 
 
 @contextmanager
 def _whole_or_not(model: nn.Module) -> Iterator[None]:
     """Put a model back to what it was if what happens inside fails."""
-    kept = parts(model)
+    kept = running.parts(model)
     try:
         yield
     except UnsupportedLayerError:
-        put_back(kept)
+        running.put_back(kept)
         raise
     except Exception as cause:
-        put_back(kept)
+        running.put_back(kept)
         raise UnsupportedLayerError(
             f"upstream cannot remove these channels ({_line(cause)}); leave out of the plan what "
             "leads there"
         ) from cause
-
-
-def parts(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """Everything that the layers of a model hold, but not its values."""
-    return [
-        (
-            m,
-            {
-                k: copy.copy(v) if isinstance(v, dict | list | set) else v
-                for k, v in vars(m).items()
-            },
-        )
-        for m in model.modules()
-    ]
-
-
-def put_back(kept: Sequence[tuple[nn.Module, dict[str, Any]]]) -> None:
-    """Let layers hold what they held when :func:`parts` was called."""
-    for module, held in kept:
-        vars(module).clear()
-        vars(module).update(
-            {k: copy.copy(v) if isinstance(v, dict | list | set) else v for k, v in held.items()}
-        )
 
 
 def survivors(model: nn.Module, example: Any, plan: Plan) -> dict[str, list[Tensor]]:
@@ -266,7 +259,7 @@ def survivors(model: nn.Module, example: Any, plan: Plan) -> dict[str, list[Tens
     Raises:
         UnsupportedLayerError: what stays of a parameter is not whole rows and columns of it.
     """
-    trial = copy.deepcopy(model)
+    trial = running.copied(model)
 
     def parameters() -> dict[str, nn.Parameter]:
         return dict(trial.named_parameters(remove_duplicate=False))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.rnn import PackedSequence
@@ -246,7 +247,7 @@ class Tracing:
         for layer in layers:
             layer.forward = _in_one_piece(layer.forward)
         try:
-            with running.same_draws():
+            with running.same_draws(), running.untouched(model), running.Watched():
                 return running.call(model, example)
         finally:
             for layer, forward in own.items():
@@ -356,6 +357,11 @@ def require_plain_weights(model: nn.Module) -> None:
     Raises:
         UnsupportedLayerError: naming layer and remedy.
     """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise UnsupportedLayerError(
+                f"{name!r} has no shape yet: run the model once on the example first"
+            )
     for name, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
             for kind, what, remedy in _HOOKS:
@@ -647,6 +653,12 @@ def _table(
             if parameter is not None:
                 name = f"{names[module]}.{attribute}"
                 _add(table, _share(name, parameter, dim, norm, index))
+        if isinstance(module, tuple(ROOTS)) and sum(map(len, index)) != _width(module):
+            raise UnsupportedLayerError(
+                f"ties {_width(module)} channels of {names[node.module]!r} to "
+                f"{sum(map(len, index))}, as where one channel is multiplied with all of another "
+                "layer's"
+            )
         last = isinstance(module, (nn.Linear, nn.Embedding))
         (norms if norm else producers).append((module, -1 if last else 1, index))
     if attention is not None:  # without its values a head says nothing, whatever it looks at
@@ -709,6 +721,10 @@ def _parts(built: Any, node: Any, handler: Any) -> tuple[int, int]:
     return pruner.get_in_channel_groups(module), pruner.get_in_channels(module)
 
 
+def _width(layer: Any) -> int:
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
+
+
 def _depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and 1 < module.groups == module.out_channels
 
@@ -739,6 +755,10 @@ def _uneven(layer: str) -> UnsupportedLayerError:
 
 def _share(name: str, parameter: Tensor, dim: int, norm: bool, index: list[list[int]]) -> Share:
     """One parameter's part in a group, whose positions have to be there."""
+    if not parameter.is_floating_point():
+        raise UnsupportedLayerError(
+            f"holds {name!r}, which is {parameter.dtype}: only real numbers decay"
+        )
     last = max(map(max, index))
     if last >= parameter.shape[dim]:
         raise UnsupportedLayerError(

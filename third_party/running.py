@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def device_of(example: Any, model: nn.Module) -> torch.device:
 
 
 def tensors(outputs: Any) -> list[Tensor]:
-    """Every tensor in a model's outputs, in order, with floats as tensors; nothing else counts.
+    """Every tensor in a model's outputs, in order, with floats and arrays as tensors.
 
     Looked into are sequences, mappings (transformers' outputs are such), dataclasses and plain
     objects.
@@ -104,6 +105,9 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         yield torch.tensor(value, dtype=torch.float64)
     elif isinstance(value, int | complex | str | bytes | type(None)) or id(value) in seen:
         return
+    elif type(value).__module__ == "numpy" and getattr(value, "dtype", None) is not None:
+        if value.dtype.kind in "biufc":
+            yield torch.as_tensor(value)
     else:
         seen.add(id(value))
         for part in _parts(value):
@@ -122,25 +126,83 @@ def _parts(value: Any) -> Sequence[Any]:
     return list(getattr(value, "__dict__", {}).values())
 
 
-def probe(model: nn.Module, example: Any) -> Any:
-    """:func:`call` in evaluation, with no trace but what hooks leave: modes and draws stay."""
-    with evaluating(model), same_draws(), fast_path_off():
+def probe(model: nn.Module, example: Any, *, training: bool = False) -> Any:
+    """:func:`call` without a trace: modes, buffers, attributes and draws are what they were."""
+    with in_mode(model, training), same_draws(), fast_path_off(), untouched(model):
         return call(model, example)
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a model; what its modules keep of a pass comes without its history.
+
+    Args:
+        model: of any kind.
+        memo: as of :func:`copy.deepcopy`: filled with the copies by the ids of what was copied.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for tensor in tensors(list(vars(module).values())):
+            if not tensor.is_leaf:
+                memo[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+Held = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
+"""Modules, their attributes, and what those of them held that are collections."""
+
+
+def parts(model: nn.Module) -> Held:
+    """Everything that the layers of a model hold, but not its values."""
+    kinds = (dict, OrderedDict, list, set)
+    return [
+        (m, dict(vars(m)), {k: copy.copy(v) for k, v in vars(m).items() if type(v) in kinds})
+        for m in model.modules()
+    ]
+
+
+def put_back(kept: Held) -> None:
+    """Let layers hold what they held when :func:`parts` was called, in the same collections."""
+    for module, held, contents in kept:
+        vars(module).clear()
+        vars(module).update(held)
+        for name, content in contents.items():
+            held[name].clear()
+            held[name].extend(content) if isinstance(content, list) else held[name].update(content)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever a pass changes of a model's attributes and buffers is put back."""
+    kept, buffers = parts(model), [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        put_back(kept)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards every module is back in the mode it was in."""
+    with in_mode(model, False):
+        yield
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """A mode for the whole model; afterwards every module is back in the mode it was in."""
     modes = {m: m.training for m in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for module, mode in modes.items():
+            module.training = mode
 
 
-class _Watched(TorchDispatchMode):
+class Watched(TorchDispatchMode):
     """Gives every random draw of a pass a seed of its own place, and notes what the pass does.
 
     A draw then depends on how many came before it, not on their sizes.
@@ -154,14 +216,22 @@ class _Watched(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.draws: list[torch.Size] = []
         self.eps = 0.0
+        self._generators: dict[torch.Generator, Tensor] = {}
+
+    def __exit__(self, *error: Any) -> None:
+        for generator, state in self._generators.items():
+            generator.set_state(state)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         drawing = torch.Tag.nondeterministic_seeded in func.tags
         if drawing:
             torch.manual_seed(len(self.draws))
-            if isinstance(kwargs.get("generator"), torch.Generator):
-                kwargs["generator"].manual_seed(len(self.draws))
+            own = kwargs.get("generator")
+            if isinstance(own, torch.Generator):
+                self._generators.setdefault(own, own.get_state())
+                own.manual_seed(len(self.draws))
         out = func(*args, **kwargs)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
@@ -194,7 +264,7 @@ class Outputs:
     """What a pass gave.
 
     Attributes:
-        values: floating outputs, detached.
+        values: all output tensors, detached.
         draws: shapes of what it drew.
         eps: of the coarsest precision it computed in.
     """
@@ -205,20 +275,20 @@ class Outputs:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, example: Any) -> Outputs:
-    """A model's floating outputs in evaluation, with the same draws each time; it stays as it is.
+def outputs(model: nn.Module, example: Any, *, training: bool = False) -> Outputs:
+    """A model's outputs, with the same draws each time; it stays as it is."""
+    with Watched() as watched:
+        given = tensors(probe(model, example, training=training))
+    values = [t.detach().to_dense() if t.layout != torch.strided else t.detach() for t in given]
+    return Outputs([t.clone() for t in values], watched.draws, watched.eps)
 
-    Buffers that a pass changes are put back.
-    """
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
-    with _Watched() as watched:
-        given = tensors(probe(model, example))
-    for name, buffer in model.named_buffers():
-        before = buffers.get(name)
-        if before is not None and before.shape == buffer.shape:
-            buffer.copy_(before)
-    values = [t.detach().clone() for t in given if t.is_floating_point() or t.is_complex()]
-    return Outputs(values, watched.draws, watched.eps)
+
+def outputs_in_training(model: nn.Module, example: Any) -> Outputs | None:
+    """:func:`outputs` in training mode; ``None`` where the model cannot run so on the example."""
+    try:
+        return outputs(model, example, training=True)
+    except Exception:  # a norm over a single value, say
+        return None
 
 
 @contextmanager
@@ -252,8 +322,7 @@ class Precision:
 
     def of(self, model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
         """A copy of a model, and its example, in this precision."""
-        copied = copy.deepcopy(model)
-        return self.cast_(copied), self.example(example)
+        return self.cast_(copied(model)), self.example(example)
 
     def cast_(self, model: nn.Module) -> nn.Module:
         """A model in this precision, in place."""
@@ -274,7 +343,9 @@ class Precision:
 
 
 @torch.no_grad()
-def rounding(model: nn.Module, example: Any, given: Outputs) -> list[float]:
+def rounding(
+    model: nn.Module, example: Any, given: Outputs, *, training: bool = False
+) -> list[float]:
     """What rounding does to each of a model's outputs.
 
     Every parameter is moved by its last digit, up or down, and put back.
@@ -282,7 +353,8 @@ def rounding(model: nn.Module, example: Any, given: Outputs) -> list[float]:
     Args:
         model: in the precision of the comparison.
         example: of its inputs.
-        given: its :func:`outputs` for the example.
+        given: its :func:`outputs` for the example, in the same mode.
+        training: the mode.
 
     Returns:
         The largest change of each output, where both are finite.
@@ -295,7 +367,7 @@ def rounding(model: nn.Module, example: Any, given: Outputs) -> list[float]:
                 eps = max(given.eps, torch.finfo(value.dtype).eps)
                 signs = torch.randint(0, 2, value.shape, generator=draw, dtype=torch.float64)
                 parameter.copy_(value * (1 + eps * (2 * signs - 1)).to(value.device))
-        moved = outputs(model, example)
+        moved = outputs(model, example, training=training)
     finally:
         for parameter, value in kept:
             parameter.copy_(value)
@@ -317,9 +389,14 @@ def unlike(
     if shapes[0] != shapes[1]:
         odd = next((p for p in zip(*shapes, strict=False) if p[0] != p[1]), shapes)
         return f"changes the shape of an output, from {odd[0]} to {odd[1]}"
-    if not any(bool(t.isfinite().any()) for t in before.values):
+    numbers = [t for t in before.values if _real(t)]
+    if numbers and not any(bool(t.isfinite().any()) for t in numbers):
         return "cannot be judged: no output of the model is finite"
     for one, other, moved in zip(before.values, after.values, rounding, strict=True):
+        if not _real(one):
+            if before.eps < 1e-12 and not torch.equal(one, other):  # else rounding may decide
+                return "changes an output of whole numbers"
+            continue
         if not torch.equal(one.isfinite(), other.isfinite()):
             return "makes finite outputs infinite, or infinite ones finite"
         size, off, allowed = _size(one), _apart(one, other), TIMES * moved
@@ -336,8 +413,12 @@ def unlike(
     return None
 
 
+def _real(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _apart(one: Tensor, other: Tensor) -> float:
-    if one.shape != other.shape or not one.numel():
+    if one.shape != other.shape or not one.numel() or not _real(one):
         return 0.0
     both = one.isfinite() & other.isfinite()
     return float((one - other)[both].abs().max()) if bool(both.any()) else 0.0

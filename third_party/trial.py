@@ -8,7 +8,6 @@ thirds, so that no two mistakes cancel. All of this is ours.
 
 from __future__ import annotations
 
-import copy
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -97,7 +96,8 @@ def inexact(
     if not groups:
         return {}
     trial = Trial(model, example, groups)
-    odd: dict[str, str] = {}
+    found = {g.root: trial.unfelt(g) for g in groups}
+    odd = {root: why for root, why in found.items() if why is not None}
     while left := [g for g in groups if g.root not in odd]:
         progress(f"trying out {len(left)} groups of channels")
         for subset in _SUBSETS:
@@ -148,7 +148,7 @@ class Trial:
         example = running.shortened(model, running.telling(example), ROWS)
         precision = running.Precision(model, example)
         copies: dict[int, Any] = {}
-        self._model = copy.deepcopy(model, copies).eval()
+        self._model = running.copied(model, copies).eval()
         self._graph = graph.build(self._model, example)  # in the network's own type
         precision.cast_(self._model)
         self._example = precision.example(example)
@@ -156,6 +156,56 @@ class Trial:
         _draw(self._model, self._example)
         dense = running.outputs(self._model, self._example)
         self._rounding = running.rounding(self._model, self._example, dense)
+        again = running.outputs(self._model, self._example)
+        differs = running.unlike(dense, again, self._rounding, doubts=False)
+        if differs is not None and "finite" not in differs:
+            raise UnsupportedLayerError(
+                f"the model is not the same from pass to pass: running it again {differs}. Nothing "
+                "can be told of a removal; give it in a state in which it answers the same example "
+                "alike"
+            )
+        training = running.outputs_in_training(self._model, self._example)
+        self._in_training = None if training is None or training.draws else training
+        if self._in_training is not None:
+            self._rounding_in_training = running.rounding(
+                self._model, self._example, self._in_training, training=True
+            )
+        self._runs_in_training = training is not None
+        self._silent = self._without_effect()
+
+    def _without_effect(self) -> set[nn.Module]:
+        """Layers whose weights change no output for the example, as the gradients say."""
+        own = [p for p in self._model.parameters() if p.is_floating_point()]
+        try:
+            with graph.upstream(self._model):
+                given = running.tensors(running.probe(self._model, self._example))
+                real = [t for t in given if t.is_floating_point() and t.requires_grad]
+                draw = torch.Generator().manual_seed(0)
+                total = torch.zeros((), dtype=torch.float64)
+                for t in real:
+                    weights = torch.rand(t.shape, generator=draw).to(t) + 0.5
+                    total = total + torch.where(t.isfinite(), t * weights, 0.0).sum().cpu().double()
+                gradients = torch.autograd.grad(total, own, allow_unused=True)
+        except (RuntimeError, NotImplementedError):  # something without a gradient
+            return set()
+        felt = {p for p, g in zip(own, gradients, strict=True) if g is not None and bool(g.any())}
+        layers = ((m, list(m.parameters(recurse=False))) for m in self._model.modules())
+        return {m for m, ps in layers if ps and felt.isdisjoint(ps)}
+
+    def unfelt(self, group: UpstreamGroup) -> str | None:
+        """Why a group cannot be judged: a layer that it passes through has no effect."""
+        with graph.upstream(self._model):
+            plan = [(group.root, group.channels_of(range(group.structures)))]
+            touched = dependency.gathered(self._graph, self._model, plan)
+        names = {m: n for n, m in self._model.named_modules()}
+        for dep, _ in touched:
+            if dep.target.module in self._silent:
+                return (
+                    f"cannot be judged: {names[dep.target.module]!r}, which it passes through, "
+                    "changes no output for the example. Give an example, or the model in a state, "
+                    "in which it does"
+                )
+        return None
 
     @torch.no_grad()
     def unlike(self, groups: Sequence[UpstreamGroup], subset: Subset) -> str | None:
@@ -164,21 +214,27 @@ class Trial:
         To follow the groups' names.
         """
         chosen = {g.root: subset(g.structures, _seeded(g.root)) for g in groups}
-        kept = dependency.parts(self._model)
+        kept = running.parts(self._model)
         try:
             with graph.upstream(self._model):
                 plan = [(g.root, g.channels_of(chosen[g.root])) for g in groups]
                 taken = dependency.gathered(self._graph, self._model, plan)
                 dependency.apply(self._graph, self._model, taken)
             removed = running.outputs(self._model, self._example)
+            if self._runs_in_training and subset is _anywhere:
+                in_training = running.outputs(self._model, self._example, training=True)
         except Exception as cause:  # whatever the removal of other channels than these breaks
             line = (str(cause).splitlines() or [type(cause).__name__])[0]
             return f"cannot be removed ({type(cause).__name__}: {line}){REASONS}"
         finally:
-            dependency.put_back(kept)
+            running.put_back(kept)
         with self._at_zero(groups, chosen):
             zeroed = running.outputs(self._model, self._example)
-        why = running.unlike(zeroed, removed, self._rounding, doubts=True)
+            why = running.unlike(zeroed, removed, self._rounding, doubts=True)
+            if why is None and self._in_training is not None and subset is _anywhere:
+                other = running.outputs(self._model, self._example, training=True)
+                why = running.unlike(other, in_training, self._rounding_in_training, doubts=False)
+                why = f"{why}, in training mode" if why else None
         if why is None or why.startswith("cannot be judged"):
             return why
         return f"gives different outputs at zero and removed: its removal {why}{REASONS}"
@@ -249,7 +305,7 @@ def _draw(model: nn.Module, example: Any) -> None:
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in model.parameters():
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or not tensor.numel():
                 continue
             if tensor.dim() > 1:
                 drawn = torch.randn(tensor.shape, generator=draw) * (2 / tensor[0].numel()) ** 0.5
@@ -259,8 +315,8 @@ def _draw(model: nn.Module, example: Any) -> None:
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     hooks = [m.register_forward_pre_hook(_take_statistics) for m in norms]
     try:
-        with torch.no_grad():
-            running.probe(model, example)
+        with torch.no_grad(), running.evaluating(model), running.same_draws():
+            running.call(model, example)
     finally:
         for hook in hooks:
             hook.remove()

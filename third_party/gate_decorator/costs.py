@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ class CostModel:
     def __init__(self, model: nn.Module, example: Any, groups: Sequence[GateGroup]) -> None:
         if gated(model):
             raise GateError("the model has gates; the costs are found in the plain dense model")
-        copied = copy.deepcopy(model).eval()
+        copied = running.copied(model).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             running.probe(copied, running.first(example))
         self.dense = counter.get_total_flops() // 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -242,7 +241,7 @@ def melt(model: nn.Module, example: Any, groups: Sequence[GateGroup]) -> Plan:
         raise GateError(f"groups {empty} have no structure left; unmask one in each")
     gone = table.split((~alive).nonzero()[:, 0])
     plan = [(g.name, g.channels_of(gone[g.name])) for g in groups if g.name in gone]
-    plain = copy.deepcopy(model)
+    plain = running.copied(model)
     undecorate(plain)
     try:
         dependency.compare(model, plain, example, plan)
