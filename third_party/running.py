@@ -126,9 +126,12 @@ def _parts(value: Any) -> Sequence[Any]:
     return list(getattr(value, "__dict__", {}).values())
 
 
-def probe(model: nn.Module, example: Any, *, training: bool = False) -> Any:
+def probe(
+    model: nn.Module, example: Any, *, training: bool = False, watched: Watched | None = None
+) -> Any:
     """:func:`call` without a trace: modes, buffers, attributes and draws are what they were."""
-    with in_mode(model, training), same_draws(), fast_path_off(), untouched(model):
+    watching = watched or Watched()
+    with in_mode(model, training), same_draws(), fast_path_off(), untouched(model), watching:
         return call(model, example)
 
 
@@ -277,8 +280,8 @@ class Outputs:
 @torch.no_grad()
 def outputs(model: nn.Module, example: Any, *, training: bool = False) -> Outputs:
     """A model's outputs, with the same draws each time; it stays as it is."""
-    with Watched() as watched:
-        given = tensors(probe(model, example, training=training))
+    watched = Watched()
+    given = tensors(probe(model, example, training=training, watched=watched))
     values = [t.detach().to_dense() if t.layout != torch.strided else t.detach() for t in given]
     return Outputs([t.clone() for t in values], watched.draws, watched.eps)
 

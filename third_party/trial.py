@@ -315,7 +315,7 @@ def _draw(model: nn.Module, example: Any) -> None:
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
     hooks = [m.register_forward_pre_hook(_take_statistics) for m in norms]
     try:
-        with torch.no_grad(), running.evaluating(model), running.same_draws():
+        with torch.no_grad(), running.evaluating(model), running.same_draws(), running.Watched():
             running.call(model, example)
     finally:
         for hook in hooks:
