@@ -402,16 +402,16 @@ def unlike(
             continue
         if not torch.equal(one.isfinite(), other.isfinite()):
             return "makes finite outputs infinite, or infinite ones finite"
-        size, off, allowed = _size(one), _apart(one, other), TIMES * moved
-        if off > max(allowed, FLOOR * size):
-            share = f"{off / size:.0e} of their size" if size > 0 else f"{off:.0e} from zero"
+        large, off, allowed = size(one), _apart(one, other), TIMES * moved
+        if off > max(allowed, FLOOR * large):
+            share = f"{off / large:.0e} of their size" if large > 0 else f"{off:.0e} from zero"
             drawn = before.draws != after.draws
             draws = "; the forward pass draws random numbers by its channels" if drawn else ""
             return f"changes the outputs by {share}{draws}"
-        if doubts and allowed > HOPELESS * size:
+        if doubts and allowed > HOPELESS * large:
             return (
                 f"cannot be judged: rounding alone may move the outputs by {allowed:.0e}, and they "
-                f"are no larger than {size:.0e}"
+                f"are no larger than {large:.0e}"
             )
     return None
 
@@ -427,6 +427,9 @@ def _apart(one: Tensor, other: Tensor) -> float:
     return float((one - other)[both].abs().max()) if bool(both.any()) else 0.0
 
 
-def _size(tensor: Tensor) -> float:
+def size(tensor: Tensor) -> float:
+    """The largest finite value of a tensor, either way; 0 if there is none."""
+    if not _real(tensor):
+        return 0.0
     finite = tensor[tensor.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0

@@ -155,15 +155,16 @@ class Trial:
         self._own = {id(s.parameter): copies[id(s.parameter)] for g in groups for s in g.shares}
         _draw(self._model, self._example)
         dense = running.outputs(self._model, self._example)
-        self._rounding = running.rounding(self._model, self._example, dense)
         again = running.outputs(self._model, self._example)
-        differs = running.unlike(dense, again, self._rounding, doubts=False)
+        little = [100 * dense.eps * running.size(t) for t in dense.values]
+        differs = running.unlike(dense, again, little, doubts=False)
         if differs is not None and "finite" not in differs:
             raise UnsupportedLayerError(
                 f"the model is not the same from pass to pass: running it again {differs}. Nothing "
                 "can be told of a removal; give it in a state in which it answers the same example "
                 "alike"
             )
+        self._rounding = running.rounding(self._model, self._example, dense)
         training = running.outputs_in_training(self._model, self._example)
         self._in_training = None if training is None or training.draws else training
         if self._in_training is not None:

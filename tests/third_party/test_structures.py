@@ -246,6 +246,7 @@ OUTPUTS = {
     "a number": lambda z: (z, 3),
     "a dictionary": lambda z: {"logits": z, "aux": None},
     "a dataclass": lambda z: Out(z),
+    "a mask": lambda z: (z, z > 0),
     "deep": lambda z: [{"a": (z, "text")}, Out(z.sum(1), 2.0)],
 }
 
@@ -574,3 +575,110 @@ def test_rebuilding_needs_no_zeros_and_refuses_what_is_not_exact():
     with pytest.raises(UnsupportedLayerError, match="changes the outputs"):
         Adapter.rebuild(odd, IMAGES, [("a", [0, 1])])
     assert_untouched(odd, before)
+
+
+# ---------------------------------------------------------------------- what examples do not show
+
+
+def two_layers(run: Any) -> nn.Module:
+    return Net(run, a=conv(3, 8), b=conv(8, 8), o=nn.Linear(8, 5))
+
+
+def hidden(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    maps = F.relu(m.a(x))
+    return maps, m.o(F.relu(m.b(maps)).mean((2, 3)))
+
+
+OTHER_KINDS = {
+    "indices": lambda m, x: (lambda maps, y: (y, maps.argmax(1)))(*hidden(m, x)),
+    "arrays": lambda m, x: (lambda maps, y: (y, maps.detach().numpy()))(*hidden(m, x)),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_outputs_that_are_no_floating_tensors_are_compared_as_well(name):
+    with pytest.raises(UnsupportedLayerError, match=r"group of 'a'.*changes (an|the shape)"):
+        structure_groups(two_layers(OTHER_KINDS[name]), IMAGES)
+
+
+def test_a_part_that_is_switched_off_is_not_accepted_in_silence():
+    def run(m: Any, x: Tensor) -> Tensor:
+        maps = F.relu(m.a(x))
+        return m.o(maps.mean((2, 3))) + m.alpha * m.f(maps.permute(0, 2, 3, 1).flatten(1))
+
+    model = Net(run, a=conv(3, 6), o=nn.Linear(6, 5), f=nn.Linear(6 * 64, 5))
+    model.alpha = 0.0
+    with pytest.raises(UnsupportedLayerError, match=r"cannot be judged: 'f'.*changes no output"):
+        structure_groups(model, IMAGES)
+
+
+def test_a_head_that_only_training_runs_is_found_out():
+    def run(m: Any, x: Tensor) -> Any:
+        maps, y = hidden(m, x)
+        return (y, m.aux(maps.mean((2, 3)))) if m.training else y
+
+    model = Net(run, a=conv(3, 8), b=conv(8, 8), o=nn.Linear(8, 5), aux=nn.Linear(8, 5))
+    with pytest.raises(UnsupportedLayerError, match="group of 'a' cannot be removed"):
+        structure_groups(model, IMAGES)
+    assert sizes(model, IMAGES, ignored=("a",)) == {"b": 8}
+
+
+def test_a_model_that_answers_alike_never_is_refused_for_that():
+    def run(m: Any, x: Tensor) -> Tensor:
+        m.calls.append(1)
+        return hidden(m, x)[1] * len(m.calls)
+
+    model = two_layers(run)
+    model.calls = type("Calls", (list,), {})()  # not a plain list: it is not put back
+    with pytest.raises(UnsupportedLayerError, match="not the same from pass to pass"):
+        structure_groups(model, IMAGES)
+
+
+def test_what_a_pass_leaves_in_the_model_does_no_harm_and_is_put_back():
+    def run(m: Any, x: Tensor) -> Tensor:
+        maps, y = hidden(m, x)
+        m.last, m.count = maps, m.count + 1
+        m.queue.copy_(m.queue.roll(1)).add_(1)
+        return y + torch.rand(5, generator=m.generator)
+
+    model = two_layers(run)
+    model.register_buffer("queue", torch.zeros(4))
+    model.count, model.generator = 0, torch.Generator().manual_seed(3)
+    state = model.generator.get_state()
+    model.last = model.a(IMAGES)  # as after a training step, with its history
+    assert sizes(model, IMAGES) == {"a": 8, "b": 8}
+    count_macs(model, IMAGES)
+    plan = [("a", [0, 3])]
+    dependency.set_to_zero(model, IMAGES, plan)
+    Adapter.shrink(model, IMAGES, plan)
+    assert model.count == 0
+    assert torch.equal(model.queue, torch.zeros(4))
+    assert torch.equal(model.generator.get_state(), state)
+    assert model.a.out_channels == 6
+
+
+def test_an_example_whose_rows_are_no_samples_is_taken_whole():
+    def run(m: Any, x: Tensor, edges: Tensor) -> Tensor:
+        nodes = F.relu(m.a(x))
+        return m.o(nodes + torch.zeros_like(nodes).index_add(0, edges[1], nodes[edges[0]]))
+
+    model = Net(run, a=nn.Linear(3, 8), o=nn.Linear(8, 2))
+    example = torch.randn(6, 3), torch.tensor([[0, 1, 5, 4], [1, 2, 3, 5]])
+    assert sizes(model, example) == {"a": 8}
+    assert count_macs(model, example) == 6 * (3 * 8 + 8 * 2)
+
+
+def test_one_channel_that_gates_all_is_named():
+    def run(m: Any, x: Tensor) -> Tensor:
+        maps = F.relu(m.a(x))
+        return m.o((maps * torch.sigmoid(m.g(maps))).mean((2, 3)))
+
+    model = Net(run, a=conv(3, 16), g=nn.Conv2d(16, 1, 1), o=nn.Linear(16, 5))
+    with pytest.raises(UnsupportedLayerError, match="ties 16 channels of 'a' to 1"):
+        structure_groups(model, IMAGES)
+
+
+def test_layers_without_a_shape_yet_are_refused():
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(UnsupportedLayerError, match=r"'0\.weight' has no shape yet"):
+        structure_groups(model, torch.randn(2, 4))
