@@ -653,7 +653,8 @@ def _table(
             if parameter is not None:
                 name = f"{names[module]}.{attribute}"
                 _add(table, _share(name, parameter, dim, norm, index))
-        if isinstance(module, tuple(ROOTS)) and sum(map(len, index)) != _width(module):
+        source = isinstance(module, tuple(ROOTS)) and not _depthwise(module)
+        if source and sum(map(len, index)) != _width(module):
             raise UnsupportedLayerError(
                 f"ties {_width(module)} channels of {names[node.module]!r} to "
                 f"{sum(map(len, index))}, as where one channel is multiplied with all of another "
