@@ -653,7 +653,7 @@ def _table(
             if parameter is not None:
                 name = f"{names[module]}.{attribute}"
                 _add(table, _share(name, parameter, dim, norm, index))
-        source = isinstance(module, tuple(ROOTS)) and not _depthwise(module)
+        source = isinstance(module, tuple(ROOTS)) and not _depthwise(node.module)
         if source and sum(map(len, index)) != _width(module):
             raise UnsupportedLayerError(
                 f"ties {_width(module)} channels of {names[node.module]!r} to "
