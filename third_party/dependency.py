@@ -157,7 +157,7 @@ def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) 
     """
     layers = set(model.modules())
     trained = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
-    tied = _tied(model)
+    tied = shared_parameters(model)
     for dep, positions in taken:
         module = dep.target.module
         if isinstance(module, nn.Parameter):
@@ -171,8 +171,8 @@ def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) 
         parameter.requires_grad_(trained[name])
 
 
-def _tied(model: nn.Module) -> list[list[str]]:
-    """Names of each parameter that has several."""
+def shared_parameters(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter that has several, as of layers that share it."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
