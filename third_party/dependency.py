@@ -176,7 +176,7 @@ def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) 
         UnsupportedLayerError: layers that share a parameter would lose different parts of it.
     """
     layers = set(model.modules())
-    tied = _tied(model)
+    tied = shared_parameters(model)
     for dep, positions in taken:
         module = dep.target.module
         if isinstance(module, nn.Parameter):
@@ -188,8 +188,8 @@ def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) 
         _tie(model, names)
 
 
-def _tied(model: nn.Module) -> list[list[str]]:
-    """Names of each parameter that has several."""
+def shared_parameters(model: nn.Module) -> list[list[str]]:
+    """Names of each parameter that has several, as of layers that share it."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)

@@ -96,7 +96,7 @@ def inexact(
     if not groups:
         return {}
     trial = Trial(model, example, groups)
-    found = {g.root: trial.unfelt(g) for g in groups}
+    found = {g.root: trial.unfelt(g) or trial.parts_ties(g) for g in groups}
     odd = {root: why for root, why in found.items() if why is not None}
     while left := [g for g in groups if g.root not in odd]:
         progress(f"trying out {len(left)} groups of channels")
@@ -239,6 +239,27 @@ class Trial:
         if why is None or why.startswith("cannot be judged"):
             return why
         return f"gives different outputs at zero and removed: its removal {why}{REASONS}"
+
+    def parts_ties(self, group: UpstreamGroup) -> str | None:
+        """Why a group cannot go alone from layers that share a parameter, if so.
+
+        Together with other groups it may look well: both layers happen to lose the same.
+        """
+        if not dependency.shared_parameters(self._model):
+            return None
+        kept = running.parts(self._model)
+        try:
+            with graph.upstream(self._model):
+                plan = [(group.root, group.channels_of([0]))]
+                taken = dependency.gathered(self._graph, self._model, plan)
+                dependency.apply(self._graph, self._model, taken)
+        except UnsupportedLayerError as why:
+            return f"cannot be removed alone: {why}"
+        except Exception:  # as the trial with all others will say
+            return None
+        finally:
+            running.put_back(kept)
+        return None
 
     @contextmanager
     def _at_zero(
