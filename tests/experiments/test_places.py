@@ -543,6 +543,8 @@ def test_a_comparisons_runs_end_and_save_themselves_with_it_whatever_ends_it(tmp
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # Whoever runs the tests may have it ignored, as nohup does.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     runs: list[int] = []
     try:
