@@ -64,7 +64,8 @@ def repeat(model: nn.Module, example: Any, plan: Plan) -> None:
 def compare(before: nn.Module, after: nn.Module, example: Any, plan: Plan) -> None:
     """Refuse a removal after which a model's outputs are not what they were, to rounding.
 
-    They are compared in double precision, where the model runs so, and in evaluation.
+    They are compared in double precision, where the model runs so, in evaluation, and in training
+    mode where the example can be run in it and nothing is drawn.
 
     Args:
         before: the large model; stays as it is.

@@ -170,7 +170,10 @@ def put_back(kept: Held) -> None:
         vars(module).update(held)
         for name, content in contents.items():
             held[name].clear()
-            held[name].extend(content) if isinstance(content, list) else held[name].update(content)
+            if isinstance(content, list):
+                held[name].extend(content)
+            else:
+                held[name].update(content)
 
 
 @contextmanager
