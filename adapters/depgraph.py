@@ -156,8 +156,8 @@ class DepGraph(Adapter):
         way = self._way()
         return target if way == 1 else 1 - (1 - target) ** way
 
-    def _selected(self) -> tuple[Plan, nn.Module]:
-        """What upstream removes now, to the present round's target, and a copy without it.
+    def _selected(self) -> Plan:
+        """What upstream removes now from a copy of the model, to the present round's target.
 
         Raises:
             AdapterError: upstream does not meet the target.
@@ -174,7 +174,7 @@ class DepGraph(Adapter):
                     f"{', '.join(map(repr, pruner.left_whole))} whole, which would lose all there "
                     "is. Lower ratio, or name such layers in `ignored`"
                 )
-            return plan, model
+            return plan
         assert o.speed_up is not None
         goal = self._macs / o.speed_up ** self._way()
         with refusals():
@@ -184,7 +184,7 @@ class DepGraph(Adapter):
                 f"speed_up {o.speed_up} was not reached: {count_macs(model, example)} "
                 f"MACs are left, {goal:.0f} wanted; lower speed_up or raise steps"
             )
-        return plan, model
+        return plan
 
     def check(self) -> None:
         """Refuse too short a stage, odd or frozen layers, and a target that cannot be met."""
@@ -286,7 +286,7 @@ class DepGraph(Adapter):
             return
         self.decided = self._chosen = True
         if self.dpm is not None:
-            plan, _ = self._selected()
+            plan = self._selected()
             self.dpm.decay({root: self._groups[root].structures_of(c) for root, c in plan})
 
     def before_step(self, step: int) -> None:
@@ -339,7 +339,7 @@ class DepGraph(Adapter):
         model, example = self.context.model, self.context.example
         if self.dpm is None:
             self._groups = {g.root: g for g in self._new_pruner(model).groups}
-            plan, _ = self._selected()
+            plan = self._selected()
             with refusals():
                 self.rebuild(model, example, plan)
         else:
