@@ -196,7 +196,8 @@ class DepGraph(Adapter):
         for group in groups:
             self.check_trainable(group.root, ((s.name, s.parameter) for s in group.shares))
         if not self.options.skip_unsupported:  # else each was tried at the start
-            odd = trial.inexact(model, example, groups, self.context.progress)
+            with refusals():
+                odd = trial.inexact(model, example, groups, self.context.progress)
             for root, why in odd.items():
                 raise AdapterError(f"{named(root, why)}, or {_SKIP}")
         if not groups:

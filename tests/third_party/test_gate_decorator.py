@@ -28,14 +28,17 @@ from tests.third_party.gate_nets import (
 from third_party.gate_decorator import (
     CostModel,
     GatedBatchNorm,
+    GateDecorator,
     GateError,
     GateTable,
+    TickTock,
     add_sparsity_gradient,
     decorate,
     freeze,
     gated,
     melt,
     tied_gates,
+    turn_at,
     undecorate,
     unfreeze,
 )
@@ -671,3 +674,26 @@ def test_the_sparsity_gradient_wants_a_backward_first():
     gates = decorate(model)
     with refused(GateError, "after backward", model=model):
         add_sparsity_gradient(gates.values())
+
+
+def test_convolutions_that_the_user_froze_stay_frozen():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.Flatten()
+    )
+    model[0].weight.requires_grad_(False)
+    images = torch.randn(4, 3, 8, 8)
+    made = GateDecorator(model, images, fraction=0.5)
+    times = TickTock(2, 1, 1, 1)
+    for step in range(8):
+        made.begin(turn_at(step, times))
+        assert not model[0].weight.requires_grad
+    made.begin(turn_at(0, times))
+    assert model[3].weight.requires_grad
+    made.table.mask(made.table.ids("0", [1, 2]))
+    made.melt(images)
+    assert model[0].weight.shape[0] == 6
+    assert [p.requires_grad for p in (model[0].weight, model[0].bias, model[3].weight)] == [
+        False,
+        True,
+        True,
+    ]

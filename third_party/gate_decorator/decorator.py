@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from ..groups import Plan
 from .costs import CostModel
-from .gates import GateError, add_sparsity_gradient, decorate, freeze, unfreeze
+from .gates import (
+    GateError,
+    add_sparsity_gradient,
+    decorate,
+    freeze,
+    frozen_convolutions,
+    unfreeze,
+)
 from .groups import GateTable, melt, tied_gates
 from .schedule import Turn
 from .selection import KEEP, GateScores, protected, select
@@ -65,6 +72,7 @@ class GateDecorator:
                 "give 0 < fraction <= 1, 0 <= keep <= 1, eta and strength of at least 0"
             )
         self.model = model
+        self._frozen = frozen_convolutions(model)  # by the user
         self._kind = ""  # of the last step's turn; unknown again after a resume
         self.fraction, self.eta, self.keep, self.strength = fraction, eta, keep, strength
         self.groups = tied_gates(model, example, ignored=ignored, progress=progress)
@@ -76,7 +84,10 @@ class GateDecorator:
     def begin(self, turn: Turn) -> None:
         """Before a step: freeze or unfreeze where the kind changes; scores start at zero."""
         if turn.kind != self._kind:
-            (freeze if turn.kind == "tick" else unfreeze)(self.model)
+            if turn.kind == "tick":
+                freeze(self.model)
+            else:
+                unfreeze(self.model, self._frozen)
             self._kind = turn.kind
         if turn.first:
             self.scores.reset()
@@ -157,7 +168,7 @@ class GateDecorator:
 
     def melt(self, example: Any) -> Plan:
         """:func:`melt` the model; nothing else here can be used afterwards."""
-        return melt(self.model, example, self.groups)
+        return melt(self.model, example, self.groups, self._frozen)
 
     def state_dict(self) -> dict[str, Any]:
         """The scores; gates, shifts and masks are in the model's own state."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -193,20 +193,31 @@ def freeze(model: nn.Module) -> None:
 
     Their gradients are dropped, so that an optimizer that holds them leaves them as they are.
     """
-    for parameter in _convolutional(model):
+    for parameter in _convolutional(model).values():
         parameter.requires_grad_(False)
         parameter.grad = None
 
 
-def unfreeze(model: nn.Module) -> None:
-    """A tock begins, or fine-tuning: every convolution trains."""
-    for parameter in _convolutional(model):
-        parameter.requires_grad_(True)
+def unfreeze(model: nn.Module, frozen: Collection[str] = ()) -> None:
+    """A tock begins, or fine-tuning: every convolution trains.
+
+    Args:
+        model: whose convolutions.
+        frozen: names of parameters that the user froze, as :func:`frozen_convolutions` gives them;
+            they stay frozen.
+    """
+    for name, parameter in _convolutional(model).items():
+        parameter.requires_grad_(name not in frozen)
 
 
-def _convolutional(model: nn.Module) -> list[nn.Parameter]:
-    layers = [m for m in model.modules() if isinstance(m, _ConvNd)]
-    return [p for layer in layers for p in layer.parameters(recurse=False)]
+def frozen_convolutions(model: nn.Module) -> frozenset[str]:
+    """Names of the convolutions' parameters that do not train."""
+    return frozenset(n for n, p in _convolutional(model).items() if not p.requires_grad)
+
+
+def _convolutional(model: nn.Module) -> dict[str, nn.Parameter]:
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, _ConvNd)]
+    return dict(p for n, layer in layers for p in layer.named_parameters(n, recurse=False))
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -211,7 +211,12 @@ class GateTable:
             gate.mask.copy_(part)
 
 
-def melt(model: nn.Module, example: Any, groups: Sequence[GateGroup]) -> Plan:
+def melt(
+    model: nn.Module,
+    example: Any,
+    groups: Sequence[GateGroup],
+    frozen: Collection[str] = (),
+) -> Plan:
     """Turn a gated model into a plain one without the masked structures, in place.
 
     Module names are those of the plain dense model. Masked channels outside the groups stay, with
@@ -221,6 +226,7 @@ def melt(model: nn.Module, example: Any, groups: Sequence[GateGroup]) -> Plan:
         model: decorated.
         example: a batch of any size on the model's device.
         groups: what :func:`tied_gates` found in the plain model.
+        frozen: names of convolutions' parameters that stay frozen.
 
     Returns:
         What was removed: root layer's name, sorted positions in the dense layer.
@@ -248,7 +254,7 @@ def melt(model: nn.Module, example: Any, groups: Sequence[GateGroup]) -> Plan:
         dependency.remove(plain, example, plan)
     except UnsupportedLayerError as cause:
         raise GateError(str(cause)) from cause
-    unfreeze(model)
+    unfreeze(model, frozen)
     undecorate(model)
     dependency.take_out(model, example, plan)
     return plan
