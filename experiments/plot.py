@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -98,7 +97,6 @@ def plot(
 
 def _save(figure: Figure, path: Path) -> Path:
     write(path, lambda file: figure.savefig(file, format="png", dpi=130))
-    plt.close(figure)
     return path
 
 
@@ -308,14 +306,8 @@ def draw_norms(
         size: of one panel, in inches.
         top: what the norms' axis reaches at least, for figures that are to be compared.
     """
-    figure, axes = plt.subplots(
-        1,
-        len(samples),
-        figsize=(size[0] * len(samples), size[1]),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(size[0] * len(samples), size[1]), layout="constrained")
+    axes = figure.subplots(1, len(samples), sharey=True, squeeze=False)
     for axis, (variant, sample) in zip(axes[0], samples.items(), strict=True):
         for kind, lines in sample["lines"].items():
             for i, line in enumerate(lines):
@@ -374,7 +366,8 @@ def draw_accuracy(
     members: Sequence[Record], title: str = "", size: tuple[float, float] = (7, 4)
 ) -> Figure:
     """Test accuracy over the steps since the decision; one faint line per seed, and the mean."""
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     for variant, runs in by_variant(members).items():
         for record in runs:
             axis.plot(
@@ -459,7 +452,8 @@ def _legend_above(figure: Figure, columns: int = 3) -> None:
 def _layered(layers: Sequence[str], size: tuple[float, float]) -> tuple[Figure, Axes]:
     """A figure with a place for every layer."""
     width = max(size[0], (0.55 if len(layers) <= 20 else 0.32) * len(layers) + 2)
-    figure, axis = plt.subplots(figsize=(width, size[1]), layout="constrained")
+    figure = Figure(figsize=(width, size[1]), layout="constrained")
+    axis = figure.subplots()
     axis.set_xticks(
         range(len(layers)),
         layers,
@@ -489,7 +483,8 @@ def draw_releases(
     members: Sequence[Record], title: str = "", size: tuple[float, float] = (7, 4)
 ) -> Figure:
     """Structures released so far over the steps since the first decay; +SR and its controls."""
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     grouped = by_variant(members, RELEASING)
     end = max((r[0] for runs in grouped.values() for m in runs for r in m["releases"]), default=0)
     end += max(1, round(0.1 * end))
@@ -570,7 +565,8 @@ def draw_latency(
 
     Dense, masked (hatched) where a record has it, and pruned.
     """
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     grouped = by_variant(members)
     kinds = ["dense", *["masked"] * bool(masked_latencies(members)), "pruned"]
     height = 0.76 / len(kinds)
@@ -606,7 +602,8 @@ def draw_tradeoff(
         members_by_name: the records of each section, under a short name; each gets a shape.
         size: in inches.
     """
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     ink = mpl.rcParams["text.color"]
     handles: list[Line2D] = []
     used: dict[str, None] = {}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
@@ -221,7 +220,6 @@ def _svg(figure: Figure, name: str, alt: str, wide: bool) -> str:
         file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
     )
     width = round(figure.get_figwidth() * 96)
-    plt.close(figure)
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", text, flags=re.DOTALL)

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
-import matplotlib.pyplot as plt
 import pytest
 
 from experiments import plot, table
@@ -111,7 +110,6 @@ def test_the_page_is_well_formed_and_its_ids_are_its_own(content):
     assert {a or b for a, b in targets} <= set(ids)
     labels = [a["aria-labelledby"] for _, a in page.tags if "aria-labelledby" in a]
     assert set(labels) <= set(ids)
-    assert plt.get_fignums() == []
 
 
 def test_nothing_outside_of_the_page_is_loaded(content):
