@@ -1,33 +1,37 @@
 """What an adapter is: the translation between one pruning framework and the core.
 
-An adapter's author reads this file and one adapter. An adapter is made for one run of one variant
-on one model. The training loop owns batches, loss and progress; it calls the adapter at fixed
-points of every step and knows nothing of the framework behind it::
+An adapter's author reads this file and one adapter. Its user writes a training loop as ever::
 
-    optimizer = adapter.optimizer(stage)
-    adapter.begin(stage, optimizer, loss)       once a stage, with the stage's optimizer
-    for each step:
-        adapter.before_step(step)               the learning rate is set, nothing else has happened
-        loss.backward()
-        adapter.after_backward()
+    run = DepGraph(model, example, DepGraphOptions(speed_up=2), SmoothPruning(200), SelfRectifying())
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    run.attach(optimizer)
+    for images, labels in loader:
+        optimizer.zero_grad()
+        loss_of(model(images), labels).backward()
         optimizer.step()
-        adapter.after_step()
-        if adapter.due():                       also asked once before the first step
-            adapter.remove()                    then begin() again, with the same optimizer, or,
-                                                as the adapter says, with a new one
-        if adapter.settled():                   at the first time, what is lost is measured
+        if run.due:
+            run.remove()
 
-A framework that prunes in rounds removes several times; :attr:`Adapter.complete` says when that is
-over.
+Without smoothing the framework prunes as it does by itself; without a rectifier no decision is
+taken back. What an adapter does around a step it does in the optimizer's own step hooks. A step that
+a gradient scaler skips does not count. After :meth:`Adapter.remove` the model is small, and the same
+optimizer goes on with what is left of its parameters and of its state.
+
+To go on from a checkpoint, make the adapter of the dense model, as at the start, and then::
+
+    run.load_state_dict(saved["run"])  # gives the model the layers that it had
+    model.load_state_dict(saved["model"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    optimizer.load_state_dict(saved["optimizer"])
+    run.attach(optimizer)
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,175 +49,271 @@ from dpm_core import (
     SmoothPruning,
     StructureGroup,
 )
+from dpm_core.attachment import Attachment
 from dpm_core.groups import is_sharded
 from third_party import running
-from third_party.groups import Plan as Plan
-from third_party.groups import UnsupportedLayerError, UpstreamGroup
+from third_party.errors import AdapterError as AdapterError
+from third_party.groups import UpstreamGroup
 
-Variant = Literal["base", "sp", "sr"]
+from .removal import Removal
+
 Loss = Callable[[], Tensor]
 """Runs the model on the next training batch and returns the mean loss."""
-State = Mapping[str, Any]
-"""What :meth:`Adapter.state_dict` gave."""
+Structures = dict[str, Sequence[int] | Tensor]
+"""Numbers of structures, by group."""
 
-
-class AdapterError(ValueError):
-    """A framework cannot do what is asked of it. The message says why, and what to change."""
+VERSION = 2
+"""Of what :meth:`Adapter.state_dict` gives."""
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stretch of training, as far as an adapter has to know it.
+class Training:
+    """How long the training is that an adapter works in; batches of hearings count among its steps.
 
     Attributes:
-        steps: training steps; batches that hearings use up count among them.
-        steps_per_epoch: steps in one pass over the training data.
-        kind: of optimizer.
-        learning_rate: at the start; the loop sets it anew before every step.
-        momentum: of SGD.
-        weight_decay: of the optimizer.
+        steps: in all, from :meth:`Adapter.attach` on.
+        steps_per_epoch: in one pass over the training data, where settings count epochs.
+        sparse: what comes before the pruning, for a framework that learns sparsely first.
     """
 
     steps: int
-    steps_per_epoch: int
-    kind: Literal["sgd", "adam", "adamw"] = "sgd"
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-
-    def new_optimizer(self, model: nn.Module) -> Optimizer:
-        """PyTorch's own optimizer, for all parameters of a model."""
-        if self.kind == "sgd":
-            return torch.optim.SGD(
-                model.parameters(),
-                lr=self.learning_rate,
-                momentum=self.momentum,
-                weight_decay=self.weight_decay,
-            )
-        kind = torch.optim.Adam if self.kind == "adam" else torch.optim.AdamW
-        return kind(model.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-
-
-@dataclass
-class Context:
-    """What an adapter is made from.
-
-    Attributes:
-        model: the dense model; the adapter works on it in place.
-        example: of its inputs, on its device: a batch of any size, several inputs in a tuple or
-            list, or a mapping of arguments. The forward pass takes no other than these.
-        variant: ``base`` is the framework alone, ``sp`` decays, ``sr`` decays and rectifies.
-        smooth: the decay's settings, for ``sp`` and ``sr``.
-        rectify: the rectifier's settings, for ``sr``.
-        stages: the training stages, in order.
-        progress: called now and then during long work outside the training steps, with what is
-            going on.
-        seed: of the run, for what a framework draws.
-
-    Raises:
-        AdapterError: there is no such variant.
-    """
-
-    model: nn.Module
-    example: Any
-    variant: Variant
-    smooth: SmoothPruning
-    rectify: SelfRectifying
-    stages: Mapping[str, Stage]
-    progress: Callable[[str], object] = str
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.variant not in get_args(Variant):
-            known = ", ".join(map(repr, get_args(Variant)))
-            raise AdapterError(f"there is no variant {self.variant!r}; give one of {known}")
-
-    def decay_steps(self) -> int:
-        """Training steps from a decision until all is zero, replacements and hearings included."""
-        if self.variant == "base":
-            return 0
-        needed = self.smooth.steps
-        if self.variant == "sr":
-            heard = self.rectify.decision_step(needed) + self.rectify.criterion.batches
-            needed += self.rectify.waves * heard
-        return needed
+    steps_per_epoch: int = 1
+    sparse: Training | None = None
 
 
 class Adapter(ABC):
-    """One run of one framework.
+    """One run of one framework on one model.
+
+    An adapter of one's own defines :meth:`groups`, :meth:`selection` and :meth:`check`, and for
+    Self-Rectifying :meth:`choose`. That is a framework that decides once, at the start. One that
+    decides at other times calls :meth:`decide` in :meth:`start` or :meth:`after_step`; one that
+    removes several times has :attr:`complete`, :attr:`due` and :meth:`numbers` of its own, too.
+    What it has to remember goes into :meth:`state_dict`, and comes back in :meth:`restore`.
+
+    Args:
+        model: the dense model; the adapter works on it in place.
+        example: of its inputs, on its device: a batch of any size, several inputs in a tuple or
+            list, or a mapping of arguments. The forward pass takes no other than these.
+        options: the framework's own settings, an :attr:`Options`.
+        smooth: the decay. ``None``: structures are taken out at once, as the framework does it.
+        rectify: how decisions are taken back. ``None``: they are not.
+        training: how long the training is. ``None``: nothing is checked against its length, and
+            a framework that has to know it refuses.
+        seed: for what a framework draws.
+        progress: called now and then during long work outside the training steps, with what is
+            going on.
 
     Attributes:
-        context: what the adapter was made from.
-        dpm: the core at work, or ``None`` before it is needed and for ``base``.
+        dpm: the core at work; ``None`` before :meth:`attach` and without smoothing.
+        optimizer: what was attached, or ``None``.
+        clock: optimizer steps so far; of a framework with sparse learning, since that ended.
         decided: whether the framework has begun to take structures out.
-        removed: what :meth:`remove` has taken away, or ``None`` before.
+        removed: all that :meth:`remove` has taken away, or ``None`` before.
         pruned: how many structures that were.
         skipped: why groups are left as they are, by their root layer's name.
-        checked: whether :meth:`check` has passed; :meth:`begin` makes up for it.
-
-    Abstract are :meth:`check`, :meth:`begin` and :meth:`remove`. What stands here of
-    :meth:`settled` and :meth:`due` is that of a framework that decides once; one that removes
-    several times has :attr:`complete` and :meth:`numbers` of its own, too. An adapter that makes
-    something in :meth:`begin`, the core above all, extends :meth:`load_state_dict`; one with
-    progress of its own :meth:`state_dict`, too.
-
-    An adapter's own :meth:`check` and :meth:`begin` end, or begin, with those that stand here.
+        checked: whether :meth:`check` has passed; :meth:`attach` makes up for it.
 
     Raises:
-        AdapterError: the model is wrapped in DistributedDataParallel, or sharded as FSDP does it,
-            or a stage of training is missing or unknown.
+        AdapterError: there is a rectifier and no smoothing; the model is wrapped in
+            DistributedDataParallel, or sharded as FSDP does it; or the training is not one that the
+            framework can work in.
     """
 
     Options: ClassVar[type]
     """A frozen dataclass: the framework's own settings, checked in its ``__post_init__``."""
-    stages: ClassVar[Mapping[str, bool]]
-    """Training stages the framework knows, in order, and whether each is required."""
+    learns_sparse: ClassVar[bool] = False
+    """Whether the framework can learn sparsely before it prunes."""
+    needs_training: ClassVar[bool] = False
+    """Whether the framework's schedule depends on the training's length."""
+    refills: ClassVar[bool] = True
+    """Whether released structures are replaced at once, in their group: by :meth:`choose`."""
     channels_last: ClassVar[bool] = True
     """Whether the framework can do with parameters that are not contiguous."""
-    exchanges: ClassVar[bool] = False
-    """Whether the framework decays what :class:`~dpm_core.Exchange` names for what was released."""
-    carries_optimizer: ClassVar[bool] = True
-    """Whether a stage's optimizer goes on over a removal, its state sliced with what is removed.
 
-    By :mod:`adapters.optimizer_state`. False where the removal changes parameters besides, or where
-    another optimizer follows: then a new one is made.
-    """
-
-    def __init__(self, context: Context, options: Any) -> None:
-        _require_whole(context.model)
-        exchanging = context.variant == "sr" and context.rectify.criterion.exchanges
-        if exchanging and not self.exchanges:
-            raise AdapterError(
-                f"{type(self).__name__} chooses by itself what it decays in place of released "
-                "structures, so it cannot follow an exchange; take Trajectory() or Hearing()"
-            )
-        _require_stages(context.stages, self.stages)
-        self.context = context
-        self.options = options
-        self.checked = False
-        self.skipped: dict[str, str] = {}
-        self.dpm: DecayPruning | None = None
-        self.decided = False
-        self.removed: Plan | None = None
-        self.pruned = 0
-        self._seen = 0  # events of the core that new_events() has given
-
-    def attach_core(
+    def __init__(
         self,
-        groups: Iterable[StructureGroup],
-        optimizer: Optimizer,
-        loss: Loss,
-    ) -> DecayPruning:
-        """Let the core follow an optimizer's steps, with Self-Rectifying in ``sr``."""
-        rectify = self.context.rectify if self.context.variant == "sr" else None
-        self.dpm = DecayPruning(groups, self.context.smooth, rectify)
-        self._seen = 0
-        return self.dpm.attach(optimizer, model=self.context.model, loss=loss)
+        model: nn.Module,
+        example: Any,
+        options: Any,
+        smooth: SmoothPruning | None = None,
+        rectify: SelfRectifying | None = None,
+        *,
+        training: Training | None = None,
+        seed: int = 0,
+        progress: Callable[[str], object] = str,
+    ) -> None:
+        name = type(self).__name__
+        if not isinstance(options, self.Options):
+            raise AdapterError(f"{name} takes a {self.Options.__name__}, not {options!r}")
+        if rectify is not None and smooth is None:
+            raise AdapterError(
+                "a rectifier takes back decays, and without smoothing there are none; give a "
+                "SmoothPruning(steps), too"
+            )
+        if rectify is not None and rectify.criterion.exchanges and not self.refills:
+            raise AdapterError(
+                f"{name} replaces what was released by its next selection, so it cannot follow an "
+                "exchange; take Trajectory() or Hearing()"
+            )
+        if training is None and self.needs_training:
+            raise AdapterError(
+                f"{name} plans by the length of the training; give training=Training(steps, "
+                "steps_per_epoch)"
+            )
+        if training is not None and training.sparse is not None and not self.learns_sparse:
+            raise AdapterError(f"{name} has no sparse learning; leave out Training's `sparse`")
+        _require_whole(model)
+        self.model, self.example, self.options = model, example, options
+        self.smooth, self.rectify = smooth, rectify
+        self.training, self.seed, self.progress = training, seed, progress
+        self.dpm: DecayPruning | None = None
+        self.optimizer: Optimizer | None = None
+        self.clock = 0
+        self.checked = self.decided = False
+        self.removed: Removal | None = None
+        self.pruned = 0
+        self.skipped: dict[str, str] = {}
+        self._loss: Loss | None = None
+        self._steps: Attachment | None = None  # without a core
+        self._heard = 0  # batches of earlier cores' hearings
+        self._seen = 0  # events of the core that new_events() has given
+        self._grouped: dict[str, StructureGroup] | None = None  # without a core
+        self._state: Mapping[str, Any] | None = None  # to be taken up when attached
+
+    # ------------------------------------------------------------------ for users
+
+    def attach(self, optimizer: Optimizer, loss: Loss | None = None) -> Self:
+        """Work around every step of an optimizer from now on; a first decision may fall at once.
+
+        Attached anew, to the optimizer of another stage of training, the adapter goes on with that
+        one.
+
+        Args:
+            optimizer: of the model's parameters.
+            loss: runs the model on the next training batch and returns the mean loss; for
+                :class:`~dpm_core.Hearing` and :class:`~dpm_core.Exchange` alone. Each call uses up
+                a step of the training.
+
+        Returns:
+            self.
+
+        Raises:
+            AdapterError: as :meth:`check`, if that was left out; or the optimizer is of another
+                model, such as the large one after a removal.
+            AttachmentError: see :meth:`dpm_core.DecayPruning.attach`.
+        """
+        self._require_own(optimizer)
+        if not (self.checked or self.complete):
+            self.check()
+        before, self._grouped = (self.optimizer, self._loss), None
+        self.detach()
+        self.optimizer, self._loss = optimizer, loss
+        try:
+            if self._state is not None:
+                self.restore(self._state)
+            elif before[0] is None:
+                self.start()
+            else:
+                self.follow()
+        except BaseException:
+            self.detach()
+            self.optimizer, self._loss = before
+            raise
+        self._state = None
+        return self
+
+    def detach(self) -> None:
+        """Leave the optimizer. What is decaying stays as it is, and goes on when attached again."""
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
+        if self.dpm is not None:
+            self.dpm.detach()
+
+    @property
+    def due(self) -> bool:
+        """Whether :meth:`remove` is to be called: it was decided, and nothing decays any more."""
+        return self.decided and not self.complete and self._none_decays()
+
+    def remove(self) -> Removal:
+        """Make the model physically smaller, in place; its optimizer goes on with what is left.
+
+        Returns:
+            What this removal took; :attr:`removed` is all of them.
+
+        Raises:
+            AdapterError: it is not due; or the outputs would change by more than rounding (see
+                :meth:`Removal.apply`), or the optimizer's state cannot be divided. Model and
+                optimizer are as they were.
+        """
+        if not self.due:
+            raise AdapterError(
+                "there is nothing to remove yet: call remove() when `due` says so"
+                if not self.complete
+                else "all is removed that was to go"
+            )
+        going = self.going()
+        removal = self.take_out(going)
+        self._account(removal, going)
+        self.follow()
+        return removal
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides model and optimizer."""
+        at_work = self.dpm is not None and not self.complete
+        return {
+            "version": VERSION,
+            "clock": self.clock,
+            "heard": self._heard if at_work else self.heard,
+            "seen": self._seen,
+            "decided": self.decided,
+            "removed": None if self.removed is None else list(self.removed),
+            "pruned": self.pruned,
+            "dpm": self.dpm.state_dict() if self.dpm is not None and at_work else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, with the next :meth:`attach`.
+
+        The dense model gets the layers that it had when the state was saved; load its values, and
+        make the optimizer, afterwards.
+
+        Raises:
+            AdapterError: the state is of another release; or of another model, which then is as it
+                was.
+        """
+        if self.optimizer is not None:
+            raise AdapterError("load_state_dict() comes before attach(): make a new adapter")
+        if not isinstance(state, Mapping) or state.get("version") != VERSION:
+            raise AdapterError(
+                "the adapter's state is damaged or was saved by another release; start anew, or "
+                "go on with the release that saved it"
+            )
+        removed = None if state["removed"] is None else Removal(state["removed"])
+        if removed is not None:
+            removed.apply(self.model, self.example, cut=True)
+            self._grouped = None
+        self.checked, self.removed = True, removed
+        self.clock, self._heard, self._seen = state["clock"], state["heard"], state["seen"]
+        self.decided, self.pruned = state["decided"], state["pruned"]
+        self._state = state
+
+    # ------------------------------------------------------------------ for comparisons
 
     @property
     def complete(self) -> bool:
         """Whether the model has its final size: no removal is to follow."""
         return self.removed is not None
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is left of what is to go: it is zero, or removed."""
+        return self.complete or (self.decided and self.dpm is not None and self._none_decays())
+
+    @property
+    def heard(self) -> int:
+        """Batches that hearings have used up; they count as steps of the training."""
+        return self._heard + (0 if self.dpm is None else self.dpm.heard)
 
     def numbers(self, group: str) -> Sequence[int]:
         """By the present numbers of a group's structures, those they had in the dense model."""
@@ -222,12 +322,111 @@ class Adapter(ABC):
 
     def events(self) -> list[Event]:
         """What the present core has reported, structures by their numbers in the dense model."""
-        found = []
-        for event in self.dpm.events if self.dpm is not None else []:
-            numbers = self.numbers(event.group)
-            structures = tuple(numbers[k] for k in event.structures)
-            found.append(replace(event, structures=structures))
-        return found
+        events = [] if self.dpm is None else self.dpm.events
+        return [
+            replace(e, structures=tuple(self.numbers(e.group)[k] for k in e.structures))
+            for e in events
+        ]
+
+    def new_optimizer(
+        self, kind: str, learning_rate: float, momentum: float, weight_decay: float
+    ) -> Optimizer:
+        """An optimizer for all parameters of the model as it is, such as the framework works with.
+
+        Args:
+            kind: ``sgd``, ``adam`` or ``adamw``: PyTorch's own, unless the framework has another.
+            learning_rate, weight_decay: of it.
+            momentum: of SGD.
+        """
+        parameters = self.model.parameters()
+        if kind == "sgd":
+            return torch.optim.SGD(
+                parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+            )
+        chosen = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
+        return chosen(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+    # ------------------------------------------------------------------ for authors
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse, before any training, a target or a model that cannot be served.
+
+        An adapter's own ends with this one.
+
+        Raises:
+            AdapterError: with cause and remedy.
+        """
+        self.checked = True
+
+    @abstractmethod
+    def groups(self) -> Iterable[StructureGroup]:
+        """The core's structure groups of the model as it is now."""
+
+    @abstractmethod
+    def selection(self) -> Structures:
+        """What the framework takes out now: structures by group. The model stays as it is."""
+
+    def choose(self, group: str, count: int, free: Tensor) -> Sequence[int] | Tensor:
+        """The structures that decay in place of released ones, by the framework's ranking.
+
+        Args:
+            group: in which they were released.
+            count: how many to choose; fewer where no more are free.
+            free: which may be chosen, (K,) bool.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not replace what was released")
+
+    def start(self) -> None:
+        """Attached for the first time: the decision falls, unless the framework waits."""
+        self.follow()
+        self.decide()
+
+    def before_step(self) -> None:
+        """The optimizer is about to step; the gradients are there."""
+        return
+
+    def after_step(self) -> None:
+        """The optimizer has stepped, and the core has done its part; :attr:`clock` has counted."""
+        return
+
+    def going(self) -> Structures:
+        """What a removal takes: what is zero, or, without smoothing, what the framework selects."""
+        if self.dpm is None:
+            return self.selection()
+        return {g: (self.dpm.phases(g) == Phase.PRUNED).nonzero()[:, 0] for g in self.dpm.groups}
+
+    def take_out(self, going: Structures) -> Removal:
+        """Make the model smaller by some structures, and let the optimizer go on."""
+        removal = Removal((g, self.channels(g, structures)) for g, structures in going.items())
+        removal.apply(self.model, self.example, self.optimizer, cut=self.dpm is None)
+        return removal
+
+    def channels(self, group: str, structures: Sequence[int] | Tensor) -> list[int]:
+        """Some structures as output channels of the layer that their group is named after."""
+        slices = self.grouped()[group].slices
+        root = next(s for s in slices if s.name == f"{group}.weight")
+        return sorted(root.index.cpu()[torch.as_tensor(structures)].flatten().tolist())
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Attached with a state to go on from: what :meth:`start` sets up comes from there."""
+        self.follow()
+        if self.dpm is not None and state["dpm"] is not None:
+            self.dpm.load_state_dict(state["dpm"])
+
+    def decide(self) -> None:
+        """The framework's decision falls now: what it selects decays, or is due for removal."""
+        if self.dpm is not None:
+            self.dpm.decay(self.selection())
+        self.decided = True
+
+    def grouped(self) -> Mapping[str, StructureGroup]:
+        """The structure groups of the model as it is, by name; read once for each removal."""
+        if self.dpm is not None:
+            return self.dpm.groups
+        if self._grouped is None:
+            self._grouped = {g.name: g for g in self.groups()}
+        return self._grouped
 
     def new_events(self) -> list[Event]:
         """What the core has reported since the last call; nothing without a core."""
@@ -236,31 +435,44 @@ class Adapter(ABC):
         new, self._seen = self.dpm.events[self._seen :], len(self.dpm.events)
         return new
 
-    @abstractmethod
-    def check(self) -> None:
-        """Refuse, before any training, a target or a model that cannot be served.
+    def follow(self) -> None:
+        """Put hooks on the optimizer's step: the core's, around which are this adapter's."""
+        assert self.optimizer is not None
+        if self.complete or self.smooth is None:
+            self._steps = Attachment(self.optimizer, [], self._before, self._after)
+            return
+        if self.dpm is None:
+            self.dpm = DecayPruning(self.groups(), self.smooth, self.rectify)
+            self.dpm.clock, self._seen = self.clock, 0
+        self.dpm.attach(
+            self.optimizer,
+            model=self.model,
+            loss=self._loss,
+            refill=self.choose if self.refills else None,
+            before=self._before,
+            after=self._after,
+        )
 
-        Raises:
-            AdapterError: with cause and remedy.
-        """
-        self.checked = True
-
-    def make_sure(self) -> None:
-        """:meth:`check`, unless that was done, or the model is small already."""
-        if not (self.checked or self.complete):
-            self.check()
+    def decay_steps(self) -> int:
+        """Steps from a decision until all is zero, replacements and hearings included."""
+        if self.smooth is None:
+            return 0
+        needed = self.smooth.steps
+        if self.rectify is not None:
+            heard = self.rectify.decision_step(needed) + self.rectify.criterion.batches
+            needed += self.rectify.waves * heard
+        return needed
 
     def check_length(self) -> None:
-        """For :meth:`check`: refuse a stage 'prune' that is too short for the decay.
+        """For :meth:`check`: refuse a training that is too short for the decay.
 
         Raises:
             AdapterError: with both lengths.
         """
-        needed, given = self.context.decay_steps(), self.context.stages["prune"].steps
-        if needed > given:
+        if self.training is not None and self.decay_steps() > self.training.steps:
             raise AdapterError(
-                f"the decay takes up to {needed} steps, but the stage 'prune' has {given}; give it "
-                "more epochs or shorten smooth.steps"
+                f"the decay takes up to {self.decay_steps()} steps, but the training has "
+                f"{self.training.steps}; give it more epochs or shorten smooth.steps"
             )
 
     def check_ignored(self, names: Iterable[str]) -> None:
@@ -269,7 +481,7 @@ class Adapter(ABC):
         Raises:
             AdapterError: naming what is no layer of the model.
         """
-        known = dict(self.context.model.named_modules())
+        known = dict(self.model.named_modules())
         for name in names:
             if name not in known:
                 raise AdapterError(f"ignored names {name!r}, which is no layer of the model")
@@ -298,157 +510,34 @@ class Adapter(ABC):
                 f"the group of {root!r} {why}. Let it train, or name {root!r} in `ignored`"
             )
 
-    def optimizer(self, stage: str) -> Optimizer:
-        """A new optimizer of the model's present parameters, for a stage."""
-        return self.context.stages[stage].new_optimizer(self.context.model)
+    # ------------------------------------------------------------------ its own
 
-    @abstractmethod
-    def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
-        """A stage starts, or goes on after a removal.
+    def _before(self) -> None:
+        self.before_step()
 
-        What stands here, for an adapter's own to begin with, is the check, if it was left out.
+    def _after(self) -> None:
+        self.clock += 1
+        self.after_step()
 
-        Args:
-            stage: one of :attr:`stages`.
-            optimizer: what :meth:`optimizer` gave; after a removal the same one, of the parameters
-                that the model has now, where :attr:`carries_optimizer` says so.
-            loss: runs the model on the next training batch and returns the mean loss; for
-                hearings. Each call uses up one training step of the stage.
+    def _none_decays(self) -> bool:
+        return self.dpm is None or self.dpm.count(Phase.DECAYING) == 0
 
-        Raises:
-            AdapterError: as :meth:`check`, or there is no such stage, or the optimizer is of
-                another model, such as the large one after a removal.
-        """
-        if stage not in self.context.stages:
-            raise AdapterError(
-                f"there is no stage {stage!r}; the context has {list(self.context.stages)}"
-            )
-        own = {p for p in self.context.model.parameters() if p.requires_grad}
+    def _account(self, removal: Removal, going: Structures) -> None:
+        """The model is small: what was counted is added up, and the core is done."""
+        self.detach()
+        self._grouped = None
+        self.pruned += sum(len(structures) for structures in going.values())
+        self.removed = removal if self.removed is None else self.removed + removal
+
+    def _require_own(self, optimizer: Optimizer) -> None:
+        own = {p for p in self.model.parameters() if p.requires_grad}
         held = {p for group in optimizer.param_groups for p in group["params"]}
-        if not own <= held and not held <= set(self.context.model.parameters()):
+        if not own <= held and not held <= set(self.model.parameters()):
             raise AdapterError(
                 "the optimizer is of another model: it holds parameters that this one has not, and "
-                "lacks some that this one has, as after a removal. Give the one that was carried "
-                "over (adapters.optimizer_state), or a new one of model.parameters()"
+                "lacks some that this one has, as after a removal. Give the one that went through "
+                "the removal, or a new one of model.parameters()"
             )
-        self.make_sure()
-
-    def before_step(self, step: int) -> None:
-        """A training step begins: for a framework with a learning rate or frozen layers of its own.
-
-        Args:
-            step: steps of the stage done so far, hearings' batches among them.
-        """
-        return
-
-    def after_backward(self) -> None:
-        """Gradients are there, the optimizer has not stepped."""
-        return
-
-    def after_step(self) -> None:
-        """The optimizer has stepped: replace what was released."""
-        return
-
-    def settled(self) -> bool:
-        """Whether nothing is left of what is to go: it is zero, or removed."""
-        if self.complete or self.dpm is None:
-            return self.complete
-        return self.dpm.count(Phase.DECAYING) == 0
-
-    def due(self) -> bool:
-        """Whether the removal is to follow now: decided, and no structure decays any more."""
-        return self.decided and not self.complete and (self.dpm is None or self.settled())
-
-    @abstractmethod
-    def remove(self) -> None:
-        """Make the model physically smaller, in place, and say in :attr:`removed` what went.
-
-        The core, if there is one, is detached first. A further removal adds to :attr:`removed`.
-        """
-
-    @staticmethod
-    def shrink(model: nn.Module, example: Any, plan: Plan) -> None:
-        """Make a model smaller in which all that goes is zero, in place, whatever the framework.
-
-        By torch-pruning's dependency graph. The model's outputs for the example are compared before
-        and after, on a copy first.
-
-        Raises:
-            UnsupportedLayerError: the outputs would change by more than rounding, or upstream
-                cannot remove this. The model is as it was.
-        """
-        from third_party import dependency  # only now: it loads torch-pruning
-
-        dependency.remove(model, example, plan)
-
-    @staticmethod
-    def rebuild(model: nn.Module, example: Any, plan: Plan) -> None:
-        """:meth:`shrink` a freshly built dense model, in which nothing is zero, as on reloading.
-
-        Raises:
-            UnsupportedLayerError: the small model would not compute what a copy computes in which
-                all that goes is zero, or upstream cannot remove this. The model is as it was.
-        """
-        from third_party import dependency  # only now: it loads torch-pruning
-
-        dependency.repeat(model, example, plan)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides model and optimizer."""
-        at_work = self.dpm is not None and not self.complete
-        return {
-            "decided": self.decided,
-            "removed": self.removed,
-            "pruned": self.pruned,
-            "seen": self._seen,
-            "dpm": self.dpm.state_dict() if self.dpm is not None and at_work else None,
-        }
-
-    def restore_model(self, state: Mapping[str, Any]) -> None:
-        """Give the freshly built dense model the layers that it had when the state was made.
-
-        Its values are loaded next, then its optimizer, then :meth:`load_state_dict` is called. A
-        state that says ``None`` of ``removed`` gives the layers from before the removal.
-        """
-        self.checked = True  # before the run that made the state began
-        self.removed = state["removed"]
-        if self.removed is not None:
-            self.rebuild(self.context.model, self.context.example, self.removed)
-
-    def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:
-        """Take up a run in the middle of a stage; replaces :meth:`begin`.
-
-        An adapter makes anew what its :meth:`begin` makes, the core above all, and then calls this.
-        """
-        self.decided, self.pruned = state["decided"], state["pruned"]
-        self._seen = state["seen"]
-        if self.dpm is not None and state["dpm"] is not None:
-            self.dpm.load_state_dict(state["dpm"])
-
-
-def _require_stages(given: Mapping[str, Stage], known: Mapping[str, bool]) -> None:
-    """Refuse training stages that a framework does not have, or that it needs and are missing.
-
-    Raises:
-        AdapterError: naming them.
-    """
-    missing = [name for name, required in known.items() if required and name not in given]
-    unknown = [name for name in given if name not in known]
-    if missing or unknown:
-        raise AdapterError(
-            f"the stages are {list(given)}, but the framework has {list(known)}"
-            + (f" and needs {missing}" if missing else "")
-            + "; correct the context's `stages`"
-        )
-
-
-@contextmanager
-def refusals() -> Iterator[None]:
-    """Turn what third_party refuses into an :class:`AdapterError`."""
-    try:
-        yield
-    except UnsupportedLayerError as cause:
-        raise AdapterError(str(cause)) from cause
 
 
 def _require_whole(model: nn.Module) -> None:

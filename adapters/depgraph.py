@@ -19,14 +19,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from dpm_core import Phase, StructureGroup
+from dpm_core import SelfRectifying, SmoothPruning, StructureGroup
 from third_party import dependency, graph, running, trial
 from third_party.groups import Plan, UpstreamGroup, named
 from third_party.pruner import Pruner
 
-from .base import Adapter, AdapterError, Context, Loss, State, count_macs, refusals, structure_group
+from .base import Adapter, AdapterError, Structures, count_macs, structure_group
+from .removal import Removal
 
 NORMALIZER = re.compile(r"mean|max|sum|standarization|gaussian|lamp|sentinel_0?\.\d{1,9}")
 """Upstream's, as it spells them."""
@@ -89,39 +89,48 @@ class DepGraph(Adapter):
     """See the module."""
 
     Options: ClassVar[type] = DepGraphOptions
-    stages: ClassVar[Mapping[str, bool]] = {"sparse": False, "prune": True}
-    exchanges: ClassVar[bool] = True
+    options: DepGraphOptions
+    learns_sparse: ClassVar[bool] = True
 
-    def __init__(self, context: Context, options: DepGraphOptions) -> None:
-        super().__init__(context, options)
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        options: DepGraphOptions,
+        smooth: SmoothPruning | None = None,
+        rectify: SelfRectifying | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, example, options, smooth, rectify, **settings)
+        if options.rounds > 1 and self.training is None:
+            raise AdapterError(
+                "rounds start some epochs apart; give training=Training(steps, steps_per_epoch)"
+            )
         self.check_ignored(options.ignored)
-        model, example = context.model, context.example
         self._pruner: Pruner | None = None
         self._groups: dict[str, UpstreamGroup] = {}
-        self._stage = ""
-        self._done = 0  # steps of the stage ``prune``, hearings' batches among them
+        self._learning = self.training is not None and self.training.sparse is not None
         self._round = 0  # rounds that are over: their removal is done
         self._chosen = False  # whether the present round's decision has fallen
         self._left: dict[str, list[int]] = {}  # by group, what is left of the dense model's numbers
-        with refusals():
-            if options.skip_unsupported:
-                reading, self.skipped = trial.exact_groups(
-                    model,
-                    example,
-                    options.ignored,
-                    skip_unsupported=True,
-                    progress=context.progress,
-                )
-                for group in reading.groups:
-                    why = self.frozen((s.name, s.parameter) for s in group.shares)
-                    if why is not None:
-                        self.skipped[group.root] = f"the group of {group.root!r} {why}"
-                for why in self.skipped.values():
-                    context.progress(f"left out: {why}")
-            else:
-                reading = graph.read(model, example, options.ignored)
-                for why in reading.refused.values():
-                    raise AdapterError(f"{why}, or {_SKIP}")
+        if options.skip_unsupported:
+            reading, self.skipped = trial.exact_groups(
+                model,
+                example,
+                options.ignored,
+                skip_unsupported=True,
+                progress=self.progress,
+            )
+            for group in reading.groups:
+                why = self.frozen((s.name, s.parameter) for s in group.shares)
+                if why is not None:
+                    self.skipped[group.root] = f"the group of {group.root!r} {why}"
+            for why in self.skipped.values():
+                self.progress(f"left out: {why}")
+        else:
+            reading = graph.read(model, example, options.ignored)
+            for why in reading.refused.values():
+                raise AdapterError(f"{why}, or {_SKIP}")
         self._ignored = sorted({*options.ignored, *reading.outputs, *self.skipped})
         # The model is the dense one, in a resumed run, too: it is made smaller later.
         self._macs = count_macs(model, example)
@@ -133,18 +142,18 @@ class DepGraph(Adapter):
 
     def _new_pruner(self, model: nn.Module) -> Pruner:
         o = self.options
-        with refusals():
-            return Pruner(
-                model,
-                self.context.example,
-                ratio=1.0 if o.ratio is None else self._ratio(o.ratio),
-                steps=o.steps if o.ratio is None else 1,
-                global_pruning=o.global_pruning,
-                normalizer=o.normalizer or ("max" if "sparse" in self.context.stages else "mean"),
-                reg=o.reg,
-                ignored=self._ignored,
-                drawn=self.context.seed if o.importance == "random" else None,
-            )
+        sparse = self.training is not None and self.training.sparse is not None
+        return Pruner(
+            model,
+            self.example,
+            ratio=1.0 if o.ratio is None else self._ratio(o.ratio),
+            steps=o.steps if o.ratio is None else 1,
+            global_pruning=o.global_pruning,
+            normalizer=o.normalizer or ("max" if sparse else "mean"),
+            reg=o.reg,
+            ignored=self._ignored,
+            drawn=self.seed if o.importance == "random" else None,
+        )
 
     def _way(self) -> float:
         """How much of the way to the target the model has gone after the present round."""
@@ -162,12 +171,11 @@ class DepGraph(Adapter):
         Raises:
             AdapterError: upstream does not meet the target.
         """
-        model, example, o = running.copied(self.context.model), self.context.example, self.options
+        model, example, o = running.copied(self.model), self.example, self.options
         pruner = self._new_pruner(model)
         if o.ratio is not None:
             pruner.count_from(self._counts)
-            with refusals():
-                plan = pruner.run(lambda: False, self.context.progress)
+            plan = pruner.run(lambda: False, self.progress)
             if pruner.left_whole:
                 raise AdapterError(
                     f"ratio {o.ratio} is not met: upstream leaves "
@@ -177,8 +185,7 @@ class DepGraph(Adapter):
             return plan
         assert o.speed_up is not None
         goal = self._macs / o.speed_up ** self._way()
-        with refusals():
-            plan = pruner.run(lambda: count_macs(model, example) <= goal, self.context.progress)
+        plan = pruner.run(lambda: count_macs(model, example) <= goal, self.progress)
         if count_macs(model, example) > goal:
             raise AdapterError(
                 f"speed_up {o.speed_up} was not reached: {count_macs(model, example)} "
@@ -187,17 +194,16 @@ class DepGraph(Adapter):
         return plan
 
     def check(self) -> None:
-        """Refuse too short a stage, odd or frozen layers, and a target that cannot be met."""
+        """Refuse too short a training, odd or frozen layers, and a target that cannot be met."""
         self.check_length()
         if self.options.rounds > 1:
             self._check_rounds()
-        model, example = self.context.model, self.context.example
+        model, example = self.model, self.example
         groups = self._new_pruner(model).groups
         for group in groups:
             self.check_trainable(group.root, ((s.name, s.parameter) for s in group.shares))
         if not self.options.skip_unsupported:  # else each was tried at the start
-            with refusals():
-                odd = trial.inexact(model, example, groups, self.context.progress)
+            odd = trial.inexact(model, example, groups, self.progress)
             for root, why in odd.items():
                 raise AdapterError(f"{named(root, why)}, or {_SKIP}")
         if not groups:
@@ -206,8 +212,7 @@ class DepGraph(Adapter):
         if self.options.speed_up is not None:
             most = [(g.root, g.channels_of(range(1, g.structures))) for g in groups]
             small = running.copied(model)
-            with refusals():
-                dependency.take_out(small, example, [p for p in most if p[1]])
+            dependency.take_out(small, example, [p for p in most if p[1]])
             limit = self._macs / count_macs(small, example)
             if self.options.speed_up > limit:
                 raise AdapterError(
@@ -219,20 +224,21 @@ class DepGraph(Adapter):
         super().check()
 
     def _check_rounds(self) -> None:
-        o, stage, needed = self.options, self.context.stages["prune"], self.context.decay_steps()
-        apart, last = o.round_epochs * stage.steps_per_epoch, self._start_of(o.rounds - 1)
+        assert self.training is not None
+        o, steps, needed = self.options, self.training.steps, self.decay_steps()
+        apart, last = self._start_of(1), self._start_of(o.rounds - 1)
         if needed > apart:
             raise AdapterError(
                 f"the decay takes up to {needed} steps, but the next round starts {apart} steps "
                 "after it; raise round_epochs or shorten smooth.steps"
             )
-        if last + max(needed, 1) > stage.steps:
+        if last + max(needed, 1) > steps:
             raise AdapterError(
                 f"the last of {o.rounds} rounds starts after {last} steps and its decay takes up "
-                f"to {needed}, but the stage 'prune' has {stage.steps}; give it more epochs or "
+                f"to {needed}, but the training has {steps}; give it more epochs or "
                 "shorten smooth.steps, or lower rounds or round_epochs"
             )
-        if o.ratio is not None and graph.attentions(self.context.model):
+        if o.ratio is not None and graph.attentions(self.model):
             raise AdapterError(
                 "upstream counts a ratio of attention heads within one step only; with rounds give "
                 "speed_up"
@@ -251,136 +257,123 @@ class DepGraph(Adapter):
         return self._left.get(group, range(self._groups[group].structures))
 
     def _start_of(self, number: int) -> int:
-        """The step of the stage ``prune`` with which a round starts, counted from 0."""
+        """The step with which a round starts, counted from 0."""
+        if number == 0:
+            return 0
+        assert self.training is not None
         epochs: int = number * self.options.round_epochs
-        return epochs * self.context.stages["prune"].steps_per_epoch
+        return epochs * self.training.steps_per_epoch
 
-    def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
-        """Sparse learning starts, or a round; after the last removal there is no more."""
-        super().begin(stage, optimizer, loss)
-        self._stage = stage
-        if self.complete:
-            return
-        if stage == "sparse":
-            self._pruner = self._new_pruner(self.context.model)
-            return
-        if self.context.variant != "base":
-            self._attach(optimizer, loss)
-        self._decide()
-
-    def _attach(self, optimizer: Optimizer, loss: Loss) -> None:
-        """Let a core follow the model as it is; its clock goes on from that of the round before."""
-
-        def counted() -> Tensor:
-            self._done += 1
-            return loss()
-
-        clock = 0 if self.dpm is None else self.dpm.clock
-        self._pruner = self._new_pruner(self.context.model)
+    def groups(self) -> list[StructureGroup]:
+        """Upstream's dependency groups."""
+        self._pruner = self._new_pruner(self.model)
         self._groups = {g.root: g for g in self._pruner.groups}
-        groups = map(structure_group, self._groups.values())
-        self.attach_core(groups, optimizer, counted).clock = clock
+        return [structure_group(g) for g in self._groups.values()]
 
-    def _decide(self) -> None:
+    def selection(self) -> Structures:
+        """What upstream removes from a copy, to the present round's target."""
+        if self.dpm is None:
+            self.groups()
+        return {root: self._groups[root].structures_of(c) for root, c in self._selected()}
+
+    def choose(self, group: str, count: int, free: Tensor) -> Tensor:
+        """What upstream ranks lowest in the same group."""
+        assert self._pruner is not None
+        score = self._pruner.importance(self._groups[group])
+        score[~free] = torch.inf
+        return score.argsort(stable=True)[:count]
+
+    def start(self) -> None:
+        """Sparse learning starts, or the first round."""
+        self.follow()
+        if self._learning:
+            self._pruner = self._new_pruner(self.model)
+        else:
+            self._decide_in_time()
+
+    def _decide_in_time(self) -> None:
         """The present round's decision falls, if it is time."""
-        if self.complete or self._chosen or self._done < self._start_of(self._round):
-            return
-        self.decided = self._chosen = True
-        if self.dpm is not None:
-            plan = self._selected()
-            self.dpm.decay({root: self._groups[root].structures_of(c) for root, c in plan})
+        start = self._start_of(self._round)
+        if not (self.complete or self._chosen or self.clock + self.heard < start):
+            self.decide()
+            self._chosen = True
 
-    def before_step(self, step: int) -> None:
-        """Upstream's regularizer is brought up to date once an epoch."""
-        if (
-            self._stage == "sparse"
-            and step
-            and step % self.context.stages[self._stage].steps_per_epoch == 0
-        ):
+    def before_step(self) -> None:
+        """Upstream's regularizer, while sparse learning lasts; brought up to date once an epoch."""
+        if self._learning:
+            assert self.training is not None
+            assert self.training.sparse is not None
             assert self._pruner is not None
-            self._pruner.update_regularizer()
-
-    def after_backward(self) -> None:
-        """Upstream's regularizer, while sparse learning lasts."""
-        if self._stage == "sparse":
-            assert self._pruner is not None
+            if self.clock and self.clock % self.training.sparse.steps_per_epoch == 0:
+                self._pruner.update_regularizer()
             self._pruner.regularize()
 
     def after_step(self) -> None:
-        """Decay others of the same group for released ones: upstream's next, or the hearing's."""
-        if self._stage != "prune":
-            return
-        self._done += 1
-        for event in self.new_events():
-            if event.kind != "release":
-                continue
-            assert self.dpm is not None
-            assert self._pruner is not None
-            score = self.dpm.worth(event.group)
-            if score is None:
-                score = self._pruner.importance(self._groups[event.group])
-            score[~self.dpm.available(event.group)] = torch.inf
-            lowest = score.argsort(stable=True)[: len(event.structures)]
-            self.dpm.decay({event.group: lowest}, wave=event.wave + 1)
-        self._decide()
+        """Sparse learning ends, or a round starts."""
+        if self._learning:
+            assert self.training is not None
+            assert self.training.sparse is not None
+            if self.clock < self.training.sparse.steps:
+                return
+            self._learning, self.clock = False, 0
+            if self.dpm is not None:
+                self._pruner = self._new_pruner(self.model)
+                self.dpm.clock = 0
+        self._decide_in_time()
 
+    @property
     def settled(self) -> bool:
         """Whether nothing is left of what is to go in all rounds."""
-        if self.complete or self.dpm is None:
-            return self.complete
         last = self._chosen and self._round == self.options.rounds - 1
-        return last and self.dpm.count(Phase.DECAYING) == 0
+        return self.complete or (last and self.dpm is not None and self._none_decays())
 
+    @property
     def due(self) -> bool:
         """Whether the removal of the present round is to follow now."""
-        return self._chosen and (self.dpm is None or self.dpm.count(Phase.DECAYING) == 0)
+        return self._chosen and self._none_decays()
 
-    def remove(self) -> None:
-        """Upstream removes: by its own ranking in ``base``, what is zero in ``sp`` and ``sr``."""
-        model, example = self.context.model, self.context.example
-        if self.dpm is None:
-            self._groups = {g.root: g for g in self._new_pruner(model).groups}
-            plan = self._selected()
-            with refusals():
-                self.rebuild(model, example, plan)
-        else:
-            gone = {r: (self.dpm.phases(r) == Phase.PRUNED).nonzero()[:, 0] for r in self._groups}
-            plan = [(r, self._groups[r].channels_of(k.tolist())) for r, k in gone.items()]
-            plan = [(root, channels) for root, channels in plan if channels]
-            with refusals():
-                self.shrink(model, example, plan)
-            self.dpm.detach()
-        for root, channels in plan:
-            structures = set(self._groups[root].structures_of(channels))
-            numbers = enumerate(self.numbers(root))
-            self._left[root] = [n for k, n in numbers if k not in structures]
-            self.pruned += len(structures)
-        self.removed = [*(self.removed or []), *plan]
-        self._round, self._chosen = self._round + 1, False
-        self._pruner = None
+    def channels(self, group: str, structures: Sequence[int] | Tensor) -> list[int]:
+        """Some structures as output channels of the group's root layer."""
+        return self._groups[group].channels_of(torch.as_tensor(structures).tolist())
+
+    def remove(self) -> Removal:
+        """Upstream removes, and the next round waits for its time."""
+        removal = super().remove()
+        self._decide_in_time()
+        return removal
+
+    def _account(self, removal: Removal, going: Structures) -> None:
+        super()._account(removal, going)
+        for root, structures in going.items():
+            gone = set(torch.as_tensor(structures).tolist())
+            self._left[root] = [n for k, n in enumerate(self.numbers(root)) if k not in gone]
+        self._round, self._chosen, self._pruner = self._round + 1, False, None
+        if not self.complete and self.dpm is not None:
+            self._heard, self.dpm = self.heard, None
 
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """With the stage, which upstream's regularizer depends on, and the rounds."""
+        """With sparse learning, which upstream's regularizer depends on, and the rounds."""
         return {
             **super().state_dict(),
-            "stage": self._stage,
-            "done": self._done,
+            "learning": self._learning,
             "round": self._round,
             "chosen": self._chosen,
             "left": dict(self._left),
         }
 
-    def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:
-        """Take up where :meth:`state_dict` was called."""
-        self._stage, self._done = state["stage"], state["done"]
-        self._round, self._chosen, self._left = state["round"], state["chosen"], state["left"]
-        if stage == "sparse":
-            self._pruner = self._new_pruner(self.context.model)
-        elif state["dpm"] is not None:
-            self._attach(optimizer, loss)
-        super().load_state_dict(state, stage, optimizer, loss)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, with the next attach()."""
+        super().load_state_dict(state)
+        self._learning, self._round = state["learning"], state["round"]
+        self._chosen, self._left = state["chosen"], state["left"]
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Upstream's pruner is made anew, in sparse learning, too."""
+        super().restore(state)
+        if self._learning:
+            self._pruner = self._new_pruner(self.model)
 
 
 def structure_groups(

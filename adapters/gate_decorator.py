@@ -9,25 +9,27 @@ physically smaller, plain network, which is fine-tuned for what is left of the t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dpm_core import Owner, Phase, Slice, StructureGroup
 from third_party import gate_decorator as method
 from third_party import graph, running
 
-from .base import Adapter, AdapterError, Context, Loss, State, refusals
+from .base import Adapter, AdapterError, Structures, Training
+from .optimizer_state import exchange
+from .removal import Removal
 
 
 @dataclass(frozen=True)
 class GateDecoratorOptions:
     """Settings of the framework; defaults are the original's.
 
-    The stage's learning rate is the peak of tocks and of fine-tuning; milestones have no effect.
+    The optimizer's learning rate, when it is attached, is the peak of tocks and of fine-tuning; what
+    it is set to later has no effect.
 
     Attributes:
         macs: share of the dense model's MACs that is left, at most.
@@ -72,63 +74,70 @@ class GateDecoratorOptions:
 
 
 class GateDecorator(Adapter):
-    """See the module."""
+    """See the module.
+
+    Gates come into the model with :meth:`attach`, and in the optimizer they take the places of the
+    BatchNorms' weights and biases. Fine-tuning goes on with the same optimizer, started afresh.
+    """
 
     Options: ClassVar[type] = GateDecoratorOptions
-    stages: ClassVar[Mapping[str, bool]] = {"prune": True}
-    carries_optimizer: ClassVar[bool] = False  # melting merges gates, and fine-tuning has its own
+    options: GateDecoratorOptions
+    training: Training
+    needs_training: ClassVar[bool] = True
+    refills: ClassVar[bool] = False
 
-    def __init__(self, context: Context, options: GateDecoratorOptions) -> None:
-        super().__init__(context, options)
-        stage = context.stages["prune"]
-        self._times = method.TickTock(
-            stage.steps_per_epoch, options.tick_epochs, options.tock_epochs, options.ticks
+    _method: Any = None  # from attach() to the removal
+    _turn: Any = None
+    _steps_done = 0  # of ticks and tocks, hearings' batches not among them
+    _tuned_from: int | None = None  # the step of the training at which fine-tuning began
+    _released = 0  # since the last selection
+    _left = 1.0  # share of the MACs, decaying structures counted as gone
+    _peaks: tuple[float, ...] = ()  # of the optimizer's groups, when first attached
+
+    @property
+    def _times(self) -> method.TickTock:
+        o = self.options
+        return method.TickTock(
+            self.training.steps_per_epoch, o.tick_epochs, o.tock_epochs, o.ticks
         )
-        self._rates = (options.low_rate, stage.learning_rate)
-        self._last = stage.steps - options.finetune_epochs * stage.steps_per_epoch
-        self._made: Any = None
-        self._optimizer: Any = None
-        self._steps = 0  # of ticks and tocks, hearings' batches not among them
-        self._turn: Any = None
-        self._tuned_from: int | None = None  # the stage's step at which fine-tuning began
-        self._released = 0  # since the last selection
-        self._left = 1.0  # share of the MACs, decaying structures counted as gone
+
+    @property
+    def _last(self) -> int:
+        """The step by which fine-tuning has to begin."""
+        tuning: int = self.options.finetune_epochs * self.training.steps_per_epoch
+        return self.training.steps - tuning
 
     def _decorated(self, model: nn.Module) -> Any:
         o = self.options
-        try:
-            return method.GateDecorator(
-                model,
-                self.context.example,
-                fraction=o.fraction,
-                eta=o.eta,
-                keep=o.keep,
-                strength=o.strength,
-                ignored=o.ignored,
-                progress=self.context.progress,
-            )
-        except method.GateError as cause:
-            raise AdapterError(str(cause)) from cause
+        return method.GateDecorator(
+            model,
+            self.example,
+            fraction=o.fraction,
+            eta=o.eta,
+            keep=o.keep,
+            strength=o.strength,
+            ignored=o.ignored,
+            progress=self.progress,
+        )
 
     def check(self) -> None:
-        """Refuse too short a stage, a model without gates, and a target that no selection meets."""
-        needed = self._times.steps_per_epoch * (self._times.tock_epochs + self._times.tick_epochs)
-        needed += self.context.decay_steps()
+        """Refuse too short a training, a model without gates, and a target no selection meets."""
+        times = self._times
+        needed = times.steps_per_epoch * (times.tock_epochs + times.tick_epochs)
+        needed += self.decay_steps()
         if needed > self._last:
             raise AdapterError(
                 f"the first tock and tick and a decay take up to {needed} steps, but before "
-                f"fine-tuning the stage 'prune' has {self._last}; give it more epochs or shorten "
+                f"fine-tuning the training has {self._last}; give it more epochs or shorten "
                 "smooth.steps, tock_epochs or finetune_epochs"
             )
-        model = self.context.model
-        with refusals():
-            graph.require_plain_weights(model)
-        made = self._decorated(running.copied(model))
-        for group in made.groups:
+        graph.require_plain_weights(self.model)
+        gated = self._decorated(running.copied(self.model))
+        for group in gated.groups:
             for name in group.members:
-                own = model.get_submodule(name).named_parameters(prefix=name)
+                own = self.model.get_submodule(name).named_parameters(prefix=name)
                 self.check_trainable(group.name, own)
-        least = made.least() / made.costs.dense
+        least = gated.least() / gated.costs.dense
         if self.options.macs < least:
             raise AdapterError(
                 f"macs {self.options.macs} is impossible: with what is protected in every group, "
@@ -138,122 +147,153 @@ class GateDecorator(Adapter):
 
     # ------------------------------------------------------------------ the run
 
-    def optimizer(self, stage: str) -> Optimizer:
-        """One for all ticks and tocks, and one for fine-tuning. The first puts the gates in."""
-        settings = self.context.stages[stage]
-        if self.removed is not None:
-            settings = replace(settings, momentum=self.options.finetune_momentum)
-        elif self._made is None:
-            self.make_sure()
-            self._made = self._decorated(self.context.model)
-        return settings.new_optimizer(self.context.model)
+    def start(self) -> None:
+        """Gates are put in; ticks and tocks begin."""
+        assert self.optimizer is not None
+        before = self._by_place()
+        held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        for name, parameter in before.items():
+            if parameter not in held:
+                raise AdapterError(
+                    f"the optimizer does not hold {name!r}, and gates take the places of "
+                    "parameters in it; give it all parameters of the model"
+                )
+        self._peaks = tuple(group["lr"] for group in self.optimizer.param_groups)
+        self._method = self._decorated(self.model)
+        self._hand_over(before)
+        self.follow()
+        self._begin_step()
 
-    def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
-        """Ticks and tocks begin, or fine-tuning."""
-        super().begin(stage, optimizer, loss)
-        self._optimizer = optimizer
-        if self.removed is None and self.context.variant != "base":
-            groups = (structure_group(g, self._made.gates) for g in self._made.groups)
-            self.attach_core(groups, optimizer, loss)
+    def _by_place(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by name, gates under those of what they stand for."""
+        gates, places = method.gated(self.model), {}
+        for name, parameter in self.model.named_parameters():
+            layer, _, own = name.rpartition(".")
+            places[f"{layer}.{_STANDS_FOR[own]}" if layer in gates else name] = parameter
+        return places
 
-    def before_step(self, step: int) -> None:
-        """The method's own learning rates, and frozen convolutions in a tick."""
-        if self.removed is None:
-            if step >= self._last:
+    def _hand_over(self, before: Mapping[str, nn.Parameter]) -> None:
+        """Put the model's parameters into the optimizer, in place of those of before."""
+        assert self.optimizer is not None
+        now = self._by_place()
+        exchange(self.optimizer, {before[name]: now[name] for name in before})
+
+    def groups(self) -> list[StructureGroup]:
+        """Tied gates."""
+        return [structure_group(g, self._method.gates) for g in self._method.groups]
+
+    def _begin_step(self) -> None:
+        """What the next step needs before its forward pass: frozen convolutions in a tick."""
+        if not self.complete:
+            self._turn = method.turn_at(self._steps_done, self._times)
+            self._method.begin(self._turn)
+
+    def before_step(self) -> None:
+        """Scores in a tick, the penalty in a tock, and the method's own learning rates."""
+        assert self.optimizer is not None
+        done, low = self.clock + self.heard, self.options.low_rate
+        if not self.complete:
+            if done >= self._last:
                 over = self._left > self.options.macs
                 what = f"{self._left:.4f} of the MACs are left" if over else "decays go on"
                 raise AdapterError(
                     f"{what} where fine-tuning should begin, with {self.options.macs} as the "
-                    "target; give the stage 'prune' more epochs, or raise fraction"
+                    "target; give the training more epochs, or raise fraction"
                 )
-            self._turn = method.turn_at(self._steps, self._times)
-            self._made.begin(self._turn)
-            rate = method.learning_rate(self._turn, *self._rates)
+            self._method.after_backward(self._turn)
+            rates = [method.learning_rate(self._turn, low, peak) for peak in self._peaks]
         else:
             if self._tuned_from is None:
-                self._tuned_from = step
-            length = self.context.stages["prune"].steps - self._tuned_from
-            rate = method.triangle(step - self._tuned_from, length, *self._rates)
-        for group in self._optimizer.param_groups:
+                self._tuned_from = done
+            length, at = self.training.steps - self._tuned_from, done - self._tuned_from
+            rates = [method.triangle(at, length, low, peak) for peak in self._peaks]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-    def after_backward(self) -> None:
-        """Scores in a tick, the penalty in a tock."""
-        if self.removed is None:
-            self._made.after_backward(self._turn)
 
     def after_step(self) -> None:
         """Mask what has become zero; after a tick, select."""
-        if self.removed is not None:
+        if self.complete:
             return
-        self._steps += 1
-        self._follow()
+        self._steps_done += 1
+        self._follow_core()
         if self._turn.kind == "tick" and self._turn.last and self._left > self.options.macs:
-            self._select()
-            self._follow()
+            self.decide()
+            self._follow_core()
             self._measure()
+        self._begin_step()
 
-    def _follow(self) -> None:
+    def _follow_core(self) -> None:
         """Mask the structures that the core has pruned, and count those that it has released."""
         for event in self.new_events():
             if event.kind == "prune":
-                self._made.table.mask(self._made.table.ids(event.group, event.structures))
+                table = self._method.table
+                table.mask(table.ids(event.group, event.structures))
             elif event.kind == "release":
                 self._released += len(event.structures)
                 self._measure()
 
-    def _select(self) -> None:
-        """Take out what the tick's scores single out, and as many again as were released."""
-        self.decided = True
-        target = int(self.options.macs * self._made.costs.dense)
-        try:
-            if self.dpm is None:
-                self._made.prune(target)
-                return
-            alive, spared = self._alive(), self._by_structure(self.dpm.available) == 0
-            found = self._made.selected(target, alive, spared, more=self._released)
-        except method.GateError as cause:
-            raise AdapterError(str(cause)) from cause
+    def decide(self) -> None:
+        """A selection falls; without smoothing it is masked at once."""
+        super().decide()
+        if self.dpm is None:
+            self._method.prune(self._target)
         self._released = 0
-        self.dpm.decay(self._made.table.split(found))
+
+    def selection(self) -> Structures:
+        """What the tick's scores single out, and as many again as were released."""
+        assert self.dpm is not None
+        alive, spared = self._alive(), self._by_structure(self.dpm.available) == 0
+        chosen = self._method.selected(self._target, alive, spared, more=self._released)
+        return dict(self._method.table.split(chosen))
+
+    @property
+    def _target(self) -> int:
+        return int(self.options.macs * self._method.costs.dense)
 
     def _by_structure(self, what: Callable[[str], Tensor]) -> Tensor:
         """What the core says of each group's structures, in the order of the method's table."""
-        found = torch.cat([what(group.name) for group in self._made.groups])
-        return found.to(running.device_of(self.context.example, self.context.model))
+        listed = torch.cat([what(group.name) for group in self._method.groups])
+        return listed.to(running.device_of(self.example, self.model))
 
     def _alive(self) -> Tensor:
         """Structures that stay, as things are: decaying ones count as gone."""
         if self.dpm is None:
-            alive: Tensor = self._made.table.alive()
+            alive: Tensor = self._method.table.alive()
             return alive
         return self._by_structure(self.dpm.phases) == Phase.ACTIVE
 
     def _measure(self) -> None:
         """After a selection or a release, and at no other time, the MACs have changed."""
-        self._left = self._made.macs(self._alive()) / self._made.costs.dense
+        self._left = self._method.macs(self._alive()) / self._method.costs.dense
 
+    @property
     def settled(self) -> bool:
         """Whether the target is met and nothing decays any more."""
-        if self.removed is not None or not self.decided:
-            return self.removed is not None
-        decaying = self.dpm is not None and self.dpm.count(Phase.DECAYING) > 0
-        return not decaying and self._left <= self.options.macs
+        met = self.decided and self._left <= self.options.macs
+        return self.complete or (met and self._none_decays())
 
+    @property
     def due(self) -> bool:
         """As soon as the target is met."""
-        return self.removed is None and self.settled()
+        return not self.complete and self.settled
 
-    def remove(self) -> None:
+    def going(self) -> Structures:
+        """What is masked."""
+        return dict(self._method.table.split((~self._alive()).nonzero()[:, 0]))
+
+    def take_out(self, going: Structures) -> Removal:
         """Melt: plain BatchNorms again, without the masked structures."""
-        pruned = int((~self._alive()).sum())
-        try:
-            self.removed = self._made.melt(self.context.example)
-        except method.GateError as cause:
-            raise AdapterError(str(cause)) from cause
-        if self.dpm is not None:
-            self.dpm.detach()
-        self.pruned, self._made = pruned, None
+        assert self.optimizer is not None
+        before = self._by_place()
+        removal = Removal(self._method.melt(self.example))
+        self._hand_over(before)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                self.optimizer.state.pop(parameter, None)
+            if "momentum" in group:
+                group["momentum"] = self.options.finetune_momentum
+        self._method = None
+        return removal
 
     # ------------------------------------------------------------------ saving
 
@@ -261,28 +301,33 @@ class GateDecorator(Adapter):
         """With its own progress and the scores; gates and masks are in the model."""
         return {
             **super().state_dict(),
-            "steps": self._steps,
+            "steps": self._steps_done,
             "tuned_from": self._tuned_from,
             "released": self._released,
-            "scores": self._made.state_dict() if self.removed is None else None,
+            "peaks": list(self._peaks),
+            "scores": None if self._method is None else self._method.state_dict(),
         }
 
-    def restore_model(self, state: Mapping[str, Any]) -> None:
-        """Small, or with gates."""
-        super().restore_model(state)
-        if self.removed is None:
-            self._made = self._decorated(self.context.model)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The model gets its gates, or is made small."""
+        super().load_state_dict(state)
+        self._steps_done, self._tuned_from = state["steps"], state["tuned_from"]
+        self._released, self._peaks = state["released"], tuple(state["peaks"])
+        if not self.complete and state["scores"] is not None:
+            self._method = self._decorated(self.model)
 
-    def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:
-        """Take up where :meth:`state_dict` was called."""
-        self.begin(stage, optimizer, loss)
-        self._steps, self._tuned_from = state["steps"], state["tuned_from"]
-        self._released = state["released"]
-        if self.removed is None:
-            self._made.load_state_dict(state["scores"])
-        super().load_state_dict(state, stage, optimizer, loss)
-        if self.removed is None:
-            self._measure()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Attached with a state to go on from."""
+        if self.complete:
+            self.follow()
+            return
+        super().restore(state)
+        self._method.load_state_dict(state["scores"])
+        self._measure()
+        self._begin_step()
+
+
+_STANDS_FOR = {"gate": "weight", "shift": "bias"}
 
 
 def structure_group(

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpm_core import DecayPruning, Phase
+from dpm_core import DecayPruning, Phase, StructureGroup
 from third_party import otov2, running, trial
-from third_party.groups import UnsupportedLayerError
 
-from .base import Adapter, AdapterError, Context, Loss, State, refusals, structure_group
+from .base import Adapter, AdapterError, Structures, Training, structure_group
+from .removal import Removal
 
 
 @dataclass(frozen=True)
@@ -68,24 +68,25 @@ class OTOv2Options:
 
 
 class OTOv2(Adapter):
-    """See the module."""
+    """See the module. :meth:`dhspg` gives the optimizer to attach."""
 
     Options: ClassVar[type] = OTOv2Options
-    stages: ClassVar[Mapping[str, bool]] = {"prune": True}
+    options: OTOv2Options
+    training: Training
+    needs_training: ClassVar[bool] = True
     channels_last: ClassVar[bool] = False  # upstream takes views of its parameters
-    carries_optimizer: ClassVar[bool] = False  # DHSPG is of the full size, and all is trained then
 
-    def __init__(self, context: Context, options: OTOv2Options) -> None:
-        super().__init__(context, options)
-        self._made: Any = None
-        self._optimizer: Any = None
-        self._done = 0  # training steps, hearings' batches among them
-        self._goal = 0  # structures to remove; known once G_p is chosen
-        self._round: int | None = None  # when decays were last started
+    _graph: Any = None
+    _goal = 0  # structures to remove; known once G_p is chosen
+    _round: int | None = None  # when decays were last started
 
     @property
-    def _start(self) -> int:
-        return int(self.options.start_epoch * self.context.stages["prune"].steps_per_epoch)
+    def _done(self) -> int:
+        return self.clock + self.heard
+
+    @property
+    def _first(self) -> int:
+        return self.options.start_epoch * self.training.steps_per_epoch
 
     @property
     def _needed(self) -> int:
@@ -94,49 +95,47 @@ class OTOv2(Adapter):
         Rounds start a decay apart, all but the last. So the one before it still holds up to as many
         hearings as there are waves, the one before that up to one less, and so on.
         """
-        if self.context.variant != "sr":
-            return self.context.decay_steps()
-        waves, batches = self.context.rectify.waves, self.context.rectify.criterion.batches
-        return self.context.decay_steps() + batches * waves * (waves + 1) // 2
+        if self.rectify is None:
+            return self.decay_steps()
+        waves, batches = self.rectify.waves, self.rectify.criterion.batches
+        return self.decay_steps() + batches * waves * (waves + 1) // 2
 
     def check(self) -> None:
-        """Refuse too short a stage, an impossible target, and groups that removal contradicts."""
-        given = self.context.stages["prune"].steps
-        first = max(self._start + 1, self.options.warm_up_steps)
-        if first + self._needed > given:
+        """Refuse too short a training, an impossible target, and groups removal contradicts."""
+        first = max(self._first + 1, self.options.warm_up_steps)
+        if first + self._needed > self.training.steps:
             raise AdapterError(
                 f"the first decision falls after {first} steps and a decay takes up to "
-                f"{self._needed}, but the stage 'prune' has {given}; give it more epochs or "
-                "shorten smooth.steps, start_epoch or warm_up_steps"
+                f"{self._needed}, but the training has {self.training.steps}; give it more epochs "
+                "or shorten smooth.steps, start_epoch or warm_up_steps"
             )
-        model, example = running.copied(self.context.model), self.context.example
+        model, example = running.copied(self.model), self.example
         try:
-            made = otov2.graph(model, example)
-            found = otov2.groups(made, model)
-        except UnsupportedLayerError as cause:
-            raise AdapterError(str(cause)) from cause
+            read = otov2.graph(model, example)
+            groups = otov2.groups(read, model)
+        except AdapterError:
+            raise
         except Exception as cause:  # whatever tracing and upstream stumble over
             reason = (str(cause).splitlines() or [type(cause).__name__])[0]
             raise AdapterError(f"upstream cannot read this model: {reason}") from cause
-        if not found:
-            raise AdapterError(f"upstream finds nothing to prune: {otov2.unpruned(made)}")
-        total = sum(g.structures for g in found)
-        most = (total - len(found)) / total
+        if not groups:
+            raise AdapterError(f"upstream finds nothing to prune: {otov2.unpruned(read)}")
+        total = sum(g.structures for g in groups)
+        most = (total - len(groups)) / total
         if self.options.target_group_sparsity > most:
             raise AdapterError(
                 f"target_group_sparsity {self.options.target_group_sparsity} is impossible: with "
                 f"one structure left in every group it is {most:.3f}. Lower it"
             )
-        own = dict(self.context.model.named_parameters())
-        for group in found:
+        own = dict(self.model.named_parameters())
+        for group in groups:
             why = self.frozen((s.name, own[s.name]) for s in group.shares)
             if why is not None:
                 raise AdapterError(
                     f"the group of {group.root!r} {why}. Upstream leaves out no layers, so let it "
                     "train"
                 )
-        with refusals():
-            odd = trial.inexact(model, example, found, self.context.progress)
+        odd = trial.inexact(model, example, groups, self.progress)
         for root, why in odd.items():
             raise AdapterError(  # of the first: a model with others cannot be pruned, either
                 f"the group of {root!r} {why}. Upstream's groups and the dependency graph disagree "
@@ -146,90 +145,122 @@ class OTOv2(Adapter):
 
     # ------------------------------------------------------------------ the run
 
-    def optimizer(self, stage: str) -> Optimizer:
-        """DHSPG; the stage's own optimizer once the model is small."""
-        if self.removed is not None:
-            return super().optimizer(stage)
-        self.make_sure()
-        settings, o = self.context.stages[stage], self.options
-        self._made = otov2.graph(self.context.model, self.context.example)
-        kind = otov2.DHSPG if self.context.variant == "base" else otov2.DeferringDHSPG
-        made: Optimizer = kind(
-            self._made,
-            variant=settings.kind,
-            lr=settings.learning_rate,
-            first_momentum=settings.momentum if settings.kind == "sgd" else None,
-            weight_decay=settings.weight_decay,
+    def new_optimizer(
+        self, kind: str, learning_rate: float, momentum: float, weight_decay: float
+    ) -> Optimizer:
+        """DHSPG; PyTorch's own once the model is small."""
+        if self.complete:
+            return super().new_optimizer(kind, learning_rate, momentum, weight_decay)
+        return self.dhspg(
+            variant=kind,
+            lr=learning_rate,
+            first_momentum=momentum if kind == "sgd" else None,
+            weight_decay=weight_decay,
+        )
+
+    def dhspg(self, **settings: Any) -> otov2.DHSPG:
+        """Upstream's optimizer for this model, to be attached.
+
+        Args:
+            settings: upstream's own, by upstream's names (variant, lr, first_momentum, ...), beside
+                those in the options.
+
+        Raises:
+            AdapterError: as :meth:`check`, if that was left out.
+        """
+        if not self.checked:
+            self.check()
+        self._graph, o = otov2.graph(self.model, self.example), self.options
+        kind = otov2.DHSPG if self.smooth is None else otov2.DeferringDHSPG
+        return kind(
+            self._graph,
             weight_decay_type=o.weight_decay_type,
             target_group_sparsity=o.target_group_sparsity,
             tolerance_group_sparsity=o.tolerance_group_sparsity,
-            start_pruning_steps=self._start,
+            start_pruning_steps=self._first,
             warm_up_steps=o.warm_up_steps,
             epsilon=o.epsilon,
             lmbda=o.lmbda,
             lmbda_amplify=o.lmbda_amplify,
             hat_lmbda_coeff=o.hat_lmbda_coeff,
+            **settings,
         )
-        return made
 
-    def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
-        """Decays follow the optimizer's steps; in ``base`` there is nothing to do."""
-        super().begin(stage, optimizer, loss)
-        if self.removed is not None:
-            return
-        self._optimizer = optimizer
-        if self.context.variant == "base":
-            return
+    @property
+    def _dhspg(self) -> Any:
+        return self.optimizer
 
-        def counted() -> Tensor:
-            self._done += 1
-            return loss()
+    def follow(self) -> None:
+        """Upstream's optimizer has to be the one that is attached, until the model is small."""
+        ours = self._graph is not None and isinstance(self.optimizer, otov2.DHSPG)
+        if not (self.complete or ours):
+            raise AdapterError(
+                f"{type(self.optimizer).__name__} is not the optimizer of this model that chooses what "
+                "goes; attach the one that this adapter's dhspg() gives"
+            )
+        super().follow()
 
-        groups = otov2.groups(self._made, self.context.model)
-        self.attach_core(map(structure_group, groups), optimizer, counted)
+    def start(self) -> None:
+        """Upstream decides later, in its own steps."""
+        self.follow()
 
-    def before_step(self, step: int) -> None:
+    def groups(self) -> list[StructureGroup]:
+        """Upstream's zero-invariant groups."""
+        return [structure_group(g) for g in otov2.groups(self._graph, self.model)]
+
+    def selection(self) -> Structures:
+        """Whatever upstream has set to zero."""
+        return {g.name: (g.norms() == 0).nonzero()[:, 0] for g in self.groups()}
+
+    def before_step(self) -> None:
         """Upstream penalises while too few structures are zero or on their way."""
-        if self.dpm is not None and self.removed is None:
-            self._optimizer.reached = self.decided and self._gone() >= self._goal
+        if self.dpm is not None and not self.complete:
+            self._dhspg.reached = self.decided and self._gone() >= self._goal
 
     def after_step(self) -> None:
-        """Replace what was released; decay what upstream would have zeroed."""
-        self._done += 1
-        if self.removed is not None:
+        """Widen G_p for what was released; decay what upstream would have zeroed."""
+        if self.complete:
             return
-        if not self.decided and self._optimizer.partitioned:
+        if not self.decided and self._dhspg.partitioned:
             self.decided = True
-            wanted = self.options.target_group_sparsity * self._optimizer.structures()
+            wanted = self.options.target_group_sparsity * self._dhspg.structures()
             # Upstream spares a structure of every component, so G_p may be smaller.
-            self._goal = min(math.ceil(wanted - 1e-9), self._optimizer.penalised())
+            self._goal = min(math.ceil(wanted - 1e-9), self._dhspg.penalised())
             self._limit_releases()
         if self.dpm is not None and self.decided:
-            self._refill(self.dpm)
+            self._exchange(self.dpm)
             self._decay_wanted(self.dpm)
 
     def _limit_releases(self) -> None:
         """What was released never goes, and one structure of every component stays anyway."""
         if self.dpm is not None and self.decided:
-            spare = self._optimizer.structures() - self._goal - len(self.dpm.groups)
+            spare = self._dhspg.structures() - self._goal - len(self.dpm.groups)
             self.dpm.release_limit = max(0, spare)
 
-    def _refill(self, dpm: DecayPruning) -> None:
-        """The next-ranked structures of the component enter G_p, and decay.
+    def choose(self, group: str, count: int, free: Tensor) -> Tensor:
+        """The next-ranked structures of the component.
 
         Ours: they do not wait for the half-space. Theirs are the largest norms, and at the end of
         a run the penalty would bring them down late, at a low learning rate.
         """
-        released = [event for event in self.new_events() if event.kind == "release"]
-        for event in released:
-            score = self._optimizer.scores[event.group].cpu().clone()
-            # What is in G_p goes anyway: it is taken only where nothing else is left.
-            score[self._optimizer.penalised_in(event.group)] -= 2 * score.abs().max() + 1
-            score[~dpm.available(event.group)] = -torch.inf
-            best = score.argsort(descending=True, stable=True)[: len(event.structures)]
-            self._optimizer.exchange(event.group, event.structures, best.tolist())
-            dpm.decay({event.group: best}, wave=event.wave + 1)
-        for _ in range(self._goal - self._optimizer.penalised() if released else 0):
+        score = self._dhspg.scores[group].cpu().clone()
+        # What is in G_p goes anyway: it is taken only where nothing else is left.
+        score[self._dhspg.penalised_in(group)] -= 2 * score.abs().max() + 1
+        score[~free] = -torch.inf
+        best = score.argsort(descending=True, stable=True)[:count]
+        self._dhspg.exchange(group, [], best.tolist())
+        return best
+
+    def _exchange(self, dpm: DecayPruning) -> None:
+        """What was released leaves G_p, and what decays in its place enters."""
+        released = False
+        for event in self.new_events():
+            if event.kind == "release":
+                self._dhspg.exchange(event.group, event.structures, [])
+                released = True
+            elif event.wave:
+                self._dhspg.exchange(event.group, [], event.structures)
+        for _ in range(self._goal - self._dhspg.penalised() if released else 0):
             self._widen(dpm)
 
     def _widen(self, dpm: DecayPruning) -> None:
@@ -239,15 +270,15 @@ class OTOv2(Adapter):
         become too small for the target.
         """
         ranked = []
-        for name, scores in self._optimizer.scores.items():
-            stays = ~self._optimizer.penalised_in(name) & (dpm.phases(name) == Phase.ACTIVE)
+        for name, scores in self._dhspg.scores.items():
+            stays = ~self._dhspg.penalised_in(name) & (dpm.phases(name) == Phase.ACTIVE)
             free = (stays & dpm.available(name)).nonzero()[:, 0]
             if len(free) and int(stays.sum()) > 1:  # every component keeps one
                 best = free[scores.cpu()[free].argmax()]
                 ranked.append((float(scores[best]), name, int(best)))
         if ranked:
             _, name, best = max(ranked)
-            self._optimizer.exchange(name, [], [best])
+            self._dhspg.exchange(name, [], [best])
 
     def _decay_wanted(self, dpm: DecayPruning) -> None:
         """Start a round of decays, at most one in the time that a decay takes.
@@ -256,14 +287,14 @@ class OTOv2(Adapter):
         In the last round whatever the target still lacks is decayed, too.
         """
         missing = self._goal - self._gone()
-        last = self.context.stages["prune"].steps - self._done <= self._needed
-        waits = self._round is not None and self._done - self._round < self.context.smooth.steps
-        if missing <= 0 or not self._optimizer.wanted or (waits and not last):
+        last = self.training.steps - self._done <= self._needed
+        waits = self._round is not None and self._done - self._round < dpm.smooth.steps
+        if missing <= 0 or not self._dhspg.wanted or (waits and not last):
             return
-        names = list(self._optimizer.wanted)
+        names = list(self._dhspg.wanted)
         ratios = [
             ratio if last else torch.where(wanted, ratio, torch.inf)
-            for wanted, ratio in self._optimizer.wanted.values()
+            for wanted, ratio in self._dhspg.wanted.values()
         ]
         ratio = torch.cat(ratios).cpu()
         ratio[~torch.cat([dpm.available(name) for name in names])] = torch.inf
@@ -280,57 +311,59 @@ class OTOv2(Adapter):
         assert self.dpm is not None
         return self.dpm.count(Phase.DECAYING) + self.dpm.count(Phase.PRUNED)
 
+    @property
     def settled(self) -> bool:
         """Whether as many structures are zero as are to go."""
-        if self.removed is not None or not self.decided:
-            return self.removed is not None
+        if self.complete or not self.decided:
+            return self.complete
         if self.dpm is not None:
             return self.dpm.count(Phase.PRUNED) >= self._goal
-        zeros, made = self._optimizer.zeros(), self._optimizer
-        return bool(made.reach_target_group_sparsity() or zeros >= made.penalised())
+        zeros, dhspg = self._dhspg.zeros(), self._dhspg
+        return bool(dhspg.reach_target_group_sparsity() or zeros >= dhspg.penalised())
 
+    @property
     def due(self) -> bool:
-        """At the end of the stage.
+        """At the end of the training.
 
         Raises:
             AdapterError: too few structures are zero then.
         """
-        if self.removed is not None or self._done < self.context.stages["prune"].steps:
+        if self.complete or self._done < self.training.steps:
             return False
-        if not self.settled():
+        if not self.settled:
+            zeros = self._dhspg.zeros()
             raise AdapterError(
-                f"the stage 'prune' ends with {self._optimizer.zeros()} structures at zero, not "
-                f"{self._goal}: upstream's penalty was too weak. Give the stage more epochs, lower "
-                "start_epoch, or raise lmbda or epsilon"
+                f"the training ends with {zeros} structures at zero, not {self._goal}: upstream's "
+                "penalty was too weak. Give it more epochs, lower start_epoch, or raise lmbda or "
+                "epsilon"
             )
         return True
 
-    def remove(self) -> None:
-        """Whatever is zero is removed, by torch-pruning's dependency graph."""
-        model = self.context.model
-        zero = {
-            g.root: (structure_group(g).norms() == 0).nonzero()[:, 0].tolist()
-            for g in otov2.groups(self._made, model)
-        }
-        plan = [(root, rows) for root, rows in zero.items() if rows]
-        with refusals():
-            self.shrink(model, self.context.example, plan)
-        if self.dpm is not None:
-            self.dpm.detach()
-        self.removed, self.pruned = plan, sum(len(rows) for _, rows in plan)
-        self._made = self._optimizer = None
+    def going(self) -> Structures:
+        """Whatever is zero."""
+        return self.selection()
+
+    def take_out(self, going: Structures) -> Removal:
+        """By the dependency graph. DHSPG is of the full size, so another optimizer has to follow."""
+        groups = {g.root: g for g in otov2.groups(self._graph, self.model)}
+        removal = Removal((g, groups[g].channels_of(k.tolist())) for g, k in going.items())
+        removal.apply(self.model, self.example)
+        self._graph = None
+        return removal
 
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
         """With its own progress; the optimizer saves itself."""
-        own = {"done": self._done, "goal": self._goal, "round": self._round}
-        return {**super().state_dict(), **own}
+        return {**super().state_dict(), "goal": self._goal, "round": self._round}
 
-    def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:
-        """Take up where :meth:`state_dict` was called."""
-        self.begin(stage, optimizer, loss)
-        self._done, self._goal, self._round = state["done"], state["goal"], state["round"]
-        super().load_state_dict(state, stage, optimizer, loss)
-        if self.removed is None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave, with the next attach()."""
+        super().load_state_dict(state)
+        self._goal, self._round = state["goal"], state["round"]
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Attached with a state to go on from."""
+        super().restore(state)
+        if not self.complete:
             self._limit_releases()

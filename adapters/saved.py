@@ -1,10 +1,10 @@
 """A pruned model on disk: one file of tensors with a description of what was removed.
 
-The file is a safetensors file, whose metadata holds the plan of the removal, facts of the caller's
-and a checksum; nothing in it is code. It is reloaded onto a freshly built dense model, by the same
-removal for every framework::
+The file is a safetensors file, whose metadata holds the removal, facts of the caller's and a
+checksum; nothing in it is code. It is reloaded onto a freshly built dense model, by the
+same removal for every framework::
 
-    save_pruned(path, model, plan)
+    save_pruned(path, model, removal)
     load_pruned(path, build_the_dense_model(), example)
 """
 
@@ -25,10 +25,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dpm_core import DecayPruningError
 from third_party import running
-from third_party.groups import Plan
 
-from .base import Adapter
+from .removal import Removal
 
 try:
     import fcntl
@@ -43,7 +43,7 @@ TEMPORARY = re.compile(
 """How :func:`write` calls a file that is not complete yet; others leave such names alone."""
 
 
-class SavedModelError(ValueError):
+class SavedModelError(DecayPruningError, ValueError):
     """A pruned model cannot be saved or reloaded. The message says why, and what to do."""
 
 
@@ -64,12 +64,12 @@ class Saved:
     """What a file holds.
 
     Attributes:
-        plan: what was removed from the dense model.
+        removal: what was removed from the dense model.
         facts: the caller's own.
         tensors: parameters and buffers by name, in the names' order, on the host.
     """
 
-    plan: Plan
+    removal: Removal
     facts: dict[str, Any]
     tensors: dict[str, Tensor]
 
@@ -80,7 +80,7 @@ class Saved:
         self._check_names(model.state_dict())
         trial = running.copied(model)
         try:
-            Adapter.rebuild(trial, example, self.plan)
+            self.removal.apply(trial, example, cut=True)
         except Exception as cause:  # whatever upstream trips over in a model of another kind
             raise MismatchError(
                 "what was removed from the saved model cannot be removed from this one "
@@ -103,7 +103,7 @@ class Saved:
                     "tensor with another layer, and the saved model did not, or changes it on "
                     "loading; build the dense model with the same settings"
                 )
-        dependency.take_out(model, example, self.plan)  # as was tried on the copy
+        dependency.take_out(model, example, list(self.removal))  # as was tried on the copy
         model.load_state_dict(self.tensors)
         return model
 
@@ -124,7 +124,7 @@ class Saved:
 
 
 def save_pruned(
-    path: Path, model: nn.Module, plan: Plan, facts: Mapping[str, Any] | None = None
+    path: Path, model: nn.Module, removal: Removal, facts: Mapping[str, Any] | None = None
 ) -> None:
     """Write a pruned model: parameters, persistent buffers, and what was removed.
 
@@ -135,20 +135,19 @@ def save_pruned(
     Args:
         path: of the file; missing folders are made.
         model: physically small.
-        plan: what was removed from the dense model, in order. After several removals: their plans
-            one after the other, each counting positions as they were at its turn.
+        removal: what was removed from the dense model; after several removals, their sum.
         facts: what else a reader should know, such as how the dense model is built: anything that
             JSON holds.
 
     Raises:
         SavedModelError: the model has something that is no tensor, or none that a file can hold,
-            or the plan or the facts are not what they should be; nothing was written.
+            or the removal or the facts are not what they should be; nothing was written.
         OSError: the file cannot be written; nothing was.
     """
     layers = dict(model.named_modules())
-    for name, _ in plan:
+    for name, _ in removal:
         if name not in layers:
-            raise SavedModelError(f"the plan names {name!r}, which is no layer of the model")
+            raise SavedModelError(f"the removal names {name!r}, which is no layer of the model")
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
@@ -164,8 +163,7 @@ def save_pruned(
             continue
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     try:
-        listed = [[name, [int(c) for c in channels]] for name, channels in plan]
-        described = {"plan": listed, "facts": dict(facts or {}), "same": same}
+        described = {"plan": list(removal), "facts": dict(facts or {}), "same": same}
         read = json.loads(json.dumps(described, allow_nan=False))  # keys are text, to be sorted
         description = json.dumps(read, sort_keys=True)
         metadata = {
@@ -205,8 +203,8 @@ def read(path: Path) -> Saved:
             described = json.loads(metadata["description"])
             for name, other in described["same"].items():
                 tensors[name] = tensors[other]
-            plan = [(name, channels) for name, channels in described["plan"]]
-            return Saved(plan, described["facts"], dict(sorted(tensors.items())))
+            removal = Removal(described["plan"])
+            return Saved(removal, described["facts"], dict(sorted(tensors.items())))
     except Exception as cause:  # damage shows in many ways
         raise DamagedError(
             f"{path} is damaged, or no pruned model ({type(cause).__name__}: "

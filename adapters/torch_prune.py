@@ -8,18 +8,16 @@ docs/write-an-adapter.md builds this file step by step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.optim import Optimizer
 
-from dpm_core import Phase, Slice, StructureGroup
+from dpm_core import Slice, StructureGroup
 
-from .base import Adapter, AdapterError, Context, Loss, State, refusals
+from .base import Adapter, AdapterError, Structures
 from .depgraph import structure_groups
 
 
@@ -49,42 +47,45 @@ class TorchPrune(Adapter):
     """See the module."""
 
     Options: ClassVar[type] = TorchPruneOptions
-    stages: ClassVar[Mapping[str, bool]] = {"prune": True}
+    options: TorchPruneOptions
 
-    def __init__(self, context: Context, options: TorchPruneOptions) -> None:
-        super().__init__(context, options)
-        self.check_ignored(options.ignored)
+    def groups(self) -> list[StructureGroup]:
+        """Those of DepGraph."""
+        return structure_groups(
+            self.model,
+            self.example,
+            self.options.ignored,
+            tried=self.checked,
+            progress=self.progress,
+        )
 
-    def _groups(self) -> list[StructureGroup]:
-        model, example = self.context.model, self.context.example
-        with refusals():
-            return structure_groups(
-                model,
-                example,
-                self.options.ignored,
-                tried=self.checked,
-                progress=self.context.progress,
-            )
-
-    def _choice(self, groups: Iterable[StructureGroup]) -> dict[str, Tensor]:
+    def selection(self) -> Structures:
         """The structures of each group that upstream masks."""
         o = self.options
-        return {g.name: masked(g, o.amount, o.n, torch.ones(g.size).bool()) for g in groups}
+        return {
+            name: masked(group, o.amount, o.n, torch.ones(group.size).bool())
+            for name, group in self.grouped().items()
+        }
+
+    def choose(self, group: str, count: int, free: Tensor) -> Tensor:
+        """What upstream masks next in the same group."""
+        return masked(self.grouped()[group], count, self.options.n, free)
 
     def check(self) -> None:
-        """Refuse too short a stage, odd layers, and an amount that takes all of a layer or none."""
+        """Refuse too short a training, odd layers, and an amount that takes all or nothing."""
         self.check_length()
-        groups, amount = self._groups(), self.options.amount
+        self.check_ignored(self.options.ignored)
+        groups, amount = self.grouped(), self.options.amount
         if not groups:
             raise AdapterError("no group of layers is left to prune; shorten `ignored`")
-        for group in groups:
-            self.check_trainable(group.name, ((s.name, s.parameter) for s in group.slices))
-        chosen = self._choice(groups)
-        for group in groups:
-            if len(chosen[group.name]) == group.size:
+        for name, group in groups.items():
+            self.check_trainable(name, ((s.name, s.parameter) for s in group.slices))
+        chosen = self.selection()
+        for name, group in groups.items():
+            if len(chosen[name]) == group.size:
                 raise AdapterError(
                     f"amount {amount} is impossible: upstream rounds it to all {group.size} "
-                    f"channels of {group.name!r}. Lower amount, or name the layer in `ignored`"
+                    f"channels of {name!r}. Lower amount, or name the layer in `ignored`"
                 )
         if not any(len(structures) for structures in chosen.values()):
             raise AdapterError(
@@ -92,52 +93,6 @@ class TorchPrune(Adapter):
                 "Raise amount"
             )
         super().check()
-
-    def begin(self, stage: str, optimizer: Optimizer, loss: Loss) -> None:
-        """The decision falls; after the removal there is no more."""
-        super().begin(stage, optimizer, loss)
-        if self.removed is not None:
-            return
-        self.decided = True
-        if self.context.variant == "base":
-            return
-        dpm = self.attach_core(self._groups(), optimizer, loss)
-        dpm.decay(self._choice(dpm.groups.values()))
-
-    def after_step(self) -> None:
-        """Decay what upstream masks next in the same group for released structures."""
-        for event in self.new_events():
-            if event.kind != "release":
-                continue
-            assert self.dpm is not None
-            group, free = self.dpm.groups[event.group], self.dpm.available(event.group)
-            instead = masked(group, len(event.structures), self.options.n, free)
-            self.dpm.decay({event.group: instead}, wave=event.wave + 1)
-
-    def remove(self) -> None:
-        """Remove what upstream masks in ``base``, and what is zero in ``sp`` and ``sr``."""
-        if self.dpm is None:
-            groups = {g.name: g for g in self._groups()}
-            gone = self._choice(groups.values())
-        else:
-            groups = self.dpm.groups
-            phases = {name: self.dpm.phases(name) for name in groups}
-            gone = {name: (phase == Phase.PRUNED).nonzero()[:, 0] for name, phase in phases.items()}
-        every = [(name, channels(groups[name], structures)) for name, structures in gone.items()]
-        plan = [(name, positions) for name, positions in every if positions]
-        make_small = self.shrink if self.dpm is not None else self.rebuild
-        with refusals():
-            make_small(self.context.model, self.context.example, plan)
-        if self.dpm is not None:
-            self.dpm.detach()
-        self.removed = plan
-        self.pruned = sum(len(structures) for structures in gone.values())
-
-    def load_state_dict(self, state: State, stage: str, optimizer: Optimizer, loss: Loss) -> None:
-        """Take up where :meth:`state_dict` was called."""
-        if state["dpm"] is not None:
-            self.attach_core(self._groups(), optimizer, loss)
-        super().load_state_dict(state, stage, optimizer, loss)
 
 
 def masked(group: StructureGroup, amount: float, n: float, free: Tensor) -> Tensor:
@@ -164,9 +119,3 @@ def rows_of(weight: Slice) -> Tensor:
     """Each structure's share of a weight as one row, (K, elements)."""
     by_position = weight.parameter.detach().movedim(weight.dim, 0)
     return by_position[weight.index.flatten()].reshape(len(weight.index), -1)
-
-
-def channels(group: StructureGroup, structures: Tensor) -> list[int]:
-    """Output positions of some structures in the layer that the group is named after."""
-    root = next(s for s in group.slices if s.name == f"{group.name}.weight")
-    return sorted(root.index.cpu()[structures].flatten().tolist())

@@ -42,8 +42,8 @@ def remove(model: nn.Module, example: Any, plan: Plan) -> None:
     take_out(model, example, plan)
 
 
-def repeat(model: nn.Module, example: Any, plan: Plan) -> None:
-    """:func:`remove` from a model in which nothing is zero, as a freshly built one.
+def cut(model: nn.Module, example: Any, plan: Plan) -> None:
+    """:func:`remove` from a model in which what goes is not zero, as a freshly built one.
 
     The small model is that which is left where all that goes is set to zero first.
 

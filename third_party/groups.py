@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from .errors import AdapterError
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -14,7 +16,7 @@ Plan = list[tuple[str, list[int]]]
 """What is removed, in order: (root layer's name, its output channels as they are at its turn)."""
 
 
-class UnsupportedLayerError(ValueError):
+class UnsupportedLayerError(AdapterError):
     """A layer's channels cannot be set to zero in a way that equals removing them."""
 
 

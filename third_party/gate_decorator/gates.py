@@ -11,13 +11,14 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..errors import AdapterError
 from ..groups import BATCH_NORMS
 
 LIMIT = 10.0
 """The paper's bound on the shift, either way."""
 
 
-class GateError(ValueError):
+class GateError(AdapterError):
     """The method cannot do what is asked. The message says why, and what to change."""
 
 

@@ -72,24 +72,22 @@ def tied_gates(
         progress: called now and then with what is going on.
 
     Raises:
-        GateError: the model has gates, a name is unknown, a layer cannot be set to zero, a group
-            is not the same at zero and removed, or no group is left.
+        GateError: the model has gates, or no group is left.
+        UnsupportedLayerError: a name is unknown, a layer cannot be set to zero, or a group is not
+            the same at zero and removed.
     """
     if gated(model):
         raise GateError("the model has gates already; groups are found in the plain model")
-    try:
-        reading = graph.read(model, example, ignored)
-        for why in reading.refused.values():
-            raise UnsupportedLayerError(why)
-        heard, areas = graph.heard_without_norm(reading, model), _areas(model, example)
-        silenced = [
-            g
-            for g in reading.groups
-            if g.root not in heard and all(m in areas for m, _, _ in g.owners)
-        ]
-        trial.require_exact(trial.inexact(model, example, silenced, progress))
-    except UnsupportedLayerError as cause:
-        raise GateError(str(cause)) from cause
+    reading = graph.read(model, example, ignored)
+    for why in reading.refused.values():
+        raise UnsupportedLayerError(why)
+    heard, areas = graph.heard_without_norm(reading, model), _areas(model, example)
+    silenced = [
+        g
+        for g in reading.groups
+        if g.root not in heard and all(m in areas for m, _, _ in g.owners)
+    ]
+    trial.require_exact(trial.inexact(model, example, silenced, progress))
     names = {m: n for n, m in model.named_modules()}
     found = []
     for group in silenced:
@@ -233,8 +231,8 @@ def melt(
 
     Raises:
         GateError: the groups are not those of the model, a structure is masked in some of its
-            members only, a group has no structure left, or the plain model would not compute what
-            the gated one does; the model is untouched.
+            members only, or a group has no structure left; the model is untouched.
+        RemovalError: the plain model would not compute what the gated one does; it is untouched.
     """
     table = GateTable(groups, gated(model))
     masks = torch.cat([g.mask for g in table.gates.values()])
@@ -249,11 +247,8 @@ def melt(
     plan = [(g.name, g.channels_of(gone[g.name])) for g in groups if g.name in gone]
     plain = running.copied(model)
     undecorate(plain)
-    try:
-        dependency.compare(model, plain, example, plan)
-        dependency.remove(plain, example, plan)
-    except UnsupportedLayerError as cause:
-        raise GateError(str(cause)) from cause
+    dependency.compare(model, plain, example, plan)
+    dependency.remove(plain, example, plan)
     unfreeze(model, frozen)
     undecorate(model)
     dependency.take_out(model, example, plan)

@@ -1,0 +1,128 @@
+"""What is taken out of a model, as a value: applied, joined to another, saved with the small model.
+
+::
+
+    removal = run.remove()                          # or Removal([("conv1", [3, 7])])
+    removal.save("small.safetensors", model)
+    removal.apply(another, example, optimizer)      # the same channels of another model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from third_party.errors import AdapterError
+
+from .optimizer_state import CarryOver
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Channels of layers, in the order in which they go.
+
+    Layers that are named once go together, by their positions in the model as it is before. Where a
+    layer occurs again, a further removal begins: from there on positions count in the small model.
+
+    Attributes:
+        items: (layer's name, its output channels), as modules are named in the dense model. Any
+            such pairs are taken; channels are kept in ascending order, and layers without any are
+            left out.
+
+    Raises:
+        AdapterError: they are no such pairs, or a layer's channels are negative or listed twice.
+    """
+
+    items: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def __init__(self, items: Iterable[tuple[str, Iterable[int]]] = ()) -> None:
+        try:
+            kept = tuple((name, tuple(sorted(map(_position, c)))) for name, c in items)
+        except (TypeError, ValueError) as cause:
+            raise AdapterError(
+                f"a removal is pairs of a layer's name and its output channels ({cause})"
+            ) from cause
+        for name, channels in kept:
+            if not isinstance(name, str) or len(set(channels)) < len(channels):
+                raise AdapterError(
+                    f"a removal names {name!r} with channels {list(channels)[:8]}; give the name of "
+                    "a layer, and each of its channels once"
+                )
+        object.__setattr__(self, "items", tuple(item for item in kept if item[1]))
+
+    def __iter__(self) -> Iterator[tuple[str, list[int]]]:
+        return ((name, list(channels)) for name, channels in self.items)
+
+    def __len__(self) -> int:
+        """How many layers it names, those of later removals anew."""
+        return len(self.items)
+
+    def __add__(self, later: Removal) -> Removal:
+        """This removal, and then another one, which counts positions as this one leaves them."""
+        if not isinstance(later, Removal):
+            return NotImplemented
+        return Removal((*self, *later))
+
+    def apply(
+        self,
+        model: nn.Module,
+        example: Any,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        cut: bool = False,
+    ) -> None:
+        """Make a model physically smaller, in place; parameters become new objects.
+
+        By torch-pruning's dependency graph, for every framework. The outputs for the example are
+        compared before and after, on a copy first, in double precision where the model runs so.
+
+        Args:
+            model: whose channels go. What goes has to be zero.
+            example: of its inputs, on its device.
+            optimizer: of the model's parameters, to go on with what stays of them and of its own
+                state: see :mod:`adapters.optimizer_state`.
+            cut: take out what is not zero, as from a dense model in which nothing is. The small
+                model is then compared with a copy in which all that goes is zero.
+
+        Raises:
+            RemovalError: the outputs would change by more than rounding.
+            UnsupportedLayerError: upstream cannot remove this.
+            CarryOverError: the optimizer's state cannot be divided by structure. In all cases model
+                and optimizer are as they were.
+        """
+        from third_party import dependency  # only now: it loads torch-pruning
+
+        plan = list(self)
+        carried = None if optimizer is None else CarryOver(model, optimizer)
+        stays = None if carried is None else dependency.survivors(model, example, plan)
+        (dependency.cut if cut else dependency.remove)(model, example, plan)
+        if carried is not None and stays is not None:
+            carried.finish(stays)
+
+    def save(self, path: Path | str, model: nn.Module, facts: Mapping[str, Any] | None = None) -> None:
+        """Write the small model, with what was removed: :func:`adapters.saved.save_pruned`."""
+        from .saved import save_pruned
+
+        save_pruned(Path(path), model, self, facts)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Removal:
+        """What was removed from the model in a file; its weights: :func:`adapters.saved.load_pruned`.
+
+        Raises:
+            SavedModelError, OSError: as :func:`adapters.saved.read`.
+        """
+        from .saved import read
+
+        return read(Path(path)).removal
+
+
+def _position(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != value or value < 0:
+        raise ValueError(f"{value!r} is no channel's number")
+    return int(value)
