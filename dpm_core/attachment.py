@@ -14,27 +14,36 @@ from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from .errors import AttachmentError, GroupError
 from .groups import StructureGroup, require_disjoint
 
-StepHook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Any]
+Before = Callable[[], object]
+After = Callable[[], object]
 
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 """All attachments of the process, to learn of two cores that decay the same structures."""
 
 
 class Attachment:
-    """The hooks of one core on one optimizer; checked as a whole before anything is registered.
+    """Two functions that are called around every step of an optimizer.
 
-    It keeps the core alive as long as the optimizer lives.
+    A core works through one. Without a core, give no groups: ``Attachment(optimizer, [], before,
+    after)``. All is checked before anything is registered. What is called is kept alive as long as
+    the optimizer lives.
 
     Args:
         optimizer: an optimizer, or a wrapper with the optimizer as its ``optimizer``.
-        groups: the core's structure groups.
-        before: called before the work of an outermost ``step``.
-        after: called after it, unless it raised.
+        groups: the core's structure groups; none where no core is at work.
+        before: called without arguments before the work of an outermost ``step``, when gradients
+            are there. If it raises, the step does not happen.
+        after: called without arguments after that work, unless it raised, and unless a fused
+            optimizer left the step out because of a gradient scaler. To learn of that takes a wait
+            for the device, in such steps only. Where ``before`` returned ``False``, it has looked
+            for itself, and ``after`` is called in any case.
         keep: whether it keeps the optimizer alive, too. Not that of a copied core: where nobody has
             kept the copy of the optimizer, nobody can step it.
 
@@ -47,8 +56,8 @@ class Attachment:
         self,
         optimizer: object,
         groups: Sequence[StructureGroup],
-        before: StepHook,
-        after: StepHook,
+        before: Before,
+        after: After,
         keep: bool = True,
     ) -> None:
         inner = unwrapped(optimizer)
@@ -57,6 +66,7 @@ class Attachment:
         self._before, self._after = before, after
         self._optimizer = weakref.ref(inner)
         self._owned: list[list[int]] = []
+        self._looks = True  # whether it is for _leave to find out if the step was left out
         self.require_owned()
         self._require_alone()
         self._handle = inner.register_step_pre_hook(self._enter)
@@ -120,13 +130,29 @@ class Attachment:
             for p in group["params"]
         }
 
+    def scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """``found_inf`` and ``grad_scale``, which a gradient scaler gives a fused optimizer.
+
+        They are there while the optimizer steps, and ``None`` where there is no scaler, or where it
+        does the work itself.
+        """
+        optimizer = self.optimizer
+        return getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+
     def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # What it returns goes on to PyTorch, which takes new arguments from a hook.
-        return None if self._nested(sys._getframe(1)) else self._before(optimizer, args, kwargs)
+        if self._nested(sys._getframe(1)):
+            return None
+        # PyTorch takes new arguments from what this returns.
+        served, *arguments = _serve(optimizer, args, kwargs)
+        self._looks = self._before() is not False
+        return None if served is None else tuple(arguments)
 
     def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._nested(sys._getframe(1)):
-            self._after(optimizer, args, kwargs)
+        if self._nested(sys._getframe(1)):
+            return
+        overflow, _ = self.scaling()
+        if not self._looks or overflow is None or not bool(overflow):
+            self._after()
 
     def _nested(self, step: FrameType) -> bool:
         """Whether the frame that runs our hooks was called, however deep, from another such one.
@@ -169,6 +195,74 @@ class Attachment:
             except GroupError as cause:
                 return str(cause).split(";")[0]
         return None
+
+
+class _Served:
+    """A closure that has run already, in the place of the original, for one step.
+
+    Attributes:
+        loss: what the closure returned.
+    """
+
+    def __init__(self, optimizer: Optimizer, closure: Callable[[], Any]) -> None:
+        with torch.enable_grad():
+            self.loss = closure()
+        self._name = type(optimizer).__name__
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._values = self._look()
+        self._called = False
+
+    def __call__(self) -> Any:
+        if self._called:
+            raise AttachmentError(
+                f"{self._name} calls its closure more than once in a step, and decay pruning runs "
+                f"it once, before the step; {_CLOSURE_REMEDY}"
+            )
+        if self._values != self._look():
+            raise AttachmentError(
+                f"{self._name} changes the weights before it calls its closure (as SAM does), so "
+                f"the gradients that decay pruning had from it are not those of the step; "
+                f"{_CLOSURE_REMEDY}"
+            )
+        self._called = True
+        return self.loss
+
+    def _look(self) -> list[tuple[int, int]]:
+        return [(p._version, p.data_ptr()) for p in self._parameters]
+
+
+_CLOSURE_REMEDY = (
+    "compute the gradients yourself and call step() without a closure, or take another optimizer, "
+    "such as SGD or AdamW"
+)
+
+
+def _serve(
+    optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[_Served | None, tuple[Any, ...], dict[str, Any]]:
+    """Run the closure of a step, if it has one, and put one in its place that gives its loss.
+
+    Args:
+        optimizer: whose step it is.
+        args: of the step; the first is the optimizer.
+        kwargs: of the step.
+
+    Returns:
+        The new closure, ``None`` where there was none, and the arguments with it in place.
+    """
+    if kwargs.get("closure") is not None:
+        served = _served(optimizer, kwargs["closure"])
+        return served, args, {**kwargs, "closure": served}
+    for i, given in enumerate(args[1:], start=1):
+        if callable(given):
+            served = _served(optimizer, given)
+            return served, (*args[:i], served, *args[i + 1 :]), kwargs
+    return None, args, kwargs
+
+
+def _served(optimizer: Optimizer, closure: Callable[[], Any]) -> _Served:
+    """``closure`` after it has run; another attachment may have done that."""
+    return closure if isinstance(closure, _Served) else _Served(optimizer, closure)
 
 
 def unwrapped(optimizer: object) -> Optimizer:

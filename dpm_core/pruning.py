@@ -32,6 +32,8 @@ from .state import VERSION, Ledger, check_groups, check_header
 from .table import SliceTable, zero_
 
 Kind = Literal["decay", "release", "prune"]
+Refill = Callable[[str, int, Tensor], Sequence[int] | Tensor]
+"""``choose(group, count, free)``: which structures decay in place of ``count`` released ones."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class DecayPruning:
     A copy (``copy.deepcopy``, ``pickle``) works around the copy of the optimizer, where model,
     optimizer and core are copied together: ``copy.deepcopy((model, optimizer, dpm))``. Where the
     optimizer's copy is dropped, the copy of the core is attached to nothing. A core with a loss for
-    hearings cannot be copied, as its loss would still run the original model.
+    hearings, or with ``refill``, ``before`` or ``after``, cannot be copied: what it calls would
+    still be about the original model.
 
     In several processes every one makes its own, of the same groups and settings, and decides alike
     from the weights and averaged gradients that DistributedDataParallel keeps equal. In each step
@@ -160,6 +163,9 @@ class DecayPruning:
         self._ledger = Ledger.blank(total)
         self._attachment: Attachment | None = None
         self._room: Room | None = None
+        self._refill: Refill | None = None
+        self._before: Callable[[], object] | None = None
+        self._after: Callable[[], object] | None = None
         self._plan: _Plan | None = None
         self._worth: Tensor | None = None  # not saved: it serves the step in which it was heard
         self._skipped = False
@@ -178,6 +184,9 @@ class DecayPruning:
         *,
         model: nn.Module | None = None,
         loss: Callable[[], Tensor] | None = None,
+        refill: Refill | None = None,
+        before: Callable[[], object] | None = None,
+        after: Callable[[], object] | None = None,
     ) -> DecayPruning:
         """Work around every step of ``optimizer`` from now on, by PyTorch's own step hooks.
 
@@ -194,6 +203,15 @@ class DecayPruning:
             loss: runs the model on the next training batch and returns the mean loss over it: what
                 the training loop calls ``backward()`` on. Where the optimizer maximises that, the
                 loss is to give the same objective; its sign is turned here, as that of gradients.
+            refill: ``choose(group, count, free)`` names the structures that decay in place of
+                ``count`` released ones, in the step that released them: at most ``count`` numbers
+                of those that ``free`` allows, (K,) bool, :meth:`available` at that moment. It is
+                called when the step's own work is over, for each group and wave of the step's
+                releases. A criterion that exchanges picks them itself, the cheapest by
+                :meth:`worth`, and ``choose`` is not called. ``None``: nothing is replaced.
+            before: called at the start of every step, with all gradients there and not yet read.
+            after: called at the end of every step, refills included, unless a fused optimizer
+                skipped it because of a gradient scaler.
 
         Returns:
             self.
@@ -226,8 +244,9 @@ class DecayPruning:
             room = Room(model, loss)
         groups = list(self.groups.values())
         # Nothing is assigned before all has been accepted.
-        self._attachment = Attachment(optimizer, groups, self._before_step, self._after_step)
-        self._room = room
+        self._attachment = Attachment(optimizer, groups, self._enter, self._leave)
+        self._room, self._refill = room, refill
+        self._before, self._after = before, after
         return self
 
     def detach(self) -> None:
@@ -235,7 +254,7 @@ class DecayPruning:
         if self._attachment is not None:
             self._attachment.remove()
         self._attachment = None
-        self._room = None
+        self._room = self._refill = self._before = self._after = None
         self._plan = None
         if self._processes is not None:
             self._processes.close()
@@ -243,11 +262,13 @@ class DecayPruning:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: everything but what belongs to this very process and optimizer's hooks."""
-        if self._room is not None:
+        given = (self._room, self._refill, self._before, self._after)
+        if any(one is not None for one in given):
             raise AttachmentError(
-                "a DecayPruning with a loss for hearings cannot be copied or pickled: the copy's "
-                "loss would still run this model. Make a new one of the copied model's groups, "
-                "attach it, and give it load_state_dict(dpm.state_dict())"
+                "a DecayPruning with a loss for hearings, or with refill, before or after, cannot "
+                "be copied or pickled: what the copy calls would still be about this model. Make a "
+                "new one of the copied model's groups, attach it, and give it "
+                "load_state_dict(dpm.state_dict())"
             )
         state = self.__dict__.copy()
         for name in ("_attachment", "_processes", "_plan", "_decaying", "_pruned", "_norms"):
@@ -265,8 +286,7 @@ class DecayPruning:
         self._refresh()
         if optimizer is not None:
             groups = list(self.groups.values())
-            hooks = (self._before_step, self._after_step)
-            self._attachment = Attachment(optimizer, groups, *hooks, keep=False)
+            self._attachment = Attachment(optimizer, groups, self._enter, self._leave, keep=False)
 
     # ------------------------------------------------------------------ decisions
 
@@ -391,24 +411,37 @@ class DecayPruning:
 
     # ------------------------------------------------------------------ the step
 
+    def _enter(self) -> bool:
+        """Before an optimizer's step. Returns False: whether it is skipped is looked up here."""
+        if self._before is not None:
+            self._before()
+        self._before_step()
+        return False
+
+    def _leave(self) -> None:
+        """After an optimizer's step."""
+        if self._skipped:
+            return
+        last = len(self.events)
+        self._after_step()
+        if self._refill is not None:
+            for event in self.events[last:]:
+                if event.kind == "release":
+                    self._replace(event, self._refill)
+        if self._after is not None:
+            self._after()
+
     @torch.no_grad()
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _before_step(self) -> None:
+        assert self._attachment is not None
         self._plan, self._skipped = None, False
         # What a gradient scaler tells an optimizer that skips and unscales by itself.
-        overflow = getattr(optimizer, "found_inf", None)
-        scale = getattr(optimizer, "grad_scale", None)
+        overflow, scale = self._attachment.scaling()
         if self._decaying is not None or self._pruned:
             self._follow()
         decaying, zeros = self._decaying, self._new_zeros
         found: list[Tensor] = []
         if decaying is not None:
-            if kwargs.get("closure") is not None or any(callable(a) for a in args):
-                raise AttachmentError(
-                    "optimizer.step(closure) computes its gradients after decay pruning has to "
-                    "read them; call loss.backward() and then optimizer.step() without a closure"
-                )
             found += self._evidence(decaying)
         if zeros is not None:
             found.append(zeros.table.square_norms(self._gradients(zeros)))
@@ -738,12 +771,24 @@ class DecayPruning:
         """How many structures of each group are among ``which``; (groups,) int64."""
         return torch.bincount(self._group_of[which], minlength=len(self._names))
 
+    def _replace(self, release: Event, choose: Refill) -> None:
+        """Start the decay of other structures in place of those that were released.
+
+        Raises:
+            ConfigurationError: what ``choose`` returned is no choice of as many as were released
+                or fewer, from those that are free.
+        """
+        group, count = release.group, len(release.structures)
+        free, worth = self.available(group), self.worth(group)
+        if self.rectify is not None and self.rectify.criterion.exchanges and worth is not None:
+            cheapest = worth.argsort(stable=True)  # NaN last
+            chosen = cheapest[free[cheapest]][:count]
+        else:
+            chosen = _require_refill(group, choose(group, count, free.clone()), count, free)
+        self.decay({group: chosen}, wave=release.wave + 1)
+
     @torch.no_grad()
-    def _after_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        if self._skipped:
-            return
+    def _after_step(self) -> None:
         self.clock += 1
         plan, self._plan = self._plan, None
         if plan is not None:
@@ -1053,6 +1098,31 @@ def _integers(name: str, given: object) -> Tensor:
             "a list of their numbers"
         )
     return local.cpu().to(torch.int64)
+
+
+def _require_refill(group: str, chosen: object, count: int, free: Tensor) -> Tensor:
+    """What a refill chose, int64 (n,) on the host.
+
+    Raises:
+        ConfigurationError: it is no list of free structures, each once, or more than ``count``.
+    """
+    try:
+        numbers = _integers(group, chosen)
+    except PhaseError as cause:
+        raise ConfigurationError(f"refill returned no choice. {cause}") from cause
+    here = (numbers >= 0) & (numbers < free.numel())
+    if numbers.numel() > count:
+        fault = f"{numbers.numel()} structures, where {count} were released"
+    elif not bool(here.all()) or not bool(free[numbers].all()):
+        fault = "structures that are not free"
+    elif numbers.unique().numel() != numbers.numel():
+        fault = "a structure twice"
+    else:
+        return numbers
+    raise ConfigurationError(
+        f"refill chose {fault}, for group {group!r}: {numbers.tolist()}; return at most as many as "
+        "its second argument says, each once, of those that its third one allows"
+    )
 
 
 def _to_host(values: Tensor) -> Tensor:

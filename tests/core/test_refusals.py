@@ -325,26 +325,6 @@ def test_a_structure_whose_batch_norm_part_alone_is_zero_decays(trained: bool) -
 # ---------------------------------------------------------------------- the step
 
 
-def test_a_closure_is_refused_while_structures_decay() -> None:
-    toy, optimizer, dpm = begin()
-    calls = []
-
-    def closure() -> Tensor:
-        calls.append(1)
-        return toy.loss(1)
-
-    optimizer.step(closure)  # nothing decays: the loop may do as it likes
-    assert calls == [1]
-    dpm.decay({"conv1": [0]})
-    for step in (lambda: optimizer.step(closure), lambda: optimizer.step(closure=closure)):
-        words = ("closure", "loss.backward()", "optimizer.step() without")
-        with refused(AttachmentError, *words, model=toy.model, optimizer=optimizer, dpm=dpm):
-            step()
-    assert calls == [1]
-    toy.train_step(optimizer, 2)
-    assert dpm.clock == 3
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["conv1.weight", "conv1.bias", "bn1.weight", "bn1.bias"])
 @pytest.mark.parametrize("rectify", [None, RELEASE_ALL], ids=["sp", "sr"])
