@@ -2,7 +2,8 @@
 
 An adapter's author reads this file and one adapter. Its user writes a training loop as ever::
 
-    run = DepGraph(model, example, DepGraphOptions(speed_up=2), SmoothPruning(200), SelfRectifying())
+    options = DepGraphOptions(speed_up=2.0)
+    run = DepGraph(model, example, options, SmoothPruning(200), SelfRectifying())
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     run.attach(optimizer)
     for images, labels in loader:
@@ -13,9 +14,9 @@ An adapter's author reads this file and one adapter. Its user writes a training 
             run.remove()
 
 Without smoothing the framework prunes as it does by itself; without a rectifier no decision is
-taken back. What an adapter does around a step it does in the optimizer's own step hooks. A step that
-a gradient scaler skips does not count. After :meth:`Adapter.remove` the model is small, and the same
-optimizer goes on with what is left of its parameters and of its state.
+taken back. What an adapter does around a step it does in the optimizer's own step hooks. A step
+that a gradient scaler skips does not count. After :meth:`Adapter.remove` the model is small, and
+the same optimizer goes on with what is left of its parameters and of its state.
 
 To go on from a checkpoint, make the adapter of the dense model, as at the start, and then::
 
@@ -289,14 +290,19 @@ class Adapter(ABC):
                 "the adapter's state is damaged or was saved by another release; start anew, or "
                 "go on with the release that saved it"
             )
-        removed = None if state["removed"] is None else Removal(state["removed"])
-        if removed is not None:
-            removed.apply(self.model, self.example, cut=True)
-            self._grouped = None
-        self.checked, self.removed = True, removed
+        self.lay_out(None if state["removed"] is None else Removal(state["removed"]))
         self.clock, self._heard, self._seen = state["clock"], state["heard"], state["seen"]
         self.decided, self.pruned = state["decided"], state["pruned"]
         self._state = state
+
+    def lay_out(self, removed: Removal | None) -> None:
+        """Give the dense model the layers that it has in a run in which so much was removed.
+
+        For the weights of a run, its last ones or those before a removal, to be loaded into.
+        """
+        if removed is not None:
+            removed.apply(self.model, self.example, cut=True)
+        self.checked, self.removed, self._grouped = True, removed, None
 
     # ------------------------------------------------------------------ for comparisons
 
@@ -335,8 +341,9 @@ class Adapter(ABC):
 
         Args:
             kind: ``sgd``, ``adam`` or ``adamw``: PyTorch's own, unless the framework has another.
-            learning_rate, weight_decay: of it.
+            learning_rate: at the start.
             momentum: of SGD.
+            weight_decay: of all parameters.
         """
         parameters = self.model.parameters()
         if kind == "sgd":

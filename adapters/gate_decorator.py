@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dpm_core import Owner, Phase, Slice, StructureGroup
 from third_party import gate_decorator as method
@@ -28,8 +29,8 @@ from .removal import Removal
 class GateDecoratorOptions:
     """Settings of the framework; defaults are the original's.
 
-    The optimizer's learning rate, when it is attached, is the peak of tocks and of fine-tuning; what
-    it is set to later has no effect.
+    The optimizer's learning rate, when it is attached, is the peak of tocks and of fine-tuning;
+    what it is set to later has no effect.
 
     Attributes:
         macs: share of the dense model's MACs that is left, at most.
@@ -97,9 +98,7 @@ class GateDecorator(Adapter):
     @property
     def _times(self) -> method.TickTock:
         o = self.options
-        return method.TickTock(
-            self.training.steps_per_epoch, o.tick_epochs, o.tock_epochs, o.ticks
-        )
+        return method.TickTock(self.training.steps_per_epoch, o.tick_epochs, o.tock_epochs, o.ticks)
 
     @property
     def _last(self) -> int:
@@ -150,19 +149,23 @@ class GateDecorator(Adapter):
     def start(self) -> None:
         """Gates are put in; ticks and tocks begin."""
         assert self.optimizer is not None
+        if self._method is None:
+            self._put_gates_in(self.optimizer)
+        self.follow()
+        self._begin_step()
+
+    def _put_gates_in(self, optimizer: Optimizer) -> None:
         before = self._by_place()
-        held = {p for group in self.optimizer.param_groups for p in group["params"]}
+        held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in before.items():
             if parameter not in held:
                 raise AdapterError(
                     f"the optimizer does not hold {name!r}, and gates take the places of "
                     "parameters in it; give it all parameters of the model"
                 )
-        self._peaks = tuple(group["lr"] for group in self.optimizer.param_groups)
+        self._peaks = tuple(group["lr"] for group in optimizer.param_groups)
         self._method = self._decorated(self.model)
         self._hand_over(before)
-        self.follow()
-        self._begin_step()
 
     def _by_place(self) -> dict[str, nn.Parameter]:
         """The model's parameters by name, gates under those of what they stand for."""
@@ -308,13 +311,17 @@ class GateDecorator(Adapter):
             "scores": None if self._method is None else self._method.state_dict(),
         }
 
+    def lay_out(self, removed: Removal | None) -> None:
+        """The model gets its gates, or is made small."""
+        super().lay_out(removed)
+        if not self.complete:
+            self._method = self._decorated(self.model)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The model gets its gates, or is made small."""
         super().load_state_dict(state)
         self._steps_done, self._tuned_from = state["steps"], state["tuned_from"]
         self._released, self._peaks = state["released"], tuple(state["peaks"])
-        if not self.complete and state["scores"] is not None:
-            self._method = self._decorated(self.model)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Attached with a state to go on from."""

@@ -195,8 +195,8 @@ class OTOv2(Adapter):
         ours = self._graph is not None and isinstance(self.optimizer, otov2.DHSPG)
         if not (self.complete or ours):
             raise AdapterError(
-                f"{type(self.optimizer).__name__} is not the optimizer of this model that chooses what "
-                "goes; attach the one that this adapter's dhspg() gives"
+                f"{type(self.optimizer).__name__} is not the optimizer of this model that chooses "
+                "what goes; attach the one that this adapter's dhspg() gives"
             )
         super().follow()
 
@@ -344,7 +344,7 @@ class OTOv2(Adapter):
         return self.selection()
 
     def take_out(self, going: Structures) -> Removal:
-        """By the dependency graph. DHSPG is of the full size, so another optimizer has to follow."""
+        """By the dependency graph. DHSPG is of the full size: another optimizer has to follow."""
         groups = {g.root: g for g in otov2.groups(self._graph, self.model)}
         removal = Removal((g, groups[g].channels_of(k.tolist())) for g, k in going.items())
         removal.apply(self.model, self.example)

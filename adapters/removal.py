@@ -50,8 +50,8 @@ class Removal:
         for name, channels in kept:
             if not isinstance(name, str) or len(set(channels)) < len(channels):
                 raise AdapterError(
-                    f"a removal names {name!r} with channels {list(channels)[:8]}; give the name of "
-                    "a layer, and each of its channels once"
+                    f"a removal names {name!r} with channels {list(channels)[:8]}; give the name "
+                    "of a layer, and each of its channels once"
                 )
         object.__setattr__(self, "items", tuple(item for item in kept if item[1]))
 
@@ -104,7 +104,9 @@ class Removal:
         if carried is not None and stays is not None:
             carried.finish(stays)
 
-    def save(self, path: Path | str, model: nn.Module, facts: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self, path: Path | str, model: nn.Module, facts: Mapping[str, Any] | None = None
+    ) -> None:
         """Write the small model, with what was removed: :func:`adapters.saved.save_pruned`."""
         from .saved import save_pruned
 
@@ -112,7 +114,7 @@ class Removal:
 
     @classmethod
     def load(cls, path: Path | str) -> Removal:
-        """What was removed from the model in a file; its weights: :func:`adapters.saved.load_pruned`.
+        """What was removed from the model in a file; :func:`adapters.saved.load_pruned` gives both.
 
         Raises:
             SavedModelError, OSError: as :func:`adapters.saved.read`.

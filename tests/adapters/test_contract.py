@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
+import functools
 import io
 import itertools
-from functools import partial
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapters.base import AdapterError, count_macs, count_parameters
+from adapters import registry
+from adapters.base import Adapter, AdapterError, Training, count_macs, count_parameters
 from adapters.registry import ADAPTERS
+from adapters.removal import Removal
 from dpm_core import (
+    AttachmentError,
     Hearing,
     LeastResistant,
     Phase,
@@ -33,6 +35,13 @@ IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
+@functools.cache
+def ended(name: str, variant: str) -> Drive:
+    """A run of a case from start to end; not to be changed."""
+    case = next(c for c in CASES if c.name == name)
+    return finished(case, variant)
+
+
 def finished(case: Case, variant: str, **settings) -> Drive:
     return Drive(case, case.adapter(case.build(), variant, **settings)).run()
 
@@ -40,6 +49,13 @@ def finished(case: Case, variant: str, **settings) -> Drive:
 def outputs(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(IMAGES)
+
+
+def attached(case: Case, adapter: Adapter) -> torch.optim.Optimizer:
+    """The optimizer that an adapter is attached to, without any training."""
+    optimizer = case.new_optimizer(adapter)
+    adapter.attach(optimizer, lambda: torch.zeros(()))
+    return optimizer
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -57,13 +73,13 @@ def test_every_registered_adapter_has_a_case():
     assert {c.framework for c in CASES} == set(ADAPTERS)
 
 
-def largest_step(case: Case, plan: list) -> int:
+def largest_step(case: Case, removal: Removal) -> int:
     """What the removal of a single structure takes off the dense model's MACs, at most."""
     found = []
-    for root, channels in plan:
+    for root, channels in removal:
         model = case.build()
         dense = count_macs(model, EXAMPLE)
-        case.adapter(model, "base").rebuild(model, EXAMPLE, [(root, channels[:1])])
+        Removal([(root, channels[:1])]).apply(model, EXAMPLE, cut=True)
         found.append(dense - count_macs(model, EXAMPLE))
     return max(found)
 
@@ -71,7 +87,7 @@ def largest_step(case: Case, plan: list) -> int:
 @cases
 def test_all_variants_meet_the_same_target(case):
     dense = case.build()
-    drives = {v: finished(case, v) for v in VARIANTS}
+    drives = {v: ended(case.name, v) for v in VARIANTS}
     macs = {v: count_macs(d.model, EXAMPLE) for v, d in drives.items()}
     target = count_macs(dense, EXAMPLE) * case.most_macs
     assert max(macs.values()) <= target
@@ -82,7 +98,7 @@ def test_all_variants_meet_the_same_target(case):
     else:
         assert min(macs.values()) > target - largest_step(case, drives["sp"].adapter.removed)
     assert drives["sp"].adapter.pruned > 0
-    assert len({d.batches for d in drives.values()}) == 1
+    assert len({d.step for d in drives.values()}) == 1
 
 
 @cases
@@ -93,14 +109,15 @@ def test_the_smaller_model_gives_the_zeroed_models_outputs(case, variant):
     adapter, seen = drive.adapter, []
     shrink = type(adapter).remove
 
-    def remove() -> None:
+    def remove() -> Removal:
         assert adapter.dpm.count(Phase.DECAYING) == 0
-        assert adapter.settled() == (len(seen) == case.removals - 1)
-        large = copy.deepcopy(adapter.context.model)
-        shrink(adapter)
-        small = copy.deepcopy(adapter.context.model)
+        assert adapter.settled == (len(seen) == case.removals - 1)
+        large = copy.deepcopy(adapter.model)
+        removal = shrink(adapter)
+        small = copy.deepcopy(adapter.model)
         assert count_macs(small, EXAMPLE) < count_macs(large, EXAMPLE)
         seen.append((exact_outputs(large, IMAGES), exact_outputs(small, IMAGES)))
+        return removal
 
     adapter.remove = remove
     drive.run()
@@ -169,12 +186,12 @@ def test_released_structures_stay_and_others_go_in_their_place(case, criterion):
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(share=st.floats(0, 1))
 def test_a_run_taken_up_from_its_state_ends_in_the_same_bits(case, variant, share):
-    whole = finished(case, variant)
-    stop = 1 + round(share * (whole.batches - 2))
+    whole = ended(case.name, variant)
+    stop = 1 + round(share * (whole.step - 2))
     first = Drive(case, case.adapter(case.build(), variant)).run(stop_after=stop)
     file = io.BytesIO()
     state = {
-        "adapter": first.adapter.state_dict(),
+        "run": first.adapter.state_dict(),
         "model": first.model.state_dict(),
         "optimizer": first.optimizer.state_dict(),
     }
@@ -184,34 +201,31 @@ def test_a_run_taken_up_from_its_state_ends_in_the_same_bits(case, variant, shar
 
     model = case.build()
     adapter = case.adapter(model, variant)
-    adapter.restore_model(saved["adapter"])
+    adapter.load_state_dict(saved["run"])
     model.load_state_dict(saved["model"])
-    second = Drive(case, adapter, stage=first.stage, step=first.step, batches=first.batches)
-    stage = list(adapter.context.stages)[first.stage]
-    second.optimizer = adapter.optimizer(stage)
+    second = Drive(case, adapter, first.step, case.new_optimizer(adapter))
     second.optimizer.load_state_dict(saved["optimizer"])
-    adapter.load_state_dict(saved["adapter"], stage, second.optimizer, second.loss)
     second.run()
     assert_equal_weights(second.model, whole.model)
-    assert [list(p) for p in adapter.removed] == [list(p) for p in whole.adapter.removed]
+    assert adapter.removed == whole.adapter.removed
+    assert adapter.pruned == whole.adapter.pruned
 
 
 @cases
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_was_removed_can_be_repeated_on_a_dense_model(case, variant):
-    drive = finished(case, variant)
+    drive = ended(case.name, variant)
     model = case.build()
-    drive.adapter.rebuild(model, EXAMPLE, drive.adapter.removed)
+    drive.adapter.removed.apply(model, EXAMPLE, cut=True)
     model.load_state_dict(drive.model.state_dict())
     assert torch.equal(outputs(model), outputs(drive.model))
 
 
 @cases
 def test_the_masked_model_can_be_built_again_after_the_removal(case):
-    drive = finished(case, "sp")
+    drive = ended(case.name, "sp")
     masked = case.build()
-    state = {**drive.adapter.state_dict(), "removed": drive.removed_before}
-    case.adapter(masked, "sp").restore_model(state)
+    case.adapter(masked, "sp").lay_out(drive.removed_before)
     masked.load_state_dict(drive.before_removal.state_dict())
     assert torch.equal(outputs(masked), outputs(drive.before_removal))
 
@@ -225,9 +239,8 @@ def test_the_model_stays_in_its_mode(case, variant):
     modes = [m.training for m in model.modules()]
     adapter = case.adapter(model, variant)
     adapter.check()
-    for stage in adapter.context.stages:
-        adapter.begin(stage, adapter.optimizer(stage), lambda: torch.zeros(()))
-    if adapter.due():
+    attached(case, adapter)
+    if adapter.due:
         adapter.remove()
     assert [m.training for m in model.modules()] == modes
 
@@ -267,10 +280,9 @@ def test_nothing_is_lost_at_the_decision(case):
     model = case.exact()
     adapter = case.adapter(model, "sp")
     before = exact_outputs(model, IMAGES)
-    for stage in adapter.context.stages:
-        adapter.begin(stage, adapter.optimizer(stage), lambda: torch.zeros(()))
-    assert not adapter.due()
-    assert not adapter.settled()
+    attached(case, adapter)
+    assert not adapter.due
+    assert not adapter.settled
     rounding.assert_exact(exact_outputs(model, IMAGES), before)
 
 
@@ -278,53 +290,50 @@ def test_nothing_is_lost_at_the_decision(case):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_gone_stays_gone_until_the_removal(case, variant):
     """Accuracy is measured when an adapter is settled: the removal must find the same model."""
-    drive = Drive(case, case.adapter(case.build(), variant))
-    adapter, seen = drive.adapter, []
+    adapter, seen = case.adapter(case.build(), variant), []
+    after = adapter.after_step
 
-    def look() -> bool:
-        if adapter.settled():
+    def look() -> None:
+        after()
+        if adapter.settled:
             seen.append(adapter.decided)
-        return False
 
-    due = adapter.due
-    adapter.due = lambda: look() or due()
-    drive.run()
+    adapter.after_step = look
+    Drive(case, adapter).run()
     assert seen
     assert all(seen)
-    assert adapter.settled()
+    assert adapter.settled
 
 
 # ---------------------------------------------------------------------- refused, early
 
 
 @cases
-def test_an_adapter_that_nobody_has_checked_checks_by_itself(case, monkeypatch):
-    checked = []
-
-    def noted(asked, check):
-        checked.append(asked)
-        check()
-
-    for asked in (True, False):
-        adapter = case.adapter(case.build(), "sp")
-        monkeypatch.setattr(adapter, "check", partial(noted, asked, adapter.check))
-        if asked:
-            adapter.check()
-        stage = next(iter(adapter.context.stages))
-        adapter.begin(stage, adapter.optimizer(stage), lambda: torch.zeros(()))
-    assert checked == [True, False]
+@pytest.mark.parametrize("asked", [True, False])
+def test_an_adapter_that_nobody_has_checked_checks_by_itself(case, asked, monkeypatch):
+    adapter, check, times = case.adapter(case.build(), "sp"), None, []
+    check = adapter.check
+    monkeypatch.setattr(adapter, "check", lambda: (times.append(1), check()))
+    if asked:
+        adapter.check()
+    attached(case, adapter)
+    assert times == [1]
 
 
 @cases
-def test_unknown_variants_and_missing_stages_are_refused(case):
-    for variant in ("SR", "Base", "", None):
-        with pytest.raises(AdapterError, match="there is no variant"):
-            case.adapter(case.build(), variant)
-    good = case.adapter(case.build(), "sp")
-    for stages, message in (({}, "needs"), ({**good.context.stages, "odd": None}, "odd")):
-        context = dataclasses.replace(good.context, model=case.build(), stages=stages)
-        with pytest.raises(AdapterError, match=f"the stages are.*{message}"):
-            type(good)(context, good.options)
+def test_what_contradicts_itself_is_refused(case):
+    kind, model = registry.load(case.framework), case.build()
+    options = kind.Options(**case.options)
+    with pytest.raises(AdapterError, match="takes back decays"):
+        kind(model, EXAMPLE, options, None, SelfRectifying(), training=Training(99, 3))
+    with pytest.raises(AdapterError, match="takes a "):
+        kind(model, EXAMPLE, case.options, training=Training(99, 3))
+    if not kind.learns_sparse:
+        with pytest.raises(AdapterError, match="no sparse learning"):
+            kind(model, EXAMPLE, options, training=Training(99, 3, Training(9, 3)))
+    if kind.needs_training:
+        with pytest.raises(AdapterError, match="length of the training"):
+            kind(model, EXAMPLE, options)
 
 
 @cases
@@ -342,11 +351,44 @@ def test_frozen_layers_are_refused_before_anything_is_changed(case, variant):
 @cases
 def test_the_optimizer_of_another_model_is_refused(case):
     adapter = case.adapter(case.build(), "sp")
-    stage = next(iter(adapter.context.stages))
-    adapter.optimizer(stage)
-    of_another = torch.optim.SGD(case.build().parameters(), lr=0.1)
     with pytest.raises(AdapterError, match="optimizer is of another model"):
-        adapter.begin(stage, of_another, lambda: torch.zeros(()))
+        adapter.attach(torch.optim.SGD(case.build().parameters(), lr=0.1))
+    assert adapter.optimizer is None
+    attached(case, adapter)
+
+
+@cases
+def test_a_failed_attach_leaves_nothing_attached(case):
+    adapter = case.adapter(case.exact(), "sr", rectify=SelfRectifying(Hearing(batches=1)))
+    optimizer = case.new_optimizer(adapter)
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    with pytest.raises(AttachmentError, match="hearing"):
+        adapter.attach(optimizer)
+    assert not any(hooks)
+    assert adapter.optimizer is None
+    adapter.attach(optimizer, lambda: torch.zeros(()))
+    assert all(hooks)
+
+
+@cases
+def test_a_state_of_something_else_is_refused(case):
+    adapter = case.adapter(case.build(), "sp")
+    for state in ({}, {"decided": False}, {**adapter.state_dict(), "version": 1}, None):
+        with pytest.raises(AdapterError, match="another release"):
+            adapter.load_state_dict(state)
+    attached(case, adapter)
+    with pytest.raises(AdapterError, match="before attach"):
+        adapter.load_state_dict(adapter.state_dict())
+
+
+@cases
+def test_nothing_is_removed_before_its_time_or_twice(case):
+    adapter = case.adapter(case.build(), "sp")
+    with pytest.raises(AdapterError, match="nothing to remove yet"):
+        adapter.remove()
+    done = ended(case.name, "sp").adapter
+    with pytest.raises(AdapterError, match="all is removed"):
+        done.remove()
 
 
 @cases
@@ -356,8 +398,8 @@ def test_what_is_not_zero_is_not_removed(case):
     adapter, remove = drive.adapter, drive.adapter.remove
     refused = []
 
-    def disturbed() -> None:
-        model, optimizer = adapter.context.model, drive.optimizer
+    def disturbed() -> Removal:
+        model, optimizer = adapter.model, drive.optimizer
         values = {n: p.detach().clone() for n, p in model.named_parameters()}
         with torch.no_grad():
             for parameter in model.parameters():
@@ -379,7 +421,7 @@ def test_what_is_not_zero_is_not_removed(case):
             for name, parameter in model.named_parameters():
                 parameter.copy_(values[name])
         adapter.remove = remove
-        remove()
+        return remove()
 
     adapter.remove = disturbed
     drive.run()

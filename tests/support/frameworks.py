@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapters import registry
-from adapters.base import Adapter, Context, Stage
-from adapters.optimizer_state import CarryOver
+from adapters.base import Adapter, Training
+from adapters.removal import Removal
 from dpm_core import Event, SelfRectifying, SmoothPruning, Trajectory
 from tests.support.rounding import in_double
-from third_party.groups import Plan
 
 CLASSES = 5
 
@@ -149,19 +148,22 @@ class Case:
         stages: dict[str, int] | None = None,
         options: dict[str, Any] | None = None,
     ) -> Adapter:
-        kind = registry.load(self.framework)
-        context = Context(
-            model=model,
-            example=EXAMPLE.to(next(model.parameters()).dtype),
-            variant=variant,  # type: ignore[arg-type]
-            smooth=smooth or SmoothPruning(6),
-            rectify=rectify,
-            stages={
-                name: Stage(steps, 3, "sgd", self.learning_rate, self.momentum)
-                for name, steps in (stages or self.stages).items()
-            },
+        """For ``base`` without smoothing, for ``sp`` without a rectifier, for ``sr`` with both."""
+        kind, steps = registry.load(self.framework), stages or self.stages
+        return kind(
+            model,
+            EXAMPLE.to(next(model.parameters()).dtype),
+            kind.Options(**(self.options if options is None else options)),
+            None if variant == "base" else smooth or SmoothPruning(6),
+            rectify if variant == "sr" else None,
+            training=Training(
+                steps["prune"], 3, Training(steps["sparse"], 3) if "sparse" in steps else None
+            ),
         )
-        return kind(context, kind.Options(**(self.options if options is None else options)))
+
+    def new_optimizer(self, adapter: Adapter) -> torch.optim.Optimizer:
+        """Of the model as it is, as the framework has it."""
+        return adapter.new_optimizer("sgd", self.learning_rate, self.momentum, 5e-4)
 
 
 _DEPGRAPH = {"speed_up": 2.0, "steps": 25}
@@ -241,69 +243,48 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Drive:
-    """Train through all stages; can be stopped after any step and taken up from its state."""
+    """A user's training loop; can be stopped after any step and taken up from its state."""
 
     case: Case
     adapter: Adapter
-    stage: int = 0
     step: int = 0
+    """Batches drawn so far, hearings' among them."""
     optimizer: torch.optim.Optimizer | None = None
     before_removal: nn.Module | None = None
-    removed_before: Plan | None = None
+    removed_before: Removal | None = None
     """What earlier removals had taken from ``before_removal``."""
     events: list[list[Event]] = field(default_factory=list)
     """What the core reported before each removal, structures numbered as in the dense model."""
-    batches: int = field(default=0)
 
     @property
     def model(self) -> nn.Module:
-        return self.adapter.context.model
+        return self.adapter.model
+
+    @property
+    def steps(self) -> int:
+        training = self.adapter.training
+        assert training is not None
+        return training.steps + (0 if training.sparse is None else training.sparse.steps)
 
     def loss(self) -> Tensor:
-        images, labels = batch(100 * self.stage + self.step)
+        images, labels = batch(self.step)
         self.step += 1
-        self.batches += 1
         return functional.cross_entropy(self.model(images), labels)
 
     def run(self, stop_after: int | None = None) -> Drive:
-        stages = list(self.adapter.context.stages.items())
-        while self.stage < len(stages):
-            name, settings = stages[self.stage]
-            if self.optimizer is None:
-                self._begin(name)
-            while True:
-                if self.adapter.due():
-                    self._remove(name)
-                if self.step >= settings.steps:
-                    break
-                self.model.train()
-                assert self.optimizer is not None
-                self.adapter.before_step(self.step)
-                self.optimizer.zero_grad()
-                self.loss().backward()
-                self.adapter.after_backward()
-                self.optimizer.step()
-                self.adapter.after_step()
-                if self.batches == stop_after:
-                    return self
-            self.stage, self.step, self.optimizer = self.stage + 1, 0, None
-        return self
-
-    def _remove(self, name: str) -> None:
-        assert self.optimizer is not None
-        self.before_removal = copy.deepcopy(self.model)
-        self.removed_before = self.adapter.removed
-        self.events.append(self.adapter.events())
-        if not self.adapter.carries_optimizer:
-            self.adapter.remove()
-            self._begin(name)
-            return
-        carried, before = CarryOver(self.model, self.optimizer), len(self.adapter.removed or [])
-        self.adapter.remove()
-        assert self.adapter.removed is not None
-        carried.finish(EXAMPLE, self.adapter.removed[before:])
-        self.adapter.begin(name, self.optimizer, self.loss)
-
-    def _begin(self, name: str) -> None:
-        self.optimizer = self.adapter.optimizer(name)
-        self.adapter.begin(name, self.optimizer, self.loss)
+        if self.optimizer is None:
+            self.optimizer = self.case.new_optimizer(self.adapter)
+        if self.adapter.optimizer is None:
+            self.adapter.attach(self.optimizer, self.loss)
+        while True:
+            if self.adapter.due:
+                self.before_removal = copy.deepcopy(self.model)
+                self.removed_before = self.adapter.removed
+                self.events.append(self.adapter.events())
+                self.adapter.remove()
+            if self.step >= self.steps or self.step == stop_after:
+                return self
+            self.model.train()
+            self.optimizer.zero_grad()
+            self.loss().backward()
+            self.optimizer.step()

@@ -83,9 +83,7 @@ def tied_gates(
         raise UnsupportedLayerError(why)
     heard, areas = graph.heard_without_norm(reading, model), _areas(model, example)
     silenced = [
-        g
-        for g in reading.groups
-        if g.root not in heard and all(m in areas for m, _, _ in g.owners)
+        g for g in reading.groups if g.root not in heard and all(m in areas for m, _, _ in g.owners)
     ]
     trial.require_exact(trial.inexact(model, example, silenced, progress))
     names = {m: n for n, m in model.named_modules()}
