@@ -337,21 +337,8 @@ class Adapter(ABC):
     def new_optimizer(
         self, kind: str, learning_rate: float, momentum: float, weight_decay: float
     ) -> Optimizer:
-        """An optimizer for all parameters of the model as it is, such as the framework works with.
-
-        Args:
-            kind: ``sgd``, ``adam`` or ``adamw``: PyTorch's own, unless the framework has another.
-            learning_rate: at the start.
-            momentum: of SGD.
-            weight_decay: of all parameters.
-        """
-        parameters = self.model.parameters()
-        if kind == "sgd":
-            return torch.optim.SGD(
-                parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
-            )
-        chosen = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
-        return chosen(parameters, lr=learning_rate, weight_decay=weight_decay)
+        """:func:`new_optimizer` of the model as it is, or the framework's own in its place."""
+        return new_optimizer(self.model, kind, learning_rate, momentum, weight_decay)
 
     # ------------------------------------------------------------------ for authors
 
@@ -545,6 +532,27 @@ class Adapter(ABC):
                 "lacks some that this one has, as after a removal. Give the one that went through "
                 "the removal, or a new one of model.parameters()"
             )
+
+
+def new_optimizer(
+    model: nn.Module, kind: str, learning_rate: float, momentum: float, weight_decay: float
+) -> Optimizer:
+    """PyTorch's own optimizer, for all parameters of a model.
+
+    Args:
+        model: whose parameters.
+        kind: ``sgd``, ``adam`` or ``adamw``.
+        learning_rate: at the start.
+        momentum: of SGD.
+        weight_decay: of all parameters.
+    """
+    parameters = model.parameters()
+    if kind == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=learning_rate, momentum=momentum, weight_decay=weight_decay
+        )
+    adam: type[torch.optim.Adam] = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
+    return adam(parameters, lr=learning_rate, weight_decay=weight_decay)
 
 
 def _require_whole(model: nn.Module) -> None:

@@ -52,10 +52,9 @@ class CarryOver:
                 f"{type(optimizer).__name__} keeps tensors of its own in {sorted(hidden)}, which "
                 "would stay as large as they are; make a new optimizer after the removal"
             )
-        for parameter, state in optimizer.state.items():
-            if parameter in self._names:
-                for key, value in state.items():
-                    self._check(f"{key!r} of {self._names[parameter]!r}", value, parameter.shape)
+        for own_one, name in self._names.items():
+            for key, value in optimizer.state.get(own_one, {}).items():
+                self._check(f"{key!r} of {name!r}", value, own_one.shape)
 
     def finish(self, stays: Mapping[str, list[Tensor]]) -> None:
         """The model is small: let the optimizer go on with its parameters, and cut its states.

@@ -247,7 +247,7 @@ class OTOv2(Adapter):
         # What is in G_p goes anyway: it is taken only where nothing else is left.
         score[self._dhspg.penalised_in(group)] -= 2 * score.abs().max() + 1
         score[~free] = -torch.inf
-        best = score.argsort(descending=True, stable=True)[:count]
+        best: Tensor = score.argsort(descending=True, stable=True)[:count]
         self._dhspg.exchange(group, [], best.tolist())
         return best
 
@@ -346,7 +346,9 @@ class OTOv2(Adapter):
     def take_out(self, going: Structures) -> Removal:
         """By the dependency graph. DHSPG is of the full size: another optimizer has to follow."""
         groups = {g.root: g for g in otov2.groups(self._graph, self.model)}
-        removal = Removal((g, groups[g].channels_of(k.tolist())) for g, k in going.items())
+        removal = Removal(
+            (g, groups[g].channels_of(torch.as_tensor(k).tolist())) for g, k in going.items()
+        )
         removal.apply(self.model, self.example)
         self._graph = None
         return removal

@@ -30,11 +30,10 @@ from torch.optim.swa_utils import update_bn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from adapters.base import AdapterError, Context, Stage, count_macs, count_parameters
+from adapters.base import count_macs, count_parameters
 from adapters.depgraph import DepGraph, DepGraphOptions
 from dpm_core import DecayPruningError, SelfRectifying, SmoothPruning, Trajectory
 from third_party.attention import SplitAttention, split_attention
-from third_party.groups import UnsupportedLayerError
 from third_party.upstreams import require
 
 from . import training
@@ -58,7 +57,7 @@ RATIO = 0.3
 SMOOTH = {"sp": SmoothPruning(2), "sr": SmoothPruning(4)}
 # Releases as many as it may: replacements are to be tried out, not a criterion.
 RECTIFY = SelfRectifying(Trajectory(rate=-1.0, length=-1e9), max_share=0.3)
-STAGE = Stage(steps=8, steps_per_epoch=8, learning_rate=1e-3, weight_decay=0.0)
+RATE = 1e-3
 TOLERANCE = 1e-8
 """Largest difference of outputs, as a share of :func:`spread`, unless rounding alone makes more.
 They are compared in double precision, where any slice that was not at zero stays far above; in
@@ -69,7 +68,6 @@ rounding of all layers does. In a random network of a hundred layers that can be
 MOVED = 1e-3
 """The small model's outputs have to differ from the dense one's by so much of the same at least."""
 UNLIKE = "sp and sr removed unlike amounts"
-KNOWN = (AdapterError, DecayPruningError, UnsupportedLayerError, RunError)
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ def measure(asked: Network) -> Row:
         for variant in SMOOTH:
             row["variants"][variant], row["skipped"] = prune(dense, example, variant)
         row["message"] = failure(row["variants"])
-    except KNOWN as cause:
+    except DecayPruningError as cause:
         row["message"] = str(cause)
     except Exception as cause:  # whatever upstream trips over: the table goes on
         row["message"] = f"{type(cause).__name__}: {cause}"
@@ -223,33 +221,23 @@ def prune(dense: nn.Module, example: Tensor, variant: str) -> tuple[Row, dict[st
     """
     model, before = copy.deepcopy(dense), copy.deepcopy(dense)
     torch.manual_seed(1)
-    context = Context(
-        model=model,
-        example=example,
-        variant=variant,  # type: ignore[arg-type]
-        smooth=SMOOTH[variant],
-        rectify=RECTIFY,
-        stages={"prune": STAGE},
-    )
     options = DepGraphOptions(ratio=RATIO, global_pruning=False, skip_unsupported=True)
-    adapter = DepGraph(context, options)
-    adapter.check()
+    rectify = RECTIFY if variant == "sr" else None
+    run = DepGraph(model, example, options, SMOOTH[variant], rectify)
+    run.check()
 
     def loss() -> Tensor:
         logits = model(torch.randn_like(example))
         return functional.cross_entropy(logits, torch.randint(logits.shape[1], (len(example),)))
 
-    optimizer = adapter.optimizer("prune")
-    adapter.begin("prune", optimizer, loss)
-    assert adapter.dpm is not None
-    for _ in range(STAGE.steps):
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9)
+    run.attach(optimizer)
+    assert run.dpm is not None
+    while not run.due:
         model.train()
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
-        adapter.after_step()
-        if adapter.due():
-            break
     # Running statistics of so few steps would let evaluation drown in, or lose, the signal.
     batches = [torch.randn_like(example) for _ in range(2)]
     update_bn(batches, model)
@@ -258,20 +246,20 @@ def prune(dense: nn.Module, example: Tensor, variant: str) -> tuple[Row, dict[st
     zeroed = outputs(model, images)
     noise = NOISE * torch.randn(images.shape, dtype=torch.float64)
     shaken = outputs(model, images * (1 + noise))
-    adapter.remove()
+    run.remove()
     small = outputs(model, images)
     if not small.isfinite().all() or not spread(zeroed) > 1e-9 * zeroed.abs().max():
         raise RunError(f"{variant}: the outputs are not finite, or the same for all images")
-    events = adapter.dpm.events
+    events = run.dpm.events
     return {
         "decayed": sum(len(e.structures) for e in events if e.kind == "decay" and e.wave == 0),
         "released": sum(len(e.structures) for e in events if e.kind == "release"),
-        "pruned": adapter.pruned,
+        "pruned": run.pruned,
         "macs": count_macs(model, example),
         "difference": float((small - zeroed).abs().max() / spread(zeroed)),
         "rounding": float((shaken - zeroed).abs().max() / spread(zeroed)),
         "moved": float((small - outputs(before, images)).abs().max() / spread(zeroed)),
-    }, adapter.skipped
+    }, run.skipped
 
 
 def outputs(model: nn.Module, images: Tensor) -> Tensor:

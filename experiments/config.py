@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import tomllib
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,12 +22,12 @@ from pydantic import (
     model_validator,
 )
 
-import adapters.base
 from adapters import registry
-from adapters.base import Adapter, AdapterError
+from adapters.base import Adapter, AdapterError, Training
 from dpm_core import (
     ConfigurationError,
     Criterion,
+    DecayPruningError,
     Exchange,
     Hearing,
     LeastResistant,
@@ -43,7 +44,7 @@ LARGEST_IMAGE = 1024
 """Pixels to a side; images are held in memory, all of them."""
 
 
-class ConfigError(ValueError):
+class ConfigError(DecayPruningError, ValueError):
     """A configuration cannot be run. The message names the key and what it may be."""
 
 
@@ -123,17 +124,6 @@ class Stage(_Table):
         if last > LARGEST:
             raise ValueError("gamma raises the learning rate beyond all measure; give less than 1")
         return self
-
-    def plan(self, steps_per_epoch: int) -> adapters.base.Stage:
-        """What an adapter has to know of it."""
-        return adapters.base.Stage(
-            steps=self.epochs * steps_per_epoch,
-            steps_per_epoch=steps_per_epoch,
-            kind=self.optimizer,
-            learning_rate=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-        )
 
 
 class Dense(Stage):
@@ -225,20 +215,33 @@ class Config(_Table):
             adapter = self.adapter()
         except AdapterError as cause:
             raise ValueError(f"framework: {cause}") from cause
-        unknown = sorted(set(self.stages) - set(adapter.stages))
+        known = [*(["sparse"] if adapter.learns_sparse else []), "prune"]
+        unknown = sorted(set(self.stages) - set(known))
         if unknown:
             raise ValueError(
-                f"{self.framework} has no stage {unknown[0]!r}; its stages are: "
-                f"{', '.join(adapter.stages)}"
+                f"{self.framework} has no stage {unknown[0]!r}; its stages are: {', '.join(known)}"
             )
-        missing = [s for s, needed in adapter.stages.items() if needed and s not in self.stages]
-        if missing:
-            raise ValueError(
-                f"{self.framework} needs the stage {missing[0]!r}: [stages.{missing[0]}]"
-            )
+        if "prune" not in self.stages:
+            raise ValueError(f"{self.framework} needs the stage 'prune': [stages.prune]")
         self.build_options()
         self.rectify.build().decision_step(self.build_smooth().steps)
         return self
+
+    def ordered_stages(self) -> list[tuple[str, Stage]]:
+        """The framework's stages in the order in which they are trained."""
+        return [(name, self.stages[name]) for name in ("sparse", "prune") if name in self.stages]
+
+    def training(self, steps_per_epoch: Callable[[int], int]) -> Training:
+        """What an adapter has to know of the stages.
+
+        Args:
+            steps_per_epoch: by the size of a batch.
+        """
+        lengths: dict[str, Training] = {}
+        for name, stage in self.ordered_stages():
+            per_epoch = steps_per_epoch(stage.batch)
+            lengths[name] = Training(stage.epochs * per_epoch, per_epoch)
+        return replace(lengths["prune"], sparse=lengths.get("sparse"))
 
     def adapter(self) -> type[Adapter]:
         """The framework's adapter."""

@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from dpm_core import DecayPruningError
+
 from .files import FileError, load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ UNWANTED = {"desktop.ini", "Thumbs.db"}
 """What file managers leave in folders, beside files with a dot in front."""
 
 
-class DataError(ValueError):
+class DataError(DecayPruningError, ValueError):
     """The data is not there, or not what it is said to be. The message says what to do."""
 
 

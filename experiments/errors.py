@@ -8,27 +8,12 @@ from collections.abc import Callable
 
 import torch
 
-from adapters.base import AdapterError
-from adapters.saved import SavedModelError
 from dpm_core import DecayPruningError
 
-from .config import ConfigError
-from .data import DataError
 from .names import one_line
-from .places import BusyError, explained
+from .places import explained
 from .run import RunError
-from .training import DivergedError
 
-KNOWN = (
-    ConfigError,
-    DataError,
-    RunError,
-    DivergedError,
-    BusyError,
-    AdapterError,
-    SavedModelError,
-    DecayPruningError,
-)
 REFUSED, CUT_OFF = 2, 141
 
 
@@ -43,7 +28,7 @@ def told(error: BaseException) -> str | None:
     """
     if isinstance(error, QuotingError):
         return str(error)
-    if isinstance(error, KNOWN):
+    if isinstance(error, DecayPruningError):
         return one_line(" ".join(str(error).split("\n")))
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

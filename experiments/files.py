@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import torch
 
 from adapters.saved import write
+from dpm_core import DecayPruningError
 
 __all__ = [
     "FileError",
@@ -30,7 +31,7 @@ _SHA, _LENGTH = hashlib.sha256().digest_size, 4
 _CHUNK = 1 << 20
 
 
-class FileError(ValueError):
+class FileError(DecayPruningError, ValueError):
     """A file is not what was written under its name. The message says why, without the name."""
 
 

@@ -35,6 +35,7 @@ from adapters.depgraph import structure_groups
 from adapters.gate_decorator import structure_group as gate_group
 from dpm_core import (
     DecayPruning,
+    DecayPruningError,
     Phase,
     SelfRectifying,
     SmoothPruning,
@@ -65,7 +66,7 @@ SEED = 0
 Figure = dict[str, Any]
 
 
-class OverheadError(RuntimeError):
+class OverheadError(DecayPruningError, RuntimeError):
     """The benchmark would compare unlike things. The message says which."""
 
 

@@ -16,13 +16,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapters.saved import TEMPORARY, claim
+from dpm_core import DecayPruningError
 
 LOCK = ".lock"
 PATIENCE = 2.0
 """Seconds that a lock is waited for: others look at it for a moment, as :func:`busy` does."""
 
 
-class BusyError(RuntimeError):
+class BusyError(DecayPruningError, RuntimeError):
     """Another process is at work in a folder. The message names both, and says what to do."""
 
 

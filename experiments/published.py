@@ -7,11 +7,9 @@ import tomllib
 from collections import Counter
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-import adapters.base
 
 from .run import RunError, Variant
 
@@ -31,7 +29,7 @@ class Counterpart(_Table):
     framework: Text
     sparse: bool = False
     """With sparse learning."""
-    variant: adapters.base.Variant
+    variant: Literal["base", "sp", "sr"]
 
 
 class Row(_Table):

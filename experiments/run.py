@@ -21,10 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from tqdm import tqdm
 
-import adapters.base
 import dpm_core
-from adapters.base import Adapter, Context, count_macs, count_parameters
+from adapters.base import Adapter, count_macs, count_parameters
+from adapters.removal import Removal
 from adapters.saved import DamagedError, Saved, SavedModelError, checksum, read, save_pruned
+from dpm_core import DecayPruningError
 from third_party.upstreams import PINS, require
 
 from . import data, models
@@ -41,7 +42,7 @@ CONTROLS: tuple[Control, ...] = ("random", "least-resistant")
 """``sr`` with the releases of a control: as many on the same schedule, but other ones."""
 RECORD_VERSION = 3
 ANEW = "delete it to start anew"  # not --force: a comparison resumes, and knows none
-CHECKPOINT_VERSION = 5
+CHECKPOINT_VERSION = 6
 CHECKPOINT, DENSE_CHECKPOINT = "checkpoint.pt", "dense-checkpoint.pt"
 """A run's, and that of a dense model that it has to train anew while it has gone beyond it."""
 LATENCY_BATCH = 128
@@ -56,14 +57,7 @@ ASKING = [
 """Signals that ask to save and stop; what was started to ignore a terminal's end goes on."""
 
 
-def split(variant: Variant) -> tuple[adapters.base.Variant, Control | None]:
-    """What an adapter is told of a variant, and the control that chooses the releases."""
-    if variant == "random" or variant == "least-resistant":
-        return "sr", variant
-    return variant, None
-
-
-class RunError(RuntimeError):
+class RunError(DecayPruningError, RuntimeError):
     """A run cannot start or go on. The message says what to do."""
 
 
@@ -433,7 +427,7 @@ def _check_facts(facts: _Facts, saved: Saved) -> None:
         raise SavedModelError(
             f"its model is {shown(facts.model)!r}, and there are: {', '.join(models.MODELS)}"
         )
-    gone = sum(len(channels) for _, channels in saved.plan)
+    gone = sum(len(channels) for _, channels in saved.removal)
     try:
         with torch.device("meta"):
             dense = models.build(facts.model, facts.in_channels, facts.classes).state_dict()
@@ -559,19 +553,18 @@ def _adapter(
     request: Request, images: data.Images, model: nn.Module, example: torch.Tensor
 ) -> Adapter:
     config = request.config
-    adapter = config.adapter()
-    ordered = {name: config.stages[name] for name in adapter.stages if name in config.stages}
-    variant, control = split(request.variant)
-    context = Context(
-        model=model,
-        example=example,
-        variant=variant,
-        smooth=config.build_smooth(),
-        rectify=config.rectify.build(control, request.seed),
-        stages={n: s.plan(images.steps_per_epoch(s.batch)) for n, s in ordered.items()},
+    variant = request.variant
+    control = variant if variant in CONTROLS else None
+    rectify = config.rectify.build(control, request.seed)
+    return config.adapter()(
+        model,
+        example,
+        config.build_options(),
+        None if variant == "base" else config.build_smooth(),
+        None if variant in ("base", "sp") else rectify,
+        training=config.training(images.steps_per_epoch),
         progress=_Spinner(request.ranks.hidden),
     )
-    return adapter(context, config.build_options())
 
 
 def _dense_path(request: Request, images: data.Images) -> Path:
@@ -650,7 +643,7 @@ def _framework_loop(
         model=model,
         images=images,
         seed=request.seed,
-        stages=[(name, config.stages[name]) for name in adapter.context.stages],
+        stages=config.ordered_stages(),
         adapter=adapter,
         curve=config.curve,
         compute=config.compute,
@@ -664,8 +657,9 @@ def _framework_loop(
         if saved.get("masked") is not None:
             loop.masked = copy.deepcopy(dense)
             before = _adapter(request, images, loop.masked, example)
-            loop.masked_removed = saved["masked_removed"]
-            before.restore_model({**saved["adapter"], "removed": loop.masked_removed})
+            removed = saved["masked_removed"]
+            loop.masked_removed = None if removed is None else Removal(removed)
+            before.lay_out(loop.masked_removed)
             loop.masked.load_state_dict(saved["masked"])
     return loop, adapter
 
@@ -690,7 +684,7 @@ def _save(
             "progress": asdict(loop.progress),
             "model": loop.model.state_dict(),
             "masked": loop.masked.state_dict() if loop.masked is not None else None,
-            "masked_removed": loop.masked_removed,
+            "masked_removed": None if loop.masked_removed is None else list(loop.masked_removed),
             "optimizer": loop.optimizer.state_dict(),
             "adapter": loop.adapter.state_dict() if loop.adapter is not None else None,
             "random": torch.get_rng_state(),
@@ -721,16 +715,15 @@ def _go_on_alike(request: Request, saved: Mapping[str, Any]) -> None:
 def _restore(loop: Loop, saved: Mapping[str, Any]) -> None:
     """Put a loop where :func:`_save` left it."""
     loop.progress = Progress(**saved["progress"])
-    name, _ = loop.stages[loop.progress.stage]
-    adapter, state = loop.adapter, saved["adapter"]
+    adapter = loop.adapter
     if adapter is not None:
-        adapter.restore_model(state)
+        adapter.load_state_dict(saved["adapter"])
         loop.lay_out()
     loop.model.load_state_dict(saved["model"])
     loop.optimizer = loop.new_optimizer()
     loop.optimizer.load_state_dict(saved["optimizer"])
     if adapter is not None:
-        adapter.load_state_dict(state, name, loop.optimizer, loop.next_loss)
+        adapter.attach(loop.optimizer, loop.next_loss)
     torch.set_rng_state(saved["random"].cpu())
     if saved["random_cuda"]:
         torch.cuda.set_rng_state_all([s.cpu() for s in saved["random_cuda"]])

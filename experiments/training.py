@@ -16,9 +16,9 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from adapters.base import Adapter, AdapterError, Plan
-from adapters.optimizer_state import CarryOver
-from dpm_core import DecayPruning, Phase
+from adapters.base import Adapter, AdapterError, new_optimizer
+from adapters.removal import Removal
+from dpm_core import DecayPruning, DecayPruningError, Phase
 
 from .config import Compute, Curve, Stage
 from .data import Images, mixing
@@ -61,7 +61,7 @@ class Stopped(Exception):  # noqa: N818  (a request, not an error)
     """The run was asked to stop, and has saved itself."""
 
 
-class DivergedError(RuntimeError):
+class DivergedError(DecayPruningError, RuntimeError):
     """Training has left the finite numbers. The message names stage and step, and the remedy."""
 
 
@@ -176,7 +176,7 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
     optimizer: torch.optim.Optimizer | None = None
     masked: nn.Module | None = None
-    masked_removed: Plan | None = None
+    masked_removed: Removal | None = None
     seconds_loading: float = 0.0
     seconds_training: float = 0.0
 
@@ -185,8 +185,12 @@ class Loop:
         self.lay_out()
 
     def lay_out(self) -> None:
-        """Bring the model as it is now into its fastest layout, before an optimizer is made."""
+        """Bring the model as it is now, and its optimizer's state, into the fastest layout."""
         laid_out(self.model, self.adapter is None or self.adapter.channels_last)
+        for parameter, state in ({} if self.optimizer is None else self.optimizer.state).items():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def run(self) -> None:
         """Train all stages, or what is left of them.
@@ -248,7 +252,7 @@ class Loop:
         per_epoch = self.images.steps_per_epoch(stage.batch)
         total = stage.epochs * per_epoch
         if self.optimizer is None:
-            self._begin(name)
+            self._begin()
         self._forward = self._compiled()
         bar = tqdm(
             total=total,
@@ -260,7 +264,7 @@ class Loop:
         )
         with bar:
             while True:
-                self._look(name)
+                self._look()
                 if p.step >= total:
                     self._require_finite_model()
                     return
@@ -268,18 +272,13 @@ class Loop:
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(stage, p.step // per_epoch)
                 self.model.train()
-                if self.adapter is not None:
-                    self.adapter.before_step(p.step)
                 started = time.perf_counter()
                 self.optimizer.zero_grad()
                 loss = self._loss(self._forward)
                 self._watch(loss.detach())
                 loss.backward()
-                if self.adapter is not None:
-                    self.adapter.after_backward()
                 self.optimizer.step()
                 if self.adapter is not None:
-                    self.adapter.after_step()
                     self._follow_norms(self.adapter)
                 self.seconds_training += time.perf_counter() - started
                 bar.update(p.step - bar.n)
@@ -287,10 +286,11 @@ class Loop:
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """Of the present stage, for the model as it is."""
-        name, stage = self.stages[self.progress.stage]
-        if self.adapter is not None:
-            return self.adapter.optimizer(name)
-        return stage.plan(self.images.steps_per_epoch(stage.batch)).new_optimizer(self.model)
+        stage = self.stages[self.progress.stage][1]
+        settings = stage.optimizer, stage.learning_rate, stage.momentum, stage.weight_decay
+        if self.adapter is None:
+            return new_optimizer(self.model, *settings)
+        return self.adapter.new_optimizer(*settings)
 
     def _compiled(self) -> Callable[[Tensor], Tensor]:
         """The forward pass of training steps.
@@ -300,12 +300,12 @@ class Loop:
         made: Any = torch.compile(self.model) if self.compute.compile else self.model
         return self.ranks.averaging(made)
 
-    def _begin(self, name: str) -> None:
+    def _begin(self) -> None:
         self.optimizer = self.new_optimizer()
         if self.adapter is not None:
-            self.adapter.begin(name, self.optimizer, self.next_loss)
+            self.adapter.attach(self.optimizer, self.next_loss)
 
-    def _look(self, name: str) -> None:
+    def _look(self) -> None:
         """Between steps: measure, and remove what is due."""
         if self.adapter is None:
             return
@@ -313,15 +313,13 @@ class Loop:
         if self.adapter.decided and p.decided_at is None:
             p.decided_at = p.total
             self._measure_curve()
-        if self.adapter.due():
+        if self.adapter.due:
             self._require_finite_model()
             self._remove(self.adapter)
-            assert self.optimizer is not None
-            self.adapter.begin(name, self.optimizer, self.next_loss)
             self._forward = self._compiled()
         if p.decided_at is None:
             return
-        if p.zero_at is None and self.adapter.settled():
+        if p.zero_at is None and self.adapter.settled:
             self._measure_zero()
         since, last = p.total - p.decided_at, p.curve[-1][0]
         every = self.curve.every
@@ -347,31 +345,19 @@ class Loop:
             p.events += [asdict(e) for e in adapter.events()]
             p.heard += adapter.dpm.heard
         # What is not zero yet, as in DepGraph's base, is cut off: there is nothing to compare.
-        zero = adapter.dpm is not None or adapter.settled()
+        zero = adapter.dpm is not None or adapter.settled
         before = outputs(self.model, probe)
         self.masked = copy.deepcopy(self.model) if zero else None
         self.masked_removed = adapter.removed
-        self._shrink(adapter)
-        self.ranks.require_same("what was removed", adapter.removed)
+        adapter.remove()
+        self.lay_out()
+        assert adapter.removed is not None
+        self.ranks.require_same("what was removed", list(adapter.removed))
         p.removed_at = p.total
         found = p.found.get("output_difference")
         if zero:
             found = max(float((outputs(self.model, probe) - before).abs().max()), found or 0.0)
         p.found["output_difference"] = found
-
-    def _shrink(self, adapter: Adapter) -> None:
-        """Make the model smaller; the optimizer goes on with what stays, where the adapter can."""
-        assert self.optimizer is not None
-        if not adapter.carries_optimizer:
-            adapter.remove()
-            self.lay_out()
-            self.optimizer = self.new_optimizer()
-            return
-        carried, before = CarryOver(self.model, self.optimizer), len(adapter.removed or [])
-        adapter.remove()
-        self.lay_out()
-        assert adapter.removed is not None
-        carried.finish(adapter.context.example, adapter.removed[before:])
 
     def _follow_norms(self, adapter: Adapter) -> None:
         p, dpm = self.progress, adapter.dpm
