@@ -10,8 +10,8 @@ import torch
 import torchvision
 from torch import nn
 
-from adapters import registry
 from adapters.base import structure_group
+from adapters.removal import Removal
 from experiments import export, models
 from experiments.run import MODEL, RunError, run
 from experiments.training import outputs
@@ -48,7 +48,7 @@ def pruned(model: nn.Module, example: torch.Tensor) -> tuple[nn.Module, nn.Modul
         structure_group(group).scale_(factors)
         plan.append((group.root, sorted(rows.tolist())))
     small = copy.deepcopy(model)
-    registry.load("otov2").shrink(small, example, [p for p in plan if p[1]])
+    Removal(plan).apply(small, example)
     return model, small
 
 

@@ -19,15 +19,18 @@ from hypothesis import strategies as st
 
 from adapters import saved
 from adapters.saved import save_pruned
+from dpm_core import DecayPruningError
 from experiments import places
 from experiments import run as run_module
 from experiments.__main__ import count, folder, main, pause, seed, seeds
-from experiments.errors import KNOWN, carried_out, told
+from experiments.config import ConfigError
+from experiments.data import DataError
+from experiments.errors import carried_out, told
 from experiments.files import save_text
 from experiments.names import LAST_SEED
 from experiments.places import BusyError, alone_in, busy, clean, explained
 from experiments.run import CHECKPOINT, FORCED, MODEL, RECORD, RunError, finished, load_model, run
-from experiments.training import Stopped
+from experiments.training import DivergedError, Stopped
 from tests.support import tiny
 from tests.support.tiny import MINIATURE
 
@@ -194,7 +197,7 @@ def test_bugs_keep_their_tracebacks_and_known_errors_do_not(capsys):
         assert told(error) is None
         with pytest.raises(type(error)):
             carried_out(lambda error=error: (_ for _ in ()).throw(error))
-    for kind in KNOWN:
+    for kind in (ConfigError, DataError, RunError, DivergedError, BusyError, DecayPruningError):
         assert told(kind("one\ntwo\x1b")) == "one two\\x1b"
     for error in (
         MemoryError(),

@@ -144,7 +144,7 @@ def carry_out(
         "decisions": [
             (e["step"], e["kind"], e["group"], e["structures"], e["wave"]) for e in progress.events
         ],
-        "removed": adapter.removed,
+        "removed": list(adapter.removed),
         "rows": set(Plain.rows),
         "steps": (progress.total, progress.decided_at, progress.removed_at, progress.heard),
     }

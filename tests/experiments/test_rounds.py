@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.base import AdapterError, Context
+from adapters.base import AdapterError, Training
 from adapters.registry import load
+from adapters.removal import Removal
 from adapters.saved import read
 from dpm_core import SelfRectifying, SmoothPruning, Trajectory
 from experiments import plot, table
@@ -103,12 +104,12 @@ def test_a_run_in_rounds_meets_the_target_and_its_model_reloads(records, variant
         assert (counted["released"] > 0) == (variant != "sp")
 
     saved = read(path.parent / "model.safetensors")
-    assert len(saved.plan) > len({root for root, _ in saved.plan}), "all went in one round"
-    assert len(dense_numbers(saved.plan)) == counted["pruned"]
+    assert len(saved.removal) > len({root for root, _ in saved.removal}), "all went in one round"
+    assert len(dense_numbers(saved.removal)) == counted["pruned"]
     model, _ = load_model(path.parent / "model.safetensors")
     laid_out(model)
     for name, width in CHANNELS.items():
-        gone = len([root for root, _ in dense_numbers(saved.plan) if root == name])
+        gone = len([root for root, _ in dense_numbers(saved.removal) if root == name])
         assert record["channels"][name] == [width, width - gone]
         assert model.get_submodule(name).out_channels == width - gone
     assert accuracy(model, tiny.few_digits()) == record["accuracy"]["final"]
@@ -120,7 +121,7 @@ def test_events_and_norms_are_told_by_the_dense_models_numbers(records, variant,
     saved = torch.load(path.parent / "trace.pt", weights_only=True)
     of = {kind: [e for e in saved["events"] if e["kind"] == kind] for kind in ("decay", "prune")}
     pruned = [(e["group"], k, e["step"]) for e in of["prune"] for k in e["structures"]]
-    plan = read(path.parent / "model.safetensors").plan
+    plan = read(path.parent / "model.safetensors").removal
     assert {(group, k) for group, k, _ in pruned} == dense_numbers(plan)
     assert len(pruned) == len(dense_numbers(plan))
     starts = {e["step"] for e in of["decay"] if not e["wave"]}
@@ -181,16 +182,14 @@ def loop(framework: str, options: dict, kind: str, variant: str, epochs: int = 3
     model = tiny.models.VGG((8, 8, 0, 16), 1, 10)
     stage = Stage(epochs=epochs, batch=40, learning_rate=0.02, optimizer=kind)
     adapter = load(framework)
+    rectify = SelfRectifying(Trajectory(rate=-1.0, length=-1e9), max_share=0.3)
     made = adapter(
-        Context(
-            model=model,
-            example=images.normalize(images.test[:2]),
-            variant=variant,
-            smooth=SmoothPruning(5),
-            rectify=SelfRectifying(Trajectory(rate=-1.0, length=-1e9), max_share=0.3),
-            stages={"prune": stage.plan(4)},
-        ),
+        model,
+        images.normalize(images.test[:2]),
         adapter.Options(**options),
+        None if variant == "base" else SmoothPruning(5),
+        rectify if variant == "sr" else None,
+        training=Training(4 * epochs, 4),
     )
     return Loop(model=model, images=images, seed=0, stages=[("prune", stage)], adapter=made)
 
@@ -229,20 +228,15 @@ WAYS = {
 def test_the_state_of_what_stays_is_what_it_was_before_the_removal(way, kind):
     framework, options, variant, removals = WAYS[way]
     made = loop(framework, options, kind, variant)
-    adapter, seen, first = made.adapter, [], []
-    remove, begin = adapter.remove, adapter.begin
+    adapter, seen, optimizers = made.adapter, [], set()
+    remove = adapter.remove
 
-    def removed() -> None:
-        old, large, before = states(made), copy.deepcopy(made.model), len(adapter.removed or [])
-        remove()
-        seen.append((old, kept(large, adapter.removed[before:])))
-
-    def begun(stage, optimizer, loss) -> None:
-        first.append(optimizer)
-        begin(stage, optimizer, loss)
-        if not seen:
-            return
-        (old, rows), new = seen[-1], states(made)
+    def removed() -> Removal:
+        old, large = states(made), copy.deepcopy(made.model)
+        removal = remove()
+        rows, new = kept(large, list(removal)), states(made)
+        seen.append((old, rows))
+        optimizers.update([id(made.optimizer), id(adapter.optimizer)])
         assert new.keys() == old.keys()
         for name, state in new.items():
             assert state.keys() == old[name].keys()
@@ -252,12 +246,12 @@ def test_the_state_of_what_stays_is_what_it_was_before_the_removal(way, kind):
                     for dim, index in enumerate(rows[name]):
                         expected = expected.index_select(dim, torch.tensor(index))
                 assert torch.equal(value, expected), (name, key)
+        return removal
 
-    adapter.remove, adapter.begin = removed, begun
+    adapter.remove = removed
     made.run()
     assert len(seen) == removals
-    assert len(first) == removals + 1
-    assert all(optimizer is first[0] for optimizer in first)
+    assert len(optimizers) == 1
     old, rows = seen[-1]
     assert old, "there was no state to carry over"
     assert len(rows["features.7.weight"][0]) < 16
@@ -266,7 +260,7 @@ def test_the_state_of_what_stays_is_what_it_was_before_the_removal(way, kind):
 def test_training_that_ends_before_the_last_round_is_an_error():
     options = {"speed_up": 2.0, "steps": 20, "rounds": 3, "round_epochs": 2}
     made = loop("depgraph", options, "sgd", "sp")
-    made.adapter.checked = True  # or begin() would refuse so short a stage
+    made.adapter.checked = True  # or attach() would refuse so short a stage
     with pytest.raises(AdapterError, match="ended before the removal was due"):
         made.run()
     assert made.adapter.removed

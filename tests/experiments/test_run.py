@@ -650,7 +650,7 @@ def test_a_damaged_model_file_is_refused_by_name(tiny_runs, tmp_path, damage):
     whole = tiny_runs.paths["sp"].parent / MODEL
     content = whole.read_bytes()
     if damage == "no facts":
-        save_pruned(path, load_model(whole)[0], read(whole).plan)
+        save_pruned(path, load_model(whole)[0], read(whole).removal)
     elif damage != "missing":
         made = {"empty": b"", "cut": content[:-1000], "foreign": b"hello"}
         path.write_bytes(made[damage])

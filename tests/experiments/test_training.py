@@ -97,9 +97,8 @@ def test_the_learning_rate_is_a_function_of_the_epoch_alone():
 )
 def test_an_optimizer_is_the_stages_own(name, kind, momentum):
     stage = Stage(epochs=2, optimizer=name, learning_rate=0.3, momentum=0.8, weight_decay=0.01)
-    model, plan = network(), stage.plan(7)
-    assert (plan.steps, plan.steps_per_epoch, plan.kind) == (14, 7, name)
-    made = plan.new_optimizer(model)
+    made = loop(images(), stage)
+    model, made = made.model, made.new_optimizer()
     (group,) = made.param_groups
     assert type(made) is kind
     assert (group["lr"], group["weight_decay"], group.get("momentum")) == (0.3, 0.01, momentum)
