@@ -16,9 +16,10 @@ from .errors import (
     PhaseError,
     StateError,
 )
+from .events import Event
 from .groups import Owner, Slice, StructureGroup
 from .phases import Phase
-from .pruning import DecayPruning, Event
+from .pruning import DecayPruning
 from .rectify import (
     Criterion,
     Evidence,

@@ -169,6 +169,23 @@ class StructureGroup:
         """Multiply structure k by ``factors[k]``, in place; ``factors`` is (K,)."""
         self._table.scale_(factors)
 
+    def nonzero(self, structures: Tensor) -> Tensor:
+        """Which of some structures have an element that is not zero, (n,) bool on the host.
+
+        Args:
+            structures: their numbers, int64 (n,).
+
+        Raises:
+            GroupError: as :func:`require_fit`.
+        """
+        require_fit([self])
+        left = torch.zeros(structures.numel(), dtype=torch.bool)
+        for s in self.slices:
+            rows = s.index[structures.to(s.index.device)].to(s.parameter.device)
+            values = s.parameter.detach().index_select(s.dim, rows.reshape(-1)).movedim(s.dim, 0)
+            left |= (values != 0).reshape(structures.numel(), -1).any(1).cpu()
+        return left
+
     def __repr__(self) -> str:
         names = ", ".join(s.name for s in self.slices)
         return f"StructureGroup({self.name!r}, {self.size} structures, slices: {names})"

@@ -21,24 +21,24 @@ from .processes import Processes
 
 
 @dataclass(frozen=True)
-class Room:
-    """Where hearings are held.
+class Objective:
+    """What a hearing runs.
 
     Attributes:
         model: its buffers (BatchNorm's running statistics) are put back after a hearing.
         loss: runs the model on the next training batch and returns the mean loss over its samples.
 
     In several processes each runs its own share of the batches. The model is best the one inside
-    DistributedDataParallel: the wrapper has nothing to do here, no gradient of a parameter is made.
-    Where it is the wrapper, it is told not to expect any.
+    DistributedDataParallel: the wrapper has nothing to do here, as no parameter gets a gradient.
+    Where it is the wrapper, it is set not to wait for any.
     """
 
     model: nn.Module
     loss: Callable[[], Tensor]
 
 
-def hold(
-    room: Room,
+def gate_derivatives(
+    objective: Objective,
     groups: Sequence[StructureGroup],
     gated: Sequence[Tensor],
     batches: int,
@@ -52,10 +52,10 @@ def hold(
     pass gives the derivative of every sample.
 
     Args:
-        room: the model and its loss.
-        groups: the groups that are heard; each needs owners.
+        objective: the model and its loss.
+        groups: the groups whose gates are read; each needs owners.
         gated: for each group, the numbers of its decaying structures, int64 on the host.
-        batches: how many times ``room.loss`` is run.
+        batches: how many times ``objective.loss`` is run.
         gate: the gates' value, above zero.
         processes: among which the samples are shared out; ``None`` for one process.
         read: for each group, the numbers of the structures whose gates are read, if not those in
@@ -75,7 +75,7 @@ def hold(
     """
     read = gated if read is None else read
     with nullcontext() if processes is None else processes.together("a hearing"):
-        summed, samples = _listen(room, groups, gated, batches, gate, read)
+        summed, samples = _sums(objective, groups, gated, batches, gate, read)
     if processes is not None:
         samples = int(processes.total(torch.tensor(samples)))
         summed = processes.total(summed)
@@ -83,8 +83,8 @@ def hold(
     return mean, square
 
 
-def _listen(
-    room: Room,
+def _sums(
+    objective: Objective,
     groups: Sequence[StructureGroup],
     gated: Sequence[Tensor],
     batches: int,
@@ -100,21 +100,21 @@ def _listen(
             )
     sums: list[Tensor] = []
     samples = 0
-    model = room.model
+    model = objective.model
     alone = model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
     with _untouched(model), torch.enable_grad(), alone, _uncompiled():
         for _ in range(batches):
             with _gates(groups, gated, read, gate) as gates:
-                loss = room.loss()
-                heard = list(gates)
+                loss = objective.loss()
+                called = list(gates)
                 # Checkpointed layers run anew in the backward pass, and have to meet gates there.
-                found = _derivatives(loss, groups, heard)
-            size = len(heard[0].z)
+                derivatives = _derivatives(loss, groups, called)
+            size = len(called[0].z)
             per_sample = [
                 torch.zeros(size, len(numbers), dtype=torch.float64, device=loss.device)
                 for numbers in read
             ]
-            for one, derivative in zip(heard, found, strict=True):
+            for one, derivative in zip(called, derivatives, strict=True):
                 per_sample[one.group] += derivative.double()[:, one.index].sum(2)
             batch = torch.cat(per_sample, dim=1)
             sums.append(torch.stack([batch.sum(0), batch.square().sum(0)]))
@@ -159,13 +159,14 @@ def _derivatives(
                     "or traced); name a module as the owner that every forward pass calls, or use "
                     "Trajectory()"
                 )
-    found: tuple[Tensor | None, ...] = ()
+    derivatives: tuple[Tensor | None, ...] = ()
     if gates and loss.requires_grad:
         try:
             # The loss is a mean over samples; a sample's own loss counts in full, and from the
             # start, or a large batch's derivatives would vanish in half precision.
             size = torch.full_like(loss, len(gates[0].z))
-            found = torch.autograd.grad(loss, [g.z for g in gates], size, allow_unused=True)
+            zs = [g.z for g in gates]
+            derivatives = torch.autograd.grad(loss, zs, size, allow_unused=True)
         except RuntimeError as cause:
             if "checkpoint" not in str(cause).lower():
                 raise
@@ -173,14 +174,14 @@ def _derivatives(
                 f"a hearing cannot read its gates through activation checkpointing ({cause}); use "
                 "checkpoint(..., use_reentrant=False), or Trajectory()"
             ) from cause
-    if all(derivative is None for derivative in found):
+    if all(derivative is None for derivative in derivatives):
         raise GradientError(
             "the loss of a hearing does not depend on the decaying structures; the closure "
             "must run the model that the groups were made from and return its loss, not "
             "detached"
         )
-    told: list[Tensor] = []
-    for gate, derivative in zip(gates, found, strict=True):
+    reached: list[Tensor] = []
+    for gate, derivative in zip(gates, derivatives, strict=True):
         if derivative is None:
             raise GradientError(
                 f"the loss of a hearing does not depend on a call of "
@@ -189,8 +190,8 @@ def _derivatives(
                 "use_reentrant=True), or its output goes nowhere. Use checkpoint(..., "
                 "use_reentrant=False), name another module as the owner, or use Trajectory()"
             )
-        told.append(derivative)
-    return tuple(told)
+        reached.append(derivative)
+    return tuple(reached)
 
 
 def _owner(groups: Sequence[StructureGroup], number: int, i: int) -> str:
@@ -210,7 +211,7 @@ def _gates(
     gates: list[_Gate] = []
 
     def hook_for(
-        number: int, i: int, dim: int, silent: Tensor, told: Tensor, highest: int
+        number: int, i: int, dim: int, closed: Tensor, listed: Tensor, highest: int
     ) -> Callable[..., Tensor]:
         def multiply(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
             sound = isinstance(output, Tensor) and -output.dim() < dim < output.dim() and dim != 0
@@ -219,7 +220,7 @@ def _gates(
                     f"an owner of group {groups[number].name!r} does not return a tensor with its "
                     f"structures along dim {dim}; name another module as the owner"
                 )
-            silenced, here = silent.to(output.device), told.to(output.device)
+            gated_here, read_here = closed.to(output.device), listed.to(output.device)
             along = dim % output.dim()
             if highest >= output.shape[along] or (gates and len(gates[0].z) != len(output)):
                 raise GroupError(
@@ -229,9 +230,9 @@ def _gates(
                 )
             wide = torch.promote_types(output.dtype, torch.float32)  # the derivative's, too
             z = output.new_ones(output.shape[0], output.shape[along], dtype=wide)
-            z[:, silenced.reshape(-1)] = value
+            z[:, gated_here.reshape(-1)] = value
             z.requires_grad_()
-            gates.append(_Gate(number, i, z, here))
+            gates.append(_Gate(number, i, z, read_here))
             shape = [output.shape[d] if d in (0, along) else 1 for d in range(output.dim())]
             return (output * z.view(shape)).to(output.dtype)
 
@@ -239,9 +240,9 @@ def _gates(
 
     handles = [
         owner.module.register_forward_hook(
-            hook_for(number, i, owner.dim, index[silent], index[told], int(index.max()))
+            hook_for(number, i, owner.dim, index[closed], index[listed], int(index.max()))
         )
-        for number, (group, silent, told) in enumerate(zip(groups, gated, read, strict=True))
+        for number, (group, closed, listed) in enumerate(zip(groups, gated, read, strict=True))
         for i, owner in enumerate(group.owners)
         for index in [owner.index.cpu()]
     ]

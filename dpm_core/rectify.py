@@ -40,8 +40,8 @@ class Evidence:
         fisher: (C,) mean over samples of that derivative's square, or ``None``.
         worth: (C,) :meth:`DecayPruning.worth <dpm_core.DecayPruning.worth>` of the structures, for
             a criterion that exchanges, or ``None``.
-        price: (G, M) that of the structures of each group that could be decayed in place of
-            released ones, in ascending order and filled up with infinity, or ``None``.
+        free_worth: (G, M) the worth of the structures of each group that could be decayed in place
+            of released ones, in ascending order and filled up with infinity, or ``None``.
     """
 
     group: Tensor
@@ -51,7 +51,7 @@ class Evidence:
     derivative: Tensor | None = None
     fisher: Tensor | None = None
     worth: Tensor | None = None
-    price: Tensor | None = None
+    free_worth: Tensor | None = None
 
 
 def ranks(score: Tensor, candidates: Tensor, group: Tensor, groups: int) -> Tensor:
@@ -233,14 +233,14 @@ class Exchange(Criterion):
     def choose(self, evidence: Evidence, limits: Tensor, step: int) -> Tensor:
         """See :meth:`Criterion.choose`."""
         assert evidence.worth is not None
-        assert evidence.price is not None
+        assert evidence.free_worth is not None
         everyone = torch.ones_like(evidence.worth, dtype=torch.bool)
-        # The n-th most precious pays if n or more prices are below what it is worth: both lists are
-        # sorted, so the pairs that pay are the first ones.
+        # The n-th most precious is set against the n-th cheapest. Both lists are sorted, so the
+        # pairs that gain are the first ones.
         rank = ranks(evidence.worth, everyone, evidence.group, limits.numel())
-        rank_or_last = rank.clamp(max=evidence.price.shape[1] - 1)
-        price = evidence.price[evidence.group, rank_or_last]
-        return (rank < limits[evidence.group]) & (evidence.worth > price)
+        rank_or_last = rank.clamp(max=evidence.free_worth.shape[1] - 1)
+        instead = evidence.free_worth[evidence.group, rank_or_last]
+        return (rank < limits[evidence.group]) & (evidence.worth > instead)
 
 
 @dataclass(frozen=True)

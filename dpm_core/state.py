@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import StateError
-from .phases import Phase
+from .phases import Move, Phase, after
 
 VERSION = 1
 
@@ -62,14 +62,78 @@ class Ledger:
             gradient=zeros(torch.float64),
         )
 
-    def part(self, start: int, size: int) -> dict[str, Tensor]:
-        """Copies of one group's entries, by field."""
-        return {f.name: getattr(self, f.name)[start : start + size].clone() for f in fields(self)}
+    @property
+    def decaying(self) -> Tensor:
+        """Numbers of the structures that are DECAYING, sorted."""
+        return (self.phase == Phase.DECAYING).nonzero().flatten()
 
-    def assign(self, start: int, size: int, part: Mapping[str, Tensor]) -> None:
+    @property
+    def pruned(self) -> Tensor:
+        """Numbers of the structures that are PRUNED, sorted."""
+        return (self.phase == Phase.PRUNED).nonzero().flatten()
+
+    @property
+    def available(self) -> Tensor:
+        """Which structures may be decayed: ACTIVE and never released; bool."""
+        return (self.phase == Phase.ACTIVE) & ~self.immune
+
+    @property
+    def decayed_to_zero(self) -> Tensor:
+        """Which structures are PRUNED after a decay, and were not zero from the start; bool."""
+        return (self.phase == Phase.PRUNED) & (self.initial > 0)
+
+    def start(self, numbers: Tensor, initial: Tensor, effect: Tensor, wave: int) -> Tensor:
+        """Start the decay of available structures; those whose norm is zero are PRUNED at once.
+
+        Args:
+            numbers: of the structures.
+            initial: L_init of each.
+            effect: norm of the part that fixes the effect, of each.
+            wave: of all of them.
+
+        Returns:
+            Which of them were zero, bool.
+        """
+        zero = initial == 0
+        self.wave[numbers] = wave
+        self.initial[numbers], self.effect[numbers] = initial, effect
+        for sums in (self.resistance, self.gradient):
+            sums[numbers] = 0
+        self._move(numbers[~zero], Move.START)
+        self._move(numbers[zero], Move.VANISH)
+        return zero
+
+    def advance(self, numbers: Tensor, resistance: Tensor, gradient: Tensor) -> Tensor:
+        """Count a decay step, with the new sums.
+
+        Returns:
+            n of each, this step included.
+        """
+        self.resistance[numbers], self.gradient[numbers] = resistance, gradient
+        self.step[numbers] += 1
+        return self.step[numbers]
+
+    def release(self, numbers: Tensor) -> None:
+        """Make decaying structures ACTIVE again, and immune."""
+        self.immune[numbers] = True
+        self._move(numbers, Move.RELEASE)
+
+    def finish(self, numbers: Tensor) -> None:
+        """Make structures PRUNED whose last decay step is done."""
+        self._move(numbers, Move.FINISH)
+
+    def _move(self, numbers: Tensor, move: Move) -> None:
+        self.phase[numbers] = after(self.phase[numbers], move)
+        self.step[numbers] = 0
+
+    def part(self, span: slice) -> dict[str, Tensor]:
+        """Copies of one group's entries, by field."""
+        return {f.name: getattr(self, f.name)[span].clone() for f in fields(self)}
+
+    def assign(self, span: slice, part: Mapping[str, Tensor]) -> None:
         """Overwrite one group's entries with a part that has been checked."""
         for f in fields(self):
-            getattr(self, f.name)[start : start + size] = part[f.name]
+            getattr(self, f.name)[span] = part[f.name]
 
 
 def check_header(state: Any, expected: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ def evidence(worth: list[float], group: list[int], prices: list[list[float]]) ->
         none,
         none,
         worth=torch.tensor(worth, dtype=torch.float64),
-        price=torch.tensor(rows, dtype=torch.float64),
+        free_worth=torch.tensor(rows, dtype=torch.float64),
     )
 
 

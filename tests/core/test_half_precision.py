@@ -18,7 +18,7 @@ from dpm_core import (
     SmoothPruning,
     StructureGroup,
 )
-from dpm_core.hearing import Room, hold
+from dpm_core.hearing import Objective, gate_derivatives
 from tests.support import oracle
 from tests.support.toys import OPTIMIZERS, Toy, make
 from tests.support.twins import Twin, norm, structure
@@ -146,7 +146,7 @@ def test_a_hearing_in_half_precision_hears_what_one_in_float64_does(
                 out = net(images.to(next(net.parameters()).dtype))
             return nn.functional.cross_entropy(out.to(torch.float64), labels)
 
-        found.append(hold(Room(net, loss), [group], [torch.arange(6)], 2, 1e-3))
+        found.append(gate_derivatives(Objective(net, loss), [group], [torch.arange(6)], 2, 1e-3))
     assert Hearing().gate == 1e-3
     (mean, square), (exact_mean, exact_square) = found
     spread = float(exact_square.sqrt().max())

@@ -23,7 +23,7 @@ from dpm_core import (
     SmoothPruning,
     StructureGroup,
 )
-from dpm_core.hearing import Room, hold
+from dpm_core.hearing import Objective, gate_derivatives
 from tests.support import oracle
 from tests.support.snapshot import assert_unchanged, refused, snapshot
 from tests.support.toys import OPTIMIZERS, TOYS, Toy, make
@@ -80,10 +80,10 @@ def one_by_one(
     return found
 
 
-def room(toy: Toy, first: int = 100) -> Room:
+def room(toy: Toy, first: int = 100) -> Objective:
     """The loop's closure: batch ``first`` and those after it."""
     count = iter(range(first, first + 100))
-    return Room(toy.model, lambda: toy.loss(next(count)))
+    return Objective(toy.model, lambda: toy.loss(next(count)))
 
 
 # ---------------------------------------------------------------------- the derivative
@@ -94,7 +94,7 @@ def room(toy: Toy, first: int = 100) -> Room:
 def test_the_derivative_is_that_of_each_sample_run_alone(name: str, gate: float) -> None:
     toy = make(name, torch.float64)
     toy.model.eval()  # in training mode BatchNorm lets samples see one another
-    mean, square = hold(room(toy), toy.groups, doomed(toy), 2, gate)
+    mean, square = gate_derivatives(room(toy), toy.groups, doomed(toy), 2, gate)
     rows = one_by_one(toy, doomed(toy), [toy.batch(100), toy.batch(101)], gate)
     assert len(rows[0]) == 12
     assert any(abs(d) > 1e-6 for row in rows for d in row)
@@ -109,7 +109,7 @@ def test_the_derivative_is_the_slope_of_the_loss() -> None:
     toy = make("conv", torch.float64)
     toy.model.eval()
     gated, gate, h = doomed(toy), 0.4, 1e-6
-    mean, _ = hold(room(toy), toy.groups, gated, 1, gate)
+    mean, _ = gate_derivatives(room(toy), toy.groups, gated, 1, gate)
     everyone = [(i, int(k)) for i, numbers in enumerate(gated) for k in numbers]
     for key, found in zip(everyone, mean.tolist(), strict=True):
         sides = []
@@ -144,7 +144,7 @@ def test_an_owner_may_run_twice_and_count_its_dimension_from_the_end(dim: int) -
         "inner", [Slice.whole(model.inner.weight)], [Owner(model.inner, torch.arange(4), dim)]
     )
     toy = Toy(model, [group], {"inner": [1, 2]}, (5, 4))
-    mean, square = hold(room(toy), toy.groups, doomed(toy), 1, 0.5)
+    mean, square = gate_derivatives(room(toy), toy.groups, doomed(toy), 1, 0.5)
     rows = one_by_one(toy, doomed(toy), [toy.batch(100)], 0.5)
     assert mean.tolist() == pytest.approx([sum(r) / 6 for r in rows], rel=1e-9)
     assert square.tolist() == pytest.approx([sum(d * d for d in r) / 6 for r in rows], rel=1e-9)
@@ -154,7 +154,7 @@ def test_a_structure_that_is_zero_is_heard_to_have_no_effect() -> None:
     toy = make("conv", torch.float64)
     with torch.no_grad():
         toy.model.bn1.weight[1], toy.model.bn1.bias[1] = 0, 0
-    mean, square = hold(room(toy), toy.groups, doomed(toy), 1, 1e-3)
+    mean, square = gate_derivatives(room(toy), toy.groups, doomed(toy), 1, 1e-3)
     assert (mean[0], square[0]) == (0, 0)
     assert square[1] > 0
 
@@ -189,7 +189,7 @@ def test_a_hearing_changes_nothing() -> None:
     optimizer = OPTIMIZERS["adam"](toy.model.parameters())
     toy.train_step(optimizer, 0)
     before = snapshot(toy.model, optimizer)
-    hold(room(toy), toy.groups, doomed(toy), 3, 1e-3)
+    gate_derivatives(room(toy), toy.groups, doomed(toy), 3, 1e-3)
     assert_unchanged(before, toy.model, optimizer)
 
 
@@ -202,14 +202,14 @@ def test_a_hearing_that_fails_changes_nothing() -> None:
 
     before = snapshot(toy.model)
     with pytest.raises(OSError, match="no more batches"):
-        hold(Room(toy.model, loss), toy.groups, doomed(toy), 3, 1e-3)
+        gate_derivatives(Objective(toy.model, loss), toy.groups, doomed(toy), 3, 1e-3)
     assert_unchanged(before, toy.model)
 
 
 def test_a_hearing_runs_inside_no_grad_as_the_step_does() -> None:
     toy = make("conv", torch.float64)
     with torch.no_grad():
-        mean, _ = hold(room(toy), toy.groups, doomed(toy), 1, 1e-3)
+        mean, _ = gate_derivatives(room(toy), toy.groups, doomed(toy), 1, 1e-3)
     assert bool((mean != 0).any())
     assert not mean.requires_grad
 
@@ -232,7 +232,7 @@ def test_a_group_without_owners_is_refused() -> None:
     toy = make("conv")
     groups = [StructureGroup("bare", toy.groups[0].slices)]
     with refused(GroupError, "'bare'", "no owners", "Trajectory()", model=toy.model):
-        hold(room(toy), groups, [torch.tensor([0])], 1, 1e-3)
+        gate_derivatives(room(toy), groups, [torch.tensor([0])], 1, 1e-3)
 
 
 @pytest.mark.parametrize("dim", [0, 4, -4, -5])
@@ -240,7 +240,7 @@ def test_an_owner_whose_output_lacks_the_dimension_is_refused(dim: int) -> None:
     toy = make("conv")
     groups, gated = one_group(toy, toy.model.bn1, dim=dim)
     with refused(GroupError, "'conv1'", f"dim {dim}", "another module", model=toy.model):
-        hold(room(toy), groups, gated, 1, 1e-3)
+        gate_derivatives(room(toy), groups, gated, 1, 1e-3)
 
 
 class Pair(nn.Module):
@@ -254,14 +254,14 @@ def test_an_owner_that_returns_no_tensor_is_refused() -> None:
     toy.model.relu1.register_forward_hook(lambda m, a, out: pair(out)[0])
     groups, gated = one_group(toy, pair)
     with refused(GroupError, "'conv1'", "tensor", "another module", model=toy.model):
-        hold(room(toy), groups, gated, 1, 1e-3)
+        gate_derivatives(room(toy), groups, gated, 1, 1e-3)
 
 
 def test_an_owner_with_fewer_positions_than_its_index_is_refused() -> None:
     toy = make("conv")
     groups, gated = one_group(toy, toy.model.bn2)  # 5 channels, and conv1 has 6
     with refused(GroupError, "'conv1'", model=toy.model):
-        hold(room(toy), groups, gated, 1, 1e-3)
+        gate_derivatives(room(toy), groups, gated, 1, 1e-3)
 
 
 def test_an_owner_without_the_batch_in_front_is_refused() -> None:
@@ -271,7 +271,7 @@ def test_an_owner_without_the_batch_in_front_is_refused() -> None:
     groups, gated = one_group(toy, folded, torch.arange(3)[[0, 1, 2, 0, 1, 2]])
     groups.append(toy.groups[1])
     with refused(GroupError, "owner", "batch", model=toy.model):
-        hold(room(toy), groups, [*gated, torch.tensor([0])], 1, 1e-3)
+        gate_derivatives(room(toy), groups, [*gated, torch.tensor([0])], 1, 1e-3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -279,13 +279,17 @@ def test_a_loss_that_is_not_finite_is_refused(value: float) -> None:
     toy = make("conv")
     words = ("loss of a hearing", str(value), "check the closure")
     with refused(GradientError, *words, model=toy.model):
-        hold(Room(toy.model, lambda: toy.loss(0) + value), toy.groups, doomed(toy), 1, 1e-3)
+        gate_derivatives(
+            Objective(toy.model, lambda: toy.loss(0) + value), toy.groups, doomed(toy), 1, 1e-3
+        )
 
 
 def test_a_closure_that_does_not_run_the_model_is_refused() -> None:
     toy, other = make("conv"), make("conv")
     with refused(GradientError, "does not depend", "must run the model", model=toy.model):
-        hold(Room(toy.model, lambda: other.loss(0)), toy.groups, doomed(toy), 1, 1e-3)
+        gate_derivatives(
+            Objective(toy.model, lambda: other.loss(0)), toy.groups, doomed(toy), 1, 1e-3
+        )
 
 
 def unrelated(toy: Toy) -> Tensor:
@@ -304,7 +308,7 @@ def test_a_loss_that_does_not_depend_on_the_structures_is_refused(
 ) -> None:
     toy = make("conv")
     with refused(GradientError, "loss", "closure", model=toy.model):
-        hold(Room(toy.model, lambda: loss(toy)), toy.groups, doomed(toy), 1, 1e-3)
+        gate_derivatives(Objective(toy.model, lambda: loss(toy)), toy.groups, doomed(toy), 1, 1e-3)
 
 
 class Branches(nn.Module):
@@ -381,7 +385,7 @@ def test_a_gate_that_no_forward_pass_used_is_refused_with_its_cause(
 ) -> None:
     toy = branches(run)
     with refused(error, *words, model=toy.model):
-        hold(room(toy), toy.groups, doomed(toy), 2, 0.5)
+        gate_derivatives(room(toy), toy.groups, doomed(toy), 2, 0.5)
 
 
 def checkpointed(inner: nn.Module, x: Tensor) -> Tensor:
@@ -392,7 +396,7 @@ def checkpointed(inner: nn.Module, x: Tensor) -> Tensor:
 def test_a_checkpointed_layer_is_heard_as_any_other() -> None:
     plain = branches(lambda inner, x: inner(x).tanh())
     toy = branches(checkpointed)
-    found = [hold(room(t), t.groups, doomed(t), 2, 0.5) for t in (plain, toy)]
+    found = [gate_derivatives(room(t), t.groups, doomed(t), 2, 0.5) for t in (plain, toy)]
     for expected, told in zip(*found, strict=True):
         assert torch.equal(expected, told)
         assert bool((told != 0).any())
@@ -406,7 +410,7 @@ def test_a_compiled_part_is_heard_as_it_was_written() -> None:
     for step in range(2):
         toy.loss(step)
         plain.loss(step)
-    found = [hold(room(t), t.groups, doomed(t), 2, 0.5) for t in (plain, toy)]
+    found = [gate_derivatives(room(t), t.groups, doomed(t), 2, 0.5) for t in (plain, toy)]
     for expected, told in zip(*found, strict=True):
         torch.testing.assert_close(expected, told, rtol=1e-9, atol=1e-12)
     assert torch.equal(plain.loss(5), toy.loss(5))  # no gate is left in what was compiled

@@ -27,7 +27,7 @@ from dpm_core import (
     SmoothPruning,
     Trajectory,
 )
-from dpm_core.hearing import Room, hold
+from dpm_core.hearing import Objective, gate_derivatives
 from dpm_core.processes import Processes
 from tests.support.ranks import COUNT, Ranks, two
 from tests.support.snapshot import assert_says, assert_unchanged, difference, snapshot
@@ -122,9 +122,9 @@ def test_two_processes_and_one_select_and_release_the_same(
 
 def heard(rank: int, count: int) -> tuple[Tensor, Tensor]:
     toy, batches = frozen(), iter(range(100, 200))
-    room = Room(toy.model, lambda: loss(toy, toy.model, next(batches), rank, count))
+    room = Objective(toy.model, lambda: loss(toy, toy.model, next(batches), rank, count))
     gated = [torch.tensor([0, 2, 3]), torch.tensor([1, 4])]
-    return hold(room, toy.groups, gated, 2, 1e-3, Processes.found())
+    return gate_derivatives(room, toy.groups, gated, 2, 1e-3, Processes.found())
 
 
 def test_a_hearing_weighs_the_samples_of_all_processes(ranks: Ranks) -> None:
@@ -139,8 +139,8 @@ def unevenly_heard(rank: int, count: int) -> tuple[Tensor, Tensor]:
     toy = frozen()
     x, y = toy.batch(100)
     mine = slice(None) if count == 1 else slice(None, 4) if rank == 0 else slice(4, None)
-    room = Room(toy.model, lambda: functional.cross_entropy(toy.model(x[mine]), y[mine]))
-    return hold(
+    room = Objective(toy.model, lambda: functional.cross_entropy(toy.model(x[mine]), y[mine]))
+    return gate_derivatives(
         room, toy.groups, [torch.tensor([0]), torch.tensor([1])], 1, 1e-3, Processes.found()
     )
 

@@ -20,7 +20,7 @@ from dpm_core import (
     SmoothPruning,
     StructureGroup,
     Trajectory,
-    pruning,
+    stepping,
 )
 from tests.support.device import Watch
 from tests.support.toys import Toy, make
@@ -51,7 +51,7 @@ def attach_watched(
         with watch.off():
             return values.detach().clone()
 
-    monkeypatch.setattr(pruning, "_to_host", to_host)
+    monkeypatch.setattr(stepping, "_to_host", to_host)
     optimizer.register_step_pre_hook(watch.arm)
     optimizer.register_step_post_hook(watch.arm)
     dpm.attach(optimizer)
@@ -219,14 +219,14 @@ def test_a_step_on_a_gpu_waits_only_to_read(
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     dpm = DecayPruning(groups, SmoothPruning(4), POLICIES[policy])
     reads: list[int] = []
-    read = pruning._to_host
+    read = stepping._to_host
 
     def to_host(values: Tensor) -> Tensor:
         reads.append(1)
         with sync_mode("default"):
             return read(values)
 
-    monkeypatch.setattr(pruning, "_to_host", to_host)
+    monkeypatch.setattr(stepping, "_to_host", to_host)
     strict = lambda *_: torch.cuda.set_sync_debug_mode("error")  # noqa: E731
     loose = lambda *_: torch.cuda.set_sync_debug_mode("default")  # noqa: E731
     for register in (optimizer.register_step_pre_hook, optimizer.register_step_post_hook):
