@@ -25,7 +25,7 @@ from experiments import models
 from tests.support import rounding
 from tests.support.frameworks import EAGER, EXAMPLE, SmallResNet, batch, small_resnet
 from tests.support.rounding import exact_outputs
-from tests.support.snapshot import difference
+from tests.support.snapshot import difference, refused
 from tests.third_party.otov2_nets import IMAGES, Concatenated, Depthwise, Ended, stir
 from third_party import dependency, otov2
 
@@ -498,7 +498,35 @@ def test_networks_of_torchvision_give_the_zeroed_models_outputs(name):
     assert_removal_changes_nothing(model, torch.randn(2, 3, size, size))
 
 
+@pytest.mark.parametrize("variant", ["base", "sp"])
+def test_after_the_removal_a_new_optimizer_goes_on_and_the_old_one_does_not(variant):
+    adapter = train(adapter_of(small_resnet(), variant, lmbda=8.0))
+    model, old, (images, labels) = adapter.model, adapter.optimizer, batch(40)
+    functional.cross_entropy(model(images), labels).backward()
+    with refused(AdapterError, model=model):
+        old.step()
+    with refused(AdapterError, model=model):
+        adapter.attach(old)
+    before = copy.deepcopy(model)
+    new = torch.optim.SGD(model.parameters(), 0.1)
+    adapter.attach(new)
+    new.step()
+    assert adapter.clock == 41
+    assert not torch.equal(model.head.weight, before.head.weight)
+    assert not adapter.due
+
+
 # ---------------------------------------------------------------------- refusals
+
+
+def test_an_optimizer_that_chooses_nothing_is_refused():
+    model = small_resnet()
+    adapter = adapter_of(model, "sp")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with refused(AdapterError, "dhspg()", model=model, optimizer=optimizer):
+        adapter.attach(optimizer)
+    adapter.attach(adapter.dhspg(variant="sgd", lr=0.1))
+
 
 WRONG = {
     "no target": ({"target_group_sparsity": 0.0}, "target_group_sparsity is 0.0", "below 1"),
