@@ -213,7 +213,16 @@ class OTOv2(Adapter):
         return {g.name: (g.norms() == 0).nonzero()[:, 0] for g in self.groups()}
 
     def before_step(self) -> None:
-        """Upstream penalises while too few structures are zero or on their way."""
+        """Upstream penalises while too few structures are zero or on their way.
+
+        Raises:
+            AdapterError: the model is small, and its new optimizer was not attached.
+        """
+        if self.complete and isinstance(self.optimizer, otov2.DHSPG):
+            raise AdapterError(
+                "DHSPG is of the model before the removal, and would train nothing; go on with a "
+                "new optimizer of model.parameters()"
+            )
         if self.dpm is not None and not self.complete:
             self._dhspg.reached = self.decided and self._gone() >= self._goal
 

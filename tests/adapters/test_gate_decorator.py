@@ -12,6 +12,7 @@ from torch import nn
 
 from adapters.base import AdapterError, count_macs
 from adapters.gate_decorator import GateDecoratorOptions
+from adapters.removal import Removal
 from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning, Trajectory
 from tests.support.frameworks import CASES, EAGER, EXAMPLE, Drive
 from third_party.gate_decorator import gated
@@ -38,14 +39,14 @@ def watched(variant: str, **settings: Any) -> tuple[Drive, Seen]:
 
     def after_step() -> None:
         after()
-        model = adapter.context.model
+        model = adapter.model
         layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
         seen.convolutions.append({n: m.weight.detach().clone() for n, m in layers.items()})
         gates = gated(model)
         if gates:
             seen.gates.append(torch.cat([g.gate.detach().clone() for g in gates.values()]))
         seen.masks.append({n: g.mask.clone() for n, g in gates.items()})
-        (rate,) = {group["lr"] for group in adapter._optimizer.param_groups}
+        (rate,) = {group["lr"] for group in adapter.optimizer.param_groups}
         seen.rates.append(rate)
 
     adapter.after_step = after_step
@@ -91,22 +92,28 @@ def test_convolutions_stand_still_in_ticks_and_gates_do_not():
         assert not torch.equal(seen.gates[step - 1], seen.gates[step])
 
 
-def test_fine_tuning_has_an_optimizer_of_its_own():
+def test_fine_tuning_goes_on_with_the_same_optimizer_started_afresh():
     adapter = CASE.adapter(
         CASE.build(), "base", options={**CASE.options, "finetune_momentum": 0.25}
     )
-    made, wanted = [], adapter.optimizer
+    drive, seen, remove = Drive(CASE, adapter), [], adapter.remove
 
-    def optimizer(stage: str) -> torch.optim.Optimizer:
-        made.append(wanted(stage))
-        return made[-1]
+    def look() -> Removal:
+        (group,) = adapter.optimizer.param_groups
+        seen.append((group["momentum"], len(adapter.optimizer.state)))
+        removal = remove()
+        seen.append((group["momentum"], len(adapter.optimizer.state)))
+        return removal
 
-    adapter.optimizer = optimizer
-    Drive(CASE, adapter).run()
-    first, second = made
-    assert [g["momentum"] for g in first.param_groups] == [0.9]
-    assert [g["momentum"] for g in second.param_groups] == [0.25]
-    assert second.param_groups[0]["weight_decay"] == first.param_groups[0]["weight_decay"] > 0
+    adapter.remove = look
+    drive.run()
+    parameters = list(drive.model.parameters())
+    assert seen == [(0.9, len(parameters)), (0.25, 0)]
+    assert adapter.optimizer is drive.optimizer
+    (group,) = drive.optimizer.param_groups
+    assert group["weight_decay"] == 5e-4
+    assert list(map(id, group["params"])) == list(map(id, parameters))
+    assert len(drive.optimizer.state) == len(parameters)
 
 
 @pytest.mark.parametrize("variant", ["base", "sp", "sr"])
@@ -150,13 +157,13 @@ def test_base_masks_at_once_what_sp_starts_to_decay():
 
 def test_released_gates_come_back_and_the_next_selection_takes_as_many_more():
     adapter = CASE.adapter(CASE.build(), "sr", rectify=EAGER)
-    asked, selected = [], adapter._select
+    asked, selected = [], adapter.decide
 
-    def select() -> None:
-        asked.append((adapter._steps, adapter._released))
+    def decide() -> None:
+        asked.append((adapter._steps_done, adapter._released))
         selected()
 
-    adapter._select = select
+    adapter.decide = decide
     drive = Drive(CASE, adapter).run()
     released = structures(drive, "release")
     assert released
@@ -177,7 +184,7 @@ def test_a_hearing_uses_up_batches_and_no_part_of_a_tick():
     heard = CASE.adapter(CASE.build(), "sr", rectify=rectify)
     drive = Drive(CASE, heard).run()
     assert heard.dpm.heard > 0
-    assert drive.batches == 60
+    assert drive.step == 60
     # Own steps of ticks and tocks: selections fall at the ends of ticks only.
     starts = {e.step for e in heard.dpm.events if e.kind == "decay"}
     assert starts <= {6, 9, 15, 18, 24, 27, 33, 36, 42, 45}
@@ -188,9 +195,9 @@ def test_what_it_counts_is_what_the_small_model_has():
     adapter = CASE.adapter(CASE.build(), "sp")
     left, remove = [], adapter.remove
 
-    def look() -> None:
-        left.append(adapter._made.macs(adapter._alive()))
-        remove()
+    def look() -> Removal:
+        left.append(adapter._method.macs(adapter._alive()))
+        return remove()
 
     adapter.remove = look
     drive = Drive(CASE, adapter).run()

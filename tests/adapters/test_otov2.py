@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.base import AdapterError, Context, Stage, count_macs, structure_group
+from adapters.base import AdapterError, Training, count_macs, structure_group
 from adapters.otov2 import OTOv2, OTOv2Options
+from adapters.removal import Removal
 from dpm_core import Event, Hearing, Phase, SelfRectifying, SmoothPruning
 from experiments import models
 from tests.support import rounding
 from tests.support.frameworks import EAGER, EXAMPLE, SmallResNet, batch, small_resnet
 from tests.support.rounding import exact_outputs
-from tests.support.snapshot import difference
-from tests.support.tiny import ROOT
+from tests.support.snapshot import difference, refused
 from tests.third_party.otov2_nets import IMAGES, Concatenated, Depthwise, Ended, stir
 from third_party import dependency, otov2
 
@@ -35,6 +36,7 @@ OPTIONS = {
     "epsilon": 0.9,
     "lmbda": 4.0,
 }
+ROOT = Path(__file__).parents[2]
 STRUCTURES = 12 + 16 + 10 + 14
 """Of the small ResNet."""
 
@@ -47,19 +49,16 @@ def adapter_of(
     steps: int = 40,
     smooth: int = 6,
     rectify: SelfRectifying = EAGER,
-    stage: dict[str, Any] | None = None,
     **options: Any,
 ) -> OTOv2:
-    made = {"learning_rate": 0.05, "momentum": 0.0, **(stage or {})}
-    context = Context(
-        model=model,
-        example=example,
-        variant=variant,
-        smooth=SmoothPruning(smooth),
-        rectify=rectify,
-        stages={"prune": Stage(steps, steps_per_epoch=3, **made)},
+    return OTOv2(
+        model,
+        example,
+        OTOv2Options(**{**OPTIONS, **options}),
+        None if variant == "base" else SmoothPruning(smooth),
+        rectify if variant == "sr" else None,
+        training=Training(steps, steps_per_epoch=3),
     )
-    return OTOv2(context, OTOv2Options(**{**OPTIONS, **options}))
 
 
 def rate_at(step: int) -> float:
@@ -68,32 +67,31 @@ def rate_at(step: int) -> float:
 
 
 def train(
-    adapter: OTOv2, look: Callable[[OTOv2], object] = lambda _: None, steps: int | None = None
+    adapter: OTOv2,
+    look: Callable[[OTOv2], object] = lambda _: None,
+    kind: tuple[str, float, float, float] = ("sgd", 0.05, 0.0, 5e-4),
+    remove: bool = True,
 ) -> OTOv2:
-    """The stage as the training loop has it, up to the removal; ``look`` is called every step."""
-    stage, model, step = adapter.context.stages["prune"], adapter.context.model, 0
-    optimizer = adapter.optimizer("prune")
+    """A user's training, up to the removal; ``look`` is called every step."""
+    optimizer, step = adapter.new_optimizer(*kind), 0
 
     def loss() -> Tensor:
         nonlocal step
         images, labels = batch(step)
         step += 1
-        return functional.cross_entropy(model(images), labels)
+        return functional.cross_entropy(adapter.model(images), labels)
 
-    adapter.begin("prune", optimizer, loss)
-    while step < (steps or stage.steps):
-        assert not adapter.due()
+    adapter.attach(optimizer, loss)
+    while step < adapter.training.steps:
+        assert not adapter.due
         for group in optimizer.param_groups:
-            group["lr"] = stage.learning_rate * rate_at(step)
-        model.train()
-        adapter.before_step(step)
+            group["lr"] = kind[1] * rate_at(step)
+        adapter.model.train()
         optimizer.zero_grad()
         loss().backward()
-        adapter.after_backward()
         optimizer.step()
-        adapter.after_step()
         look(adapter)
-    if steps is None and adapter.due():
+    if remove and adapter.due:
         adapter.remove()
     return adapter
 
@@ -118,22 +116,19 @@ def viewed() -> nn.Module:
     return model
 
 
-KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    # The stage's settings, and upstream's own.
+KINDS: dict[str, tuple[tuple[str, float, float, float], dict[str, Any]]] = {
+    # Kind, learning rate, momentum and weight decay; and upstream's own settings.
     "sgd": (
-        {"kind": "sgd", "learning_rate": 0.05, "weight_decay": 1e-3},
+        ("sgd", 0.05, 0.0, 1e-3),
         {"variant": "sgd", "lr": 0.05, "weight_decay": 1e-3, "first_momentum": 0.0},
     ),
     "momentum": (
-        {"kind": "sgd", "learning_rate": 0.02, "momentum": 0.9},
+        ("sgd", 0.02, 0.9, 5e-4),
         {"variant": "sgd", "lr": 0.02, "weight_decay": 5e-4, "first_momentum": 0.9},
     ),
-    "adam": (
-        {"kind": "adam", "learning_rate": 0.01, "weight_decay": 0.0},
-        {"variant": "adam", "lr": 0.01, "weight_decay": 0.0},
-    ),
+    "adam": (("adam", 0.01, 0.0, 0.0), {"variant": "adam", "lr": 0.01, "weight_decay": 0.0}),
     "adamw": (
-        {"kind": "adamw", "learning_rate": 0.01, "weight_decay": 0.01},
+        ("adamw", 0.01, 0.0, 0.01),
         {"variant": "adamw", "lr": 0.01, "weight_decay": 0.01, "weight_decay_type": "l1_norm"},
     ),
 }
@@ -163,7 +158,7 @@ def upstream(model: nn.Module, made: Any, steps: int, **own: Any) -> nn.Module:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("told", [False, True], ids=["upstream's own graph", "with a flatten"])
 def test_base_is_upstream_bit_for_bit(monkeypatch, kind, told):
-    stage, own = KINDS[kind]
+    settings, own = KINDS[kind]
     model = small_resnet() if told else viewed()
     if told:
         made = otov2.graph(model, EXAMPLE)
@@ -179,12 +174,12 @@ def test_base_is_upstream_bit_for_bit(monkeypatch, kind, told):
     if kind == "adamw":
         options["weight_decay_type"] = "l1_norm"
     mine = small_resnet() if told else viewed()
-    adapter = adapter_of(mine, "base", steps=36, stage=stage, **options)
-    train(adapter, steps=36)
+    adapter = adapter_of(mine, "base", steps=36, **options)
+    train(adapter, kind=settings, remove=False)
     assert difference(dict(mine.state_dict()), dict(expected.state_dict())) is None
     # Structures went, and not all that were to go: the penalty is still at work.
     assert zeros(adapter) > 5
-    assert zeros(adapter) == adapter._optimizer.zeros()
+    assert zeros(adapter) == adapter.optimizer.zeros()
 
 
 # ---------------------------------------------------------------------- the target
@@ -202,7 +197,7 @@ class Watch:
         """How many structures of each component were in G_p at first."""
 
     def __call__(self, adapter: OTOv2) -> None:
-        optimizer, dpm = adapter._optimizer, adapter.dpm
+        optimizer, dpm = adapter.optimizer, adapter.dpm
         if not adapter.decided:
             assert dpm.events == []
             return
@@ -234,7 +229,7 @@ def named(event: Event) -> set[tuple[str, int]]:
 
 
 def zeros(adapter: OTOv2) -> int:
-    groups = otov2.groups(adapter._made, adapter.context.model)
+    groups = otov2.groups(adapter._graph, adapter.model)
     return sum(int((structure_group(g).norms() == 0).sum()) for g in groups)
 
 
@@ -293,7 +288,7 @@ def test_no_more_is_released_than_a_severe_target_can_spare(target, share):
     train(adapter, watch)
     assert adapter.pruned == watch.goal
     assert 0 <= released(adapter) <= STRUCTURES - watch.goal - 4
-    kept = (adapter.context.model.get_submodule(root) for root, _ in adapter.removed)
+    kept = (adapter.model.get_submodule(root) for root, _ in adapter.removed)
     assert all(layer.weight.shape[0] >= 1 for layer in kept)
 
 
@@ -314,7 +309,7 @@ def test_where_a_component_has_nothing_more_to_give_others_give():
 
     def look(a: OTOv2) -> None:
         watch(a)
-        now.update({n: int(a._optimizer.penalised_in(n).sum()) for n in watch.first})
+        now.update({n: int(a.optimizer.penalised_in(n).sum()) for n in watch.first})
 
     watch = Watch(0.625, structures=8 + 8 + 16)
     train(adapter, look)
@@ -367,7 +362,7 @@ def test_in_the_last_round_those_closest_to_the_half_space_go_first():
 
     def look(a: OTOv2) -> None:
         if a.dpm.events and not chosen:
-            chosen.update({n: ratio for n, (_, ratio) in a._optimizer.wanted.items()})
+            chosen.update({n: ratio for n, (_, ratio) in a.optimizer.wanted.items()})
 
     train(adapter, look)
     decayed = {k for e in adapter.dpm.events if e.kind == "decay" for k in named(e)}
@@ -427,14 +422,14 @@ def test_replacements_are_the_next_ranked_of_their_component():
             return
         new = [e for e in a.dpm.events if e.step == a.dpm.clock and e.kind == "decay" and e.wave]
         for event in new:
-            score = a._optimizer.scores[event.group]
+            score = a.optimizer.scores[event.group]
             free = ~masks[event.group]
             for e in a.dpm.events:
                 if e.group == event.group and e.step < event.step:
                     free[list(e.structures)] = False
             best = score.masked_fill(~free, -math.inf).topk(len(event.structures)).indices
             chosen.append((set(event.structures), set(best.tolist())))
-        masks.update({n: a._optimizer.penalised_in(n) for n in a._optimizer.zero_invariant})
+        masks.update({n: a.optimizer.penalised_in(n) for n in a.optimizer.zero_invariant})
 
     train(adapter, look)
     assert len(chosen) > 1
@@ -444,7 +439,7 @@ def test_replacements_are_the_next_ranked_of_their_component():
 # ---------------------------------------------------------------------- the smaller model
 
 
-def zero_some(model: nn.Module, example: Tensor, share: float) -> list[tuple[str, list[int]]]:
+def zero_some(model: nn.Module, example: Tensor, share: float) -> Removal:
     """Zero a share of every group's structures at random; what has to be removed."""
     draw, plan = torch.Generator().manual_seed(4), []
     for upstreams in otov2.groups(otov2.graph(model, example), model):
@@ -453,8 +448,8 @@ def zero_some(model: nn.Module, example: Tensor, share: float) -> list[tuple[str
         with torch.no_grad():
             for s in group.slices:
                 s.parameter.index_fill_(s.dim, s.index[chosen].flatten(), 0)
-        plan.append((group.name, sorted(chosen.tolist())))
-    return plan
+        plan.append((group.name, chosen))
+    return Removal(plan)
 
 
 def assert_removal_changes_nothing(model: nn.Module, example: Tensor) -> None:
@@ -462,7 +457,7 @@ def assert_removal_changes_nothing(model: nn.Module, example: Tensor) -> None:
     dense = count_macs(model, example)
     plan = zero_some(model, example, 0.4)
     small = copy.deepcopy(model)
-    OTOv2.shrink(small, example, plan)
+    plan.apply(small, example)
     zeroed = exact_outputs(model, example)
     assert zeroed.std() > 1e-3 * zeroed.abs().max(), "the outputs are all the same: weak"
     rounding.assert_exact(exact_outputs(small, example), zeroed)
@@ -503,7 +498,35 @@ def test_networks_of_torchvision_give_the_zeroed_models_outputs(name):
     assert_removal_changes_nothing(model, torch.randn(2, 3, size, size))
 
 
+@pytest.mark.parametrize("variant", ["base", "sp"])
+def test_after_the_removal_a_new_optimizer_goes_on_and_the_old_one_does_not(variant):
+    adapter = train(adapter_of(small_resnet(), variant, lmbda=8.0))
+    model, old, (images, labels) = adapter.model, adapter.optimizer, batch(40)
+    functional.cross_entropy(model(images), labels).backward()
+    with refused(AdapterError, model=model):
+        old.step()
+    with refused(AdapterError, model=model):
+        adapter.attach(old)
+    before = copy.deepcopy(model)
+    new = torch.optim.SGD(model.parameters(), 0.1)
+    adapter.attach(new)
+    new.step()
+    assert adapter.clock == 41
+    assert not torch.equal(model.head.weight, before.head.weight)
+    assert not adapter.due
+
+
 # ---------------------------------------------------------------------- refusals
+
+
+def test_an_optimizer_that_chooses_nothing_is_refused():
+    model = small_resnet()
+    adapter = adapter_of(model, "sp")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with refused(AdapterError, "dhspg()", model=model, optimizer=optimizer):
+        adapter.attach(optimizer)
+    adapter.attach(adapter.dhspg(variant="sgd", lr=0.1))
+
 
 WRONG = {
     "no target": ({"target_group_sparsity": 0.0}, "target_group_sparsity is 0.0", "below 1"),
@@ -559,7 +582,7 @@ def test_a_stage_too_short_for_the_first_decision_and_a_decay_is_refused(changes
     first = changes.get("warm_up_steps", 37)
     assert f"first decision falls after {first} steps" in message
     assert "up to 6" in message
-    assert "'prune' has 42" in message
+    assert "the training has 42" in message
     assert "warm_up_steps" in message
     adapter_of(small_resnet(), "sp", steps=43, **changes).check()
     adapter_of(small_resnet(), "base", steps=37, **changes).check()
@@ -683,12 +706,11 @@ if sys.argv[2] == "save":
 else:
     saved = torch.load(path, weights_only=True)
     again = drive()
-    again.adapter.restore_model(saved["adapter"])
+    again.adapter.load_state_dict(saved["adapter"])
     again.model.load_state_dict(saved["model"])
-    again.step = again.batches = saved["step"]
-    again.optimizer = again.adapter.optimizer("prune")
+    again.step = saved["step"]
+    again.optimizer = case.new_optimizer(again.adapter)
     again.optimizer.load_state_dict(saved["optimizer"])
-    again.adapter.load_state_dict(saved["adapter"], "prune", again.optimizer, again.loss)
     out["resumed"] = weights(again.run().model)
 print(json.dumps(out))
 """
