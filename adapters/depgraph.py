@@ -74,7 +74,7 @@ class DepGraphOptions:
             raise AdapterError(f"speed_up is {self.speed_up}; give above 1 (2.0 halves the MACs)")
         if self.ratio is not None and not 0 < self.ratio < 1:
             raise AdapterError(f"ratio is {self.ratio}; give above 0, below 1")
-        if self.steps < 1 or self.reg < 0:
+        if self.steps < 1 or not self.reg >= 0:
             raise AdapterError("give steps of at least 1 and reg of at least 0")
         if self.normalizer is not None and not NORMALIZER.fullmatch(self.normalizer):
             raise AdapterError(
@@ -293,8 +293,9 @@ class DepGraph(Adapter):
 
     def _decide_in_time(self) -> None:
         """The present round's decision falls, if it is time."""
-        start = self._start_of(self._round)
-        if not (self.complete or self._chosen or self.clock + self.heard < start):
+        if self.complete or self._chosen:
+            return
+        if self.clock + self.heard >= self._start_of(self._round):
             self.decide()
             self._chosen = True
 

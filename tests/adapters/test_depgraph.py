@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from importlib import metadata
 
 import pytest
@@ -13,29 +12,36 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn import functional
 
-from adapters.base import AdapterError, Context, Stage, count_macs
-from adapters.depgraph import DepGraph, DepGraphOptions, structure_groups
-from dpm_core import Exchange, Phase, SelfRectifying, SmoothPruning
+from adapters.base import AdapterError, count_macs
+from adapters.depgraph import DepGraph, DepGraphOptions, LeftUnprunedWarning, structure_groups
+from adapters.removal import Removal
+from dpm_core import Phase, SmoothPruning
 from experiments import models
 from tests.support import rounding
-from tests.support.frameworks import CASES, EXAMPLE, Case, Drive, Shuffled, batch, small_resnet
-from tests.support.rounding import exact_outputs
+from tests.support.frameworks import (
+    CASES,
+    EXAMPLE,
+    Case,
+    Drive,
+    Grouped,
+    Shuffled,
+    batch,
+    small_resnet,
+    until_removed,
+)
 from third_party import graph, upstreams
 from third_party.groups import UnsupportedLayerError
 from third_party.pruner import Pruner
 
-STAGE = Stage(steps=8, steps_per_epoch=3, learning_rate=0.05)
+SMOOTH = SmoothPruning(4)
 
 
-def context(model, variant="sp", example=EXAMPLE, smooth=None) -> Context:
-    return Context(
-        model=model,
-        example=example,
-        variant=variant,
-        smooth=smooth or SmoothPruning(4),
-        rectify=SelfRectifying(),
-        stages={"prune": STAGE},
-    )
+def depgraph(model: nn.Module, smooth: SmoothPruning | None = SMOOTH, **options) -> DepGraph:
+    return DepGraph(model, EXAMPLE, DepGraphOptions(**options), smooth)
+
+
+def attached(adapter: DepGraph) -> DepGraph:
+    return adapter.attach(torch.optim.SGD(adapter.model.parameters(), lr=0.05))
 
 
 def upstream(model: nn.Module, speed_up: float, sparse_steps: int) -> nn.Module:
@@ -103,42 +109,33 @@ NETS = {
 )
 def test_sp_selects_exactly_what_base_removes(name, options):
     build, example = NETS[name]
-    base = DepGraph(context(build(), "base", example), DepGraphOptions(**options))
-    base.begin("prune", base.optimizer("prune"), lambda: torch.zeros(()))
-    base.remove()
-    sp = DepGraph(context(build(), "sp", example), DepGraphOptions(**options))
-    sp.begin("prune", sp.optimizer("prune"), lambda: torch.zeros(()))
-    selected = {
-        (root, k)
-        for root in sp.dpm.groups
-        for k in (sp.dpm.phases(root) == Phase.DECAYING).nonzero()[:, 0].tolist()
-    }
-    removed = {(root, k) for root, channels in base.removed for k in channels}
-    assert selected == removed
+    settings = example, DepGraphOptions(**options)
+    base = attached(DepGraph(build(), *settings))
+    removal = base.remove()
+    sp = attached(DepGraph(build(), *settings, SMOOTH))
+    decaying = {g: (sp.dpm.phases(g) == Phase.DECAYING).nonzero()[:, 0] for g in sp.dpm.groups}
+    assert {g: sp.channels(g, k) for g, k in decaying.items() if len(k)} == dict(removal)
 
     # And removing the selection from the untouched model gives upstream's model, bit for bit.
     model = build()
-    DepGraph.rebuild(model, example, [(r, list(c)) for r, c in base.removed])
-    expected = base.context.model.state_dict()
+    removal.apply(model, example, cut=True)
+    expected = base.model.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
 
 def test_gradients_that_are_off_do_not_hinder_upstreams_tracing():
     models = []
     for off in (False, True):
-        adapter = DepGraph(context(small_resnet(), "base"), DepGraphOptions(ratio=0.5))
-        adapter.begin("prune", adapter.optimizer("prune"), lambda: torch.zeros(()))
+        adapter = attached(depgraph(small_resnet(), None, ratio=0.5))
         with torch.no_grad() if off else contextlib.nullcontext():
             adapter.remove()
-        models.append(adapter.context.model.state_dict())
+        models.append(adapter.model.state_dict())
     assert all(torch.equal(models[0][k], v) for k, v in models[1].items())
 
 
 def test_a_ratio_removes_that_share_of_channels():
     model = small_resnet()
-    adapter = DepGraph(context(model, "base"), DepGraphOptions(ratio=0.5, global_pruning=False))
-    adapter.begin("prune", adapter.optimizer("prune"), lambda: torch.zeros(()))
-    adapter.remove()
+    attached(depgraph(model, None, ratio=0.5, global_pruning=False)).remove()
     assert model.inner.out_channels == 8
     assert model.stem.out_channels == 6
     assert model.head.out_features == 5
@@ -151,14 +148,14 @@ def in_rounds(variant: str, stages: dict, **options) -> tuple[DepGraph, list[nn.
     """Trained to the end, in epochs of 3 steps; and the model as it was after each removal."""
     model, seen = small_resnet(), []
     adapter = CASES[0].adapter(
-        model, variant, smooth=SmoothPruning(4), stages=stages, options={"steps": 25, **options}
+        model, variant, smooth=SMOOTH, stages=stages, options={"steps": 25, **options}
     )
-    adapter.check()
     remove = adapter.remove
 
-    def removed() -> None:
-        remove()
+    def removed() -> Removal:
+        removal = remove()
         seen.append(copy.deepcopy(model))
+        return removal
 
     adapter.remove = removed
     Drive(CASES[0], adapter).run()
@@ -217,16 +214,20 @@ def test_a_round_decides_anew():
 
 
 def test_the_events_of_a_further_core_are_new_from_its_first_on():
-    adapter = DepGraph(context(small_resnet()), DepGraphOptions(ratio=0.5))
-    groups = structure_groups(adapter.context.model, EXAMPLE)
-    for _ in range(2):
-        dpm = adapter.attach_core(groups, adapter.optimizer("prune"), lambda: torch.zeros(()))
-        dpm.decay({"inner": [3]})
-        assert [(e.kind, e.group, e.structures) for e in adapter.new_events()] == [
-            ("decay", "inner", (3,))
-        ]
-        assert adapter.new_events() == []
-        dpm.detach()
+    case = next(c for c in CASES if c.name == "depgraph-rounds")
+    adapter, new, cores = case.adapter(case.build(), "sr"), [], []
+    after = adapter.after_step
+
+    def look() -> None:
+        after()
+        new.extend(adapter.new_events())
+        if not any(adapter.dpm is core for core in cores):
+            cores.append(adapter.dpm)
+
+    adapter.after_step = look
+    Drive(case, adapter).run()
+    assert len(cores) == 2
+    assert new == [e for core in cores for e in core.events]
 
 
 @pytest.mark.parametrize(
@@ -237,100 +238,57 @@ def test_the_events_of_a_further_core_are_new_from_its_first_on():
         ("base", {"prune": 12}, {"round_epochs": 2}, "starts after 12 steps.*more epochs.*rounds"),
     ],
 )
-def test_rounds_that_do_not_fit_the_stage_are_refused(variant, stages, options, message):
+def test_rounds_that_do_not_fit_the_training_are_refused(variant, stages, options, message):
     with pytest.raises(AdapterError, match=message):
         in_rounds(variant, stages, speed_up=2.0, rounds=3, **options)
 
 
-class Grouped(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16)
-        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
-        self.grouped = nn.Conv2d(16, 24, 3, padding=1, groups=4)
-        self.up = nn.ConvTranspose2d(24, 10, 2)
-        self.up_norm = nn.BatchNorm2d(10)
-        self.wide = nn.BatchNorm2d(26)
-        self.head = nn.Linear(26, 5)
+def test_rounds_need_to_know_the_training():
+    with pytest.raises(AdapterError, match=r"training=Training\("):
+        depgraph(small_resnet(), ratio=0.5, rounds=2)
 
-    def forward(self, x):
-        x = functional.relu(self.norm(self.first(x)))
-        x = functional.relu(self.depthwise(x))
-        y = functional.relu(self.up_norm(self.up(functional.relu(self.grouped(x)))))
-        both = torch.cat([x, y[..., :-1, :-1]], 1)  # two groups share one BatchNorm
-        return self.head(functional.relu(self.wide(both)).mean((2, 3)))
+
+# ---------------------------------------------------------------------- networks
 
 
 def test_grouped_depthwise_transposed_and_concatenated_layers_leave_equal_outputs():
     torch.manual_seed(0)
     model = Grouped()
-    adapter = DepGraph(context(model, "sp"), DepGraphOptions(ratio=0.5, global_pruning=False))
-    adapter.check()
-    optimizer = adapter.optimizer("prune")
-    adapter.begin("prune", optimizer, lambda: torch.zeros(()))
+    adapter = depgraph(model, ratio=0.5, global_pruning=False)
     # In the first group upstream removes channels of each of the four convolution groups together.
-    shapes = {g.name: tuple(g.slices[0].index.shape) for g in adapter.dpm.groups.values()}
-    assert (4, 4) in shapes.values()
-    step = 0
-    while not adapter.due():
-        images, labels = batch(step)
-        optimizer.zero_grad()
-        functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        adapter.after_step()
-        step += 1
-    zeroed = exact_outputs(model, EXAMPLE)
-    adapter.remove()
+    assert (4, 4) in {tuple(g.slices[0].index.shape) for g in adapter.groups()}
+    before, after = until_removed(adapter)
+    rounding.assert_exact(after, before)
     assert model.grouped.out_channels == 12
-    rounding.assert_exact(exact_outputs(model, EXAMPLE), zeroed)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "resnext50_32x4d", "densenet121"])
-def test_networks_of_torchvision_give_the_zeroed_models_outputs(name):
+def torchvisions(name: str) -> nn.Module:
     import torchvision
 
-    torch.manual_seed(0)
-    model = getattr(torchvision.models, name)(num_classes=10)
-    example = torch.randn(2, 3, 64, 64)
-    adapter = DepGraph(
-        context(model, "sp", example, smooth=SmoothPruning(1)), DepGraphOptions(ratio=0.3)
-    )
-    adapter.check()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    adapter.begin("prune", optimizer, lambda: torch.zeros(()))
-    functional.cross_entropy(model(example), torch.tensor([1, 2])).backward()
-    optimizer.step()
-    adapter.after_step()
-    assert adapter.due()
-    dense = count_macs(model, example)
-    zeroed = exact_outputs(model, example)
-    adapter.remove()
-    rounding.assert_exact(exact_outputs(model, example), zeroed)
-    assert count_macs(model, example) < dense
+    return getattr(torchvision.models, name)(num_classes=5)
 
 
-@pytest.mark.parametrize("name", ["vgg16-bn", "resnet56"])
+LARGE = {
+    **{n: {"ratio": 0.3} for n in ("resnet18", "mobilenet_v2", "resnext50_32x4d", "densenet121")},
+    **{n: {"speed_up": 2.0, "steps": 25} for n in ("vgg16-bn", "resnet56")},
+}
+
+
 @pytest.mark.slow
-def test_the_recipes_networks_give_the_zeroed_models_outputs(name):
-    model = models.build(name, 3, 10, seed=0)
-    example = torch.randn(2, 3, 32, 32)
-    adapter = DepGraph(
-        context(model, "sp", example, smooth=SmoothPruning(1)),
-        DepGraphOptions(speed_up=2.0, steps=25),
-    )
-    adapter.check()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    adapter.begin("prune", optimizer, lambda: torch.zeros(()))
-    functional.cross_entropy(model(example), torch.tensor([1, 2])).backward()
-    optimizer.step()
-    adapter.after_step()
+@pytest.mark.parametrize("name", LARGE)
+def test_large_networks_give_the_zeroed_models_outputs(name):
+    torch.manual_seed(0)
+    recipe = "speed_up" in LARGE[name]
+    model = models.build(name, 3, 5, seed=0) if recipe else torchvisions(name)
+    example = torch.randn(2, 3, *((32, 32) if recipe else (64, 64)))
+    adapter = DepGraph(model, example, DepGraphOptions(**LARGE[name]), SmoothPruning(1))
     dense = count_macs(model, example)
-    zeroed = exact_outputs(model, example)
-    adapter.remove()
-    rounding.assert_exact(exact_outputs(model, example), zeroed)
-    assert count_macs(model, example) <= dense / 2
+    before, after = until_removed(adapter, learning_rate=1e-3)
+    rounding.assert_exact(after, before)
+    assert count_macs(model, example) <= (dense / 2 if recipe else dense - 1)
+
+
+# ---------------------------------------------------------------------- ranking
 
 
 def test_a_replacement_is_upstreams_next_in_rank(monkeypatch):
@@ -361,50 +319,22 @@ def test_a_replacement_is_upstreams_next_in_rank(monkeypatch):
         assert sorted(structures) == sorted(expected)
 
 
-def test_an_exchange_decays_what_it_heard_to_be_the_cheapest():
-    case: Case = CASES[0]
-    options = {**case.options, "importance": "random"}
-    rectify = SelfRectifying(Exchange(batches=2), max_share=0.9)
-    adapter = case.adapter(small_resnet(), "sr", rectify=rectify, options=options)
-    Drive(case, adapter).run(stop_after=3)  # the first step's batch, and the hearing's two
-    dpm = adapter.dpm
-    released = {e.group: e.structures for e in dpm.events if e.kind == "release"}
-    instead = {e.group: e.structures for e in dpm.events if e.kind == "decay" and e.wave == 1}
-    assert {g: len(k) for g, k in released.items()} == {g: len(k) for g, k in instead.items()}
-    assert {e.step for e in dpm.events if e.kind == "release"} == {1}
-    for group, structures in instead.items():
-        worth = dpm.worth(group)
-        first = {k for e in dpm.events if e.group == group and e.wave == 0 for k in e.structures}
-        stayed = [k for k in range(len(worth)) if k not in first]
-        cheapest = sorted(stayed, key=lambda k: float(worth[k]))[: len(structures)]
-        assert set(structures) == set(cheapest)
-        assert float(worth[list(released[group])].sum()) > float(worth[list(structures)].sum())
-
-
 def test_a_ranking_drawn_at_random_is_the_runs_own():
     """The same in all variants of a seed, another for another seed, and blind to the weights."""
 
-    def selected(seed: int, scale: float) -> dict[str, tuple[int, ...]]:
+    def selected(seed: int, scale: float) -> Removal:
         model = small_resnet()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(scale * torch.rand(parameter.shape).sign())
-        found = dataclasses.replace(context(model), seed=seed)
-        adapter = DepGraph(found, DepGraphOptions(ratio=0.5, importance="random"))
-        adapter.begin("prune", adapter.optimizer("prune"), torch.tensor)
-        return {e.group: e.structures for e in adapter.dpm.events}
+        options = DepGraphOptions(ratio=0.5, importance="random")
+        return attached(DepGraph(model, EXAMPLE, options, seed=seed)).remove()
 
     assert selected(0, 1.0) == selected(0, -3.0)
     assert selected(0, 1.0) != selected(1, 1.0)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.framework != "depgraph"], ids=lambda c: c.name
-)
-def test_other_frameworks_refuse_an_exchange(case):
-    with pytest.raises(AdapterError, match=r"cannot follow an exchange; take Trajectory\(\)"):
-        case.adapter(case.build(), "sr", rectify=SelfRectifying(Exchange()))
-    case.adapter(case.build(), "sp", rectify=SelfRectifying(Exchange()))
+# ---------------------------------------------------------------------- what is refused
 
 
 class WithLayerNorm(nn.Module):
@@ -422,8 +352,8 @@ class WithLayerNorm(nn.Module):
 def test_a_layer_norm_is_refused_by_name_and_can_be_left_out():
     model, example = WithLayerNorm(), torch.randn(2, 12)
     with pytest.raises(AdapterError, match=r"'norm'.*LayerNorm.*'embed'.*ignored"):
-        DepGraph(context(model, "sp", example), DepGraphOptions(ratio=0.5)).check()
-    DepGraph(context(model, "sp", example), DepGraphOptions(ratio=0.5, ignored=("embed",))).check()
+        DepGraph(model, example, DepGraphOptions(ratio=0.5))
+    DepGraph(model, example, DepGraphOptions(ratio=0.5, ignored=("embed",))).check()
     assert [g.name for g in structure_groups(model, example, ("embed",))] == ["hidden"]
 
 
@@ -432,14 +362,14 @@ def test_a_batch_norm_without_weights_is_refused():
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False), nn.Flatten(), nn.Linear(8 * 36, 5)
     )
     with pytest.raises(AdapterError, match=r"BatchNorm2d.*running mean"):
-        DepGraph(context(model, "sp"), DepGraphOptions(ratio=0.5)).check()
+        depgraph(model, ratio=0.5)
 
 
 def test_what_upstream_cannot_follow_is_refused_with_the_layers_and_the_reason():
     model = Shuffled()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(AdapterError, match=r"behind 'aside\.0', 'stem' .*positions.*shuffle"):
-        DepGraph(context(model), DepGraphOptions(ratio=0.5))
+        depgraph(model, ratio=0.5)
     with pytest.raises(UnsupportedLayerError, match=r"behind 'aside\.0', 'stem'"):
         structure_groups(model, EXAMPLE)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -475,12 +405,14 @@ def test_a_removal_that_would_not_equal_the_zeros_is_refused_by_group(between):
     model = Between(between).train()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(AdapterError, match=r"'conv' gives different .*'conv' in `ignored`.*skip"):
-        DepGraph(context(model), DepGraphOptions(ratio=0.5)).check()
+        depgraph(model, ratio=0.5).check()
     with pytest.raises(UnsupportedLayerError, match="'conv' gives different outputs"):
         structure_groups(model, EXAMPLE)
-    DepGraph(context(model), DepGraphOptions(ratio=0.5, ignored=("conv",))).check()
-    assert [g.name for g in structure_groups(model, EXAMPLE, skip_unsupported=True)] == ["hidden"]
-    adapter = DepGraph(context(model), DepGraphOptions(ratio=0.5, skip_unsupported=True))
+    depgraph(model, ratio=0.5, ignored=("conv",)).check()
+    with pytest.warns(LeftUnprunedWarning, match="'conv'"):
+        (hidden,) = structure_groups(model, EXAMPLE, skip_unsupported=True)
+    assert hidden.name == "hidden"
+    adapter = depgraph(model, ratio=0.5, skip_unsupported=True)
     adapter.check()
     assert set(adapter.skipped) == {"conv"}
     assert model.training
@@ -521,45 +453,37 @@ def test_batch_norm_is_in_the_structures_and_owns_them():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        ({}, "exactly one target"),
-        ({"speed_up": 2.0, "ratio": 0.5}, "exactly one target"),
-        ({"speed_up": 1.0}, "above 1"),
-        ({"ratio": 1.0}, "below 1"),
-        ({"ratio": 0.5, "steps": 0}, "steps of at least 1"),
-        ({"ratio": 0.5, "rounds": 0}, "rounds and round_epochs of at least 1"),
-        ({"ratio": 0.5, "round_epochs": 0}, "rounds and round_epochs of at least 1"),
+        ({}, "speed_up .* ratio"),
+        ({"speed_up": 2.0, "ratio": 0.5}, "speed_up .* ratio"),
+        ({"speed_up": 1.0}, "speed_up"),
+        ({"ratio": 1.0}, "ratio"),
+        ({"ratio": 0.5, "steps": 0}, "steps"),
+        ({"ratio": 0.5, "reg": -1.0}, "reg"),
+        ({"ratio": 0.5, "reg": float("nan")}, "reg"),
+        ({"ratio": 0.5, "normalizer": "largest"}, "normalizer"),
+        ({"ratio": 0.5, "rounds": 0}, "rounds"),
+        ({"ratio": 0.5, "round_epochs": 0}, "round_epochs"),
     ],
 )
-def test_contradictory_options_are_refused(options, message):
-    with pytest.raises(AdapterError, match=message):
+def test_contradictory_options_are_refused(options, named):
+    with pytest.raises(AdapterError, match=named):
         DepGraphOptions(**options)
 
 
 def test_an_unknown_layer_in_ignored_is_refused():
-    with pytest.raises(AdapterError, match="'stemm', which is no layer"):
-        DepGraph(context(small_resnet()), DepGraphOptions(ratio=0.5, ignored=("stemm",)))
+    with pytest.raises(AdapterError, match="'stemm'"):
+        depgraph(small_resnet(), ratio=0.5, ignored=("stemm",))
 
 
 def test_pruners_share_no_dictionaries():
     """Upstream's defaults are mutable and written to: a pruner's grouped layers would leak."""
-    one = DepGraph(context(Grouped()), DepGraphOptions(ratio=0.5))._new_pruner(Grouped())
-    other = DepGraph(context(small_resnet()), DepGraphOptions(ratio=0.5))._new_pruner(
-        small_resnet()
-    )
+    one = depgraph(Grouped(), ratio=0.5)._new_pruner(Grouped())
+    other = depgraph(small_resnet(), ratio=0.5)._new_pruner(small_resnet())
     assert one.upstream.out_channel_groups
     assert not other.upstream.out_channel_groups
     assert not other.upstream.num_heads
-
-
-def test_selecting_draws_no_random_numbers():
-    model = small_resnet()
-    state = torch.get_rng_state()
-    adapter = DepGraph(context(model), DepGraphOptions(speed_up=2.0, steps=25))
-    adapter.check()
-    adapter.begin("prune", adapter.optimizer("prune"), lambda: torch.zeros(()))
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_missing_upstream_names_the_extra(monkeypatch):
@@ -577,13 +501,6 @@ def test_another_upstream_version_is_refused(monkeypatch):
         upstreams.require("torch-pruning")
 
 
-def test_the_loop_copy_keeps_upstreams_own_model_untouched():
-    model = small_resnet()
-    twin = copy.deepcopy(model)
-    DepGraph(context(model), DepGraphOptions(speed_up=2.0, steps=25)).check()
-    assert all(torch.equal(v, twin.state_dict()[k]) for k, v in model.state_dict().items())
-
-
 def test_frozen_layers_are_in_the_groups_too_and_stay_frozen():
     """The graph follows gradients: without care it would miss them, and not remove them."""
     model = small_resnet()
@@ -594,6 +511,6 @@ def test_frozen_layers_are_in_the_groups_too_and_stay_frozen():
     groups = structure_groups(model, EXAMPLE)
     assert {g.name: [s.name for s in g.slices] for g in groups} == expected
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == frozen
-    DepGraph.rebuild(model, EXAMPLE, [("inner", [0, 3])])
+    Removal([("inner", [0, 3])]).apply(model, EXAMPLE, cut=True)
     assert model.inner.out_channels == 14
     assert model.outer.in_channels == 14

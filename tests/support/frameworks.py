@@ -15,7 +15,7 @@ from adapters import registry
 from adapters.base import Adapter, Training
 from adapters.removal import Removal
 from dpm_core import Event, SelfRectifying, SmoothPruning, Trajectory
-from tests.support.rounding import in_double
+from tests.support.rounding import exact_outputs, in_double
 
 CLASSES = 5
 
@@ -99,6 +99,28 @@ class Shuffled(nn.Module):
             x = torch.cat([left, functional.relu(conv(right))], 1)
             x = x.unflatten(1, (2, -1)).transpose(1, 2).reshape(x.shape)
         return self.head(x.mean((2, 3)))
+
+
+class Grouped(nn.Module):
+    """Structures of several positions, a weight whose output is dimension 1, a shared BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.grouped = nn.Conv2d(16, 24, 3, padding=1, groups=4)
+        self.up = nn.ConvTranspose2d(24, 10, 2)
+        self.up_norm = nn.BatchNorm2d(10)
+        self.wide = nn.BatchNorm2d(26)  # of two groups
+        self.head = nn.Linear(26, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.norm(self.first(x)))
+        x = functional.relu(self.depthwise(x))
+        y = functional.relu(self.up_norm(self.up(functional.relu(self.grouped(x)))))
+        both = torch.cat([x, y[..., :-1, :-1]], 1)
+        return self.head(functional.relu(self.wide(both)).mean((2, 3)))
 
 
 def mixed(seed: int = 0) -> nn.Module:
@@ -288,3 +310,29 @@ class Drive:
             self.optimizer.zero_grad()
             self.loss().backward()
             self.optimizer.step()
+
+
+def until_removed(
+    adapter: Adapter, learning_rate: float = 0.02, steps: int = 20
+) -> tuple[Tensor, Tensor]:
+    """Train until the removal; the model's exact outputs just before and just after it."""
+    model, example = adapter.model, adapter.example
+    draw = torch.Generator().manual_seed(0)
+
+    def loss() -> Tensor:
+        images = torch.randn(4, *example.shape[1:], generator=draw)
+        labels = torch.randint(CLASSES, (4,), generator=draw)
+        return functional.cross_entropy(model(images), labels)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
+    adapter.attach(optimizer, loss)
+    model.train()
+    while not adapter.due:
+        assert adapter.clock < steps
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    images = torch.randn(2, *example.shape[1:], generator=draw)
+    before = exact_outputs(model, images)
+    adapter.remove()
+    return before, exact_outputs(model, images)

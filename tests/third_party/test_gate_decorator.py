@@ -25,6 +25,7 @@ from tests.third_party.gate_nets import (
     tied,
     wake,
 )
+from third_party.dependency import RemovalError
 from third_party.gate_decorator import (
     CostModel,
     GatedBatchNorm,
@@ -42,6 +43,7 @@ from third_party.gate_decorator import (
     undecorate,
     unfreeze,
 )
+from third_party.groups import UnsupportedLayerError
 
 NETS = ("vgg16-bn", "resnet20", "resnet56")
 
@@ -596,7 +598,7 @@ def test_unknown_names_are_refused():
         decorate(model, ["norm", "nope"])
     with refused(GateError, "nope", model=model):
         decorate(model, ignored=["nope"])
-    with refused(GateError, "nope", model=model):
+    with refused(UnsupportedLayerError, "nope", model=model):
         tied_gates(model, SMALL, ignored=["nope"])
     assert not gated(model)
 
@@ -618,7 +620,7 @@ def test_groups_and_costs_want_the_plain_model():
 def test_a_layer_that_cannot_be_zero_is_refused_by_name():
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
     example = torch.randn(2, 4)
-    with refused(GateError, "LayerNorm", "ignored", model=model):
+    with refused(UnsupportedLayerError, "LayerNorm", "ignored", model=model):
         tied_gates(model, example)
 
 
@@ -629,7 +631,7 @@ def test_a_group_whose_zeros_do_not_equal_its_removal_is_refused_by_name():
 
     model = Sigmoid(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
     example = torch.randn(2, 4)
-    with refused(GateError, "'0'", "different outputs", "ignored", model=model):
+    with refused(UnsupportedLayerError, "'0'", "different outputs", "ignored", model=model):
         tied_gates(model, example)
 
 
@@ -645,6 +647,10 @@ def test_melting_is_refused_before_anything_changed():
     model.norm.mask[4] = 1
     model.inner_norm.mask.zero_()
     with refused(GateError, "inner", "no structure left", model=model):
+        melt(model, SMALL, groups)
+    model.inner_norm.mask[1:] = 1
+    model.register_forward_hook(lambda m, _, found: found + m.inner.out_channels)
+    with refused(RemovalError, "'inner'", model=model):
         melt(model, SMALL, groups)
     assert len(gated(model)) == 3
 

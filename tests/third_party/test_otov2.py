@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,6 @@ from experiments import models
 from tests.support import rounding
 from tests.support.frameworks import EXAMPLE, batch, small_resnet
 from tests.support.snapshot import difference
-from tests.support.tiny import ROOT
 from tests.third_party.otov2_nets import (
     IMAGES,
     KEPT,
@@ -36,6 +36,7 @@ from tests.third_party.otov2_nets import (
 )
 from third_party import otov2, upstreams
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 REPLACED = {*otov2.STRAY, "imp", "distutils"}
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations, prune
 
-from adapters.base import Adapter, count_macs
+from adapters.base import count_macs
 from adapters.depgraph import LeftUnprunedWarning, structure_groups
 from third_party import dependency, graph, running, trial
 from third_party.groups import UnsupportedLayerError
@@ -60,7 +60,7 @@ def assert_exact(model: nn.Module, example: Any, seed: int = 0) -> int:
             root = next(s for s in group.slices if s.name == f"{group.name}.weight")
             plan.append((group.name, sorted(root.index[chosen].flatten().tolist())))
         before = running.tensors(running.call(model, example))
-        Adapter.shrink(model, example, plan)
+        dependency.remove(model, example, plan)
         after = running.tensors(running.call(model, example))
     assert before
     for one, other in zip(before, after, strict=True):
@@ -520,7 +520,7 @@ def test_a_removal_that_is_refused_leaves_the_model_as_it_was(name):
     model = grouped()
     before = bits(model)
     with pytest.raises(UnsupportedLayerError, match=message):
-        Adapter.shrink(model, IMAGES, plan)
+        dependency.remove(model, IMAGES, plan)
     assert_untouched(model, before)
     assert [model.a.out_channels, model.g.in_channels, model.g.groups] == [32, 32, 4]
 
@@ -548,7 +548,7 @@ def test_frozen_layers_beside_the_removed_ones_stay_frozen():
     model.o.requires_grad_(False)
     plan = [("g", [0, 8, 16, 24])]
     dependency.set_to_zero(model, IMAGES, plan)
-    Adapter.shrink(model, IMAGES, plan)
+    dependency.remove(model, IMAGES, plan)
     assert model.o.weight.shape == (10, 28)
     assert not model.o.weight.requires_grad
     assert model.g.weight.requires_grad
@@ -563,18 +563,18 @@ def test_weights_that_are_kept_elsewhere_are_noticed_at_the_removal():
         for ours, other in zip(average.parameters(), model.parameters(), strict=True):
             ours.lerp_(other, 0.9)
     with pytest.raises(UnsupportedLayerError, match="averaging or schedule-free optimizer"):
-        Adapter.shrink(average, IMAGES, plan)
-    Adapter.shrink(model, IMAGES, plan)
+        dependency.remove(average, IMAGES, plan)
+    dependency.remove(model, IMAGES, plan)
 
 
 def test_rebuilding_needs_no_zeros_and_refuses_what_is_not_exact():
     model = norm_between(nn.ReLU())
-    Adapter.rebuild(model, IMAGES, [("a", [0, 1]), ("a", [0])])
+    dependency.cut(model, IMAGES, [("a", [0, 1]), ("a", [0])])
     assert model.a.out_channels == 5
     odd = norm_between(nn.Sigmoid())
     before = bits(odd)
     with pytest.raises(UnsupportedLayerError, match="changes the outputs"):
-        Adapter.rebuild(odd, IMAGES, [("a", [0, 1])])
+        dependency.cut(odd, IMAGES, [("a", [0, 1])])
     assert_untouched(odd, before)
 
 
@@ -651,7 +651,7 @@ def test_what_a_pass_leaves_in_the_model_does_no_harm_and_is_put_back():
     count_macs(model, IMAGES)
     plan = [("a", [0, 3])]
     dependency.set_to_zero(model, IMAGES, plan)
-    Adapter.shrink(model, IMAGES, plan)
+    dependency.remove(model, IMAGES, plan)
     assert model.count == 0
     assert torch.equal(model.queue, torch.zeros(4))
     assert torch.equal(model.generator.get_state(), state)
