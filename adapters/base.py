@@ -56,7 +56,7 @@ from third_party import running
 from third_party.errors import AdapterError as AdapterError
 from third_party.groups import UpstreamGroup
 
-from .removal import Removal
+from .removal import Removal, root_channels
 
 Loss = Callable[[], Tensor]
 """Runs the model on the next training batch and returns the mean loss."""
@@ -398,9 +398,7 @@ class Adapter(ABC):
 
     def channels(self, group: str, structures: Sequence[int] | Tensor) -> list[int]:
         """Some structures as output channels of the layer that their group is named after."""
-        slices = self.grouped()[group].slices
-        root = next(s for s in slices if s.name == f"{group}.weight")
-        return sorted(root.index.cpu()[torch.as_tensor(structures)].flatten().tolist())
+        return root_channels(self.grouped()[group], structures)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Attached with a state to go on from: what :meth:`start` sets up comes from there."""

@@ -9,14 +9,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from dpm_core import DecayPruning, Phase, StructureGroup
 from third_party.errors import AdapterError
 
 from .optimizer_state import CarryOver
@@ -54,6 +55,18 @@ class Removal:
                     "of a layer, and each of its channels once"
                 )
         object.__setattr__(self, "items", tuple(item for item in kept if item[1]))
+
+    @classmethod
+    def of(cls, dpm: DecayPruning) -> Removal:
+        """All that is PRUNED in a core whose groups bear the names of their root layers.
+
+        Raises:
+            PhaseError: something of it is not zero.
+            AdapterError: a group has no slice of a ``weight`` of the layer that it is named after.
+        """
+        phases = {name: dpm.phases(name) for name in dpm.groups}
+        gone = {name: (phase == Phase.PRUNED).nonzero()[:, 0] for name, phase in phases.items()}
+        return cls((name, root_channels(dpm.groups[name], k)) for name, k in gone.items())
 
     def __iter__(self) -> Iterator[tuple[str, list[int]]]:
         return ((name, list(channels)) for name, channels in self.items)
@@ -128,3 +141,18 @@ def _position(value: Any) -> int:
     if isinstance(value, bool) or int(value) != value or value < 0:
         raise ValueError(f"{value!r} is no channel's number")
     return int(value)
+
+
+def root_channels(group: StructureGroup, structures: Sequence[int] | Tensor) -> list[int]:
+    """Some structures as output channels of the layer that their group is named after.
+
+    Raises:
+        AdapterError: the group has no slice of such a layer's weight.
+    """
+    roots = [s.index for s in group.slices if s.name == f"{group.name}.weight"]
+    if not roots:
+        raise AdapterError(
+            f"group {group.name!r} has no slice named '{group.name}.weight', so it does not say "
+            "which channels its structures are; name groups after their root layers"
+        )
+    return sorted(roots[0].cpu()[torch.as_tensor(structures)].flatten().tolist())
