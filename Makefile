@@ -105,7 +105,7 @@ table-models: $(SETUP) ## which of torchvision's networks can be pruned; measure
 plots: $(SETUP) ## the plots of all finished runs in OUT=runs
 	@$(PY) -m experiments plots --out=$(call q,$(OUT))
 
-results: $(SETUP) ## RESULTS.md and the README's tables, anew from the kept records
+results: $(SETUP) ## RESULTS.md and its plots, anew from the kept records
 	@$(PY) -m experiments results
 
 test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones

@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
             "paths", type=folder, nargs="*", help="records or folders (default: --out)"
         )
         known.add_argument("--out", type=folder, default=Path("runs"), help="where runs are kept")
-    commands.add_parser("results", help="RESULTS.md and the README's tables from the kept records")
+    commands.add_parser("results", help="RESULTS.md and its plots from the kept records")
     return top
 
 

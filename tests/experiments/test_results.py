@@ -156,59 +156,39 @@ def test_damaged_lines_of_the_search_are_refused(tmp_path, text):
 # ---------------------------------------------------------------------- keeping, and writing anew
 
 
-MAIN = {"config": {"name": results.SHOWN["main"]}, "config_hash": "m"}
-DIGITS = {"config": {"name": results.SHOWN["digits"]}, "config_hash": "d", "data": "digits"}
-BLIND = {"config": {"name": results.SHOWN["blind"]}, "config_hash": "b"}
-README = """# Title
-<!-- table: digits -->
-old
-<!-- end of table -->
-between
-<!-- table: main -->
-<!-- end of table -->
-<!-- table: blind -->
-<!-- end of table -->
-after
-"""
+NAMES = ("depgraph-digits", "depgraph-vgg-slim", "depgraph-blind-vgg-slim")
+OF = [
+    {"config": {"name": name}, "config_hash": name, **({"data": "digits"} if n == 0 else {})}
+    for n, name in enumerate(NAMES)
+]
 
 
 @pytest.fixture
 def root(tmp_path):
-    """A small checkout: kept records, the texts around them, a README with its marks."""
+    """A small checkout: kept records, and the texts around them."""
     texts = tmp_path / results.TEXTS.relative_to(results.ROOT)
     texts.mkdir(parents=True)
     (texts / "protocol.md").write_text("how")
     (texts / "reading.md").write_text("what")
     (texts / "search.md").write_text("where")
     (texts / "search.jsonl").write_text(json.dumps(tried("base", None, 0, 50.0)) + "\n")
-    (tmp_path / "README.md").write_text(README)
-    runs = [
-        record(v, s, **extra)
-        for v in ("base", "sp")
-        for s in (0, 1)
-        for extra in (MAIN, DIGITS, BLIND)
-    ]
+    runs = [record(v, s, **extra) for v in ("base", "sp") for s in (0, 1) for extra in OF]
     for one in runs:
         save(tmp_path / "runs" / one["config"]["name"], one)
     kept = results.keep(
         table.located([tmp_path / "runs"]), tmp_path / results.RECORDS.relative_to(results.ROOT)
     )
-    assert {path.name for path in kept} == {f"{name}.jsonl" for name in results.SHOWN.values()}
+    assert {path.name for path in kept} == {f"{name}.jsonl" for name in NAMES}
     return tmp_path
 
 
-def test_results_and_readme_are_written_from_the_kept_records(root):
+def test_results_are_written_from_the_kept_records(root):
     made = results.renew(root)
     records = table.read([root / results.RECORDS.relative_to(results.ROOT)])
     assert len(records) == 12
-    readme = (root / "README.md").read_text()
-    for extra in (MAIN, DIGITS, BLIND):
-        name = extra["config"]["name"]
+    for name in NAMES:
         part = table.markdown([r for r in records if r["config"]["name"] == name])
-        assert f"-->\n{part}\n<!-- end" in readme
-    assert "old" not in readme
-    assert "\nbetween\n" in readme
-    assert readme.endswith("after\n")
+        assert part in (root / "RESULTS.md").read_text()
     text = (root / "RESULTS.md").read_text()
     pictures = [path for path in made if path.suffix == ".png"]
     assert len(pictures) == 3
@@ -233,17 +213,9 @@ def test_decay_lengths_are_shown_where_some_are_kept(root):
     assert shown in (root / "RESULTS.md").read_text()
 
 
-def test_a_readme_without_a_place_for_the_table_is_refused_and_left(root):
-    (root / "README.md").write_text("# Title\n")
-    with pytest.raises(RunError, match="no place for the table 'digits'"):
-        results.renew(root)
-    assert (root / "README.md").read_text() == "# Title\n"
-    assert not (root / "RESULTS.md").exists()
-
-
 def test_records_are_kept_beside_those_that_are_kept_already(root):
     folder = root / results.RECORDS.relative_to(results.ROOT)
-    save(root / "more", record("sr", 0, **DIGITS))
+    save(root / "more", record("sr", 0, **OF[0]))
     results.keep(table.located([root / "more"]), folder)
     assert [r["variant"] for r in table.read([folder / "depgraph-digits.jsonl"])].count("sr") == 1
     assert len(table.read([folder])) == 13
