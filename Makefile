@@ -141,7 +141,7 @@ docs: $(SETUP) ## the documentation as HTML in docs/_build; a warning is an erro
 lint: $(SETUP) ## ruff (lint and format) and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m mypy
+	@$(PY) .ci/typecheck.py
 
 clean: ## remove runs, caches and the environment, and nothing else; downloads in data/ stay
 	$(PYTHON) experiments/clean.py --out=$(call q,$(OUT)) --venv=$(call q,$(VENV))

@@ -5,6 +5,8 @@ release criteria, and attaches to any :class:`torch.optim.Optimizer`; it knows n
 framework. The method is described in arXiv 2406.03879.
 """
 
+from pathlib import Path
+
 from .decay import SmoothPruning, target_norm
 from .errors import (
     AttachmentError,
@@ -32,6 +34,11 @@ from .rectify import (
 )
 
 __version__ = "0.1.0"
+
+# Installed, `adapters` and `third_party` lie in this folder. In a checkout they stand beside it and
+# are looked for there first: an editable install may be that of another checkout.
+if not Path(__file__).with_name("adapters").joinpath("__init__.py").is_file():
+    __path__.append(str(Path(__file__).parents[1]))
 
 __all__ = [
     "AttachmentError",

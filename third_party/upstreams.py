@@ -29,7 +29,7 @@ def require(package: str) -> str:
         UpstreamError: naming the extra to install.
     """
     pin = PINS[package]
-    remedy = f'pip install -e ".[{pin["extra"]}]"'
+    remedy = f'pip install "decay-pruning[{pin["extra"]}]"'
     try:
         installed = metadata.version(package)
     except metadata.PackageNotFoundError:
