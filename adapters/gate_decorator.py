@@ -158,12 +158,12 @@ class GateDecorator(Adapter):
         before = self._by_place()
         held = {p for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in before.items():
-            if parameter not in held:
+            if parameter.requires_grad and parameter not in held:
                 raise AdapterError(
                     f"the optimizer does not hold {name!r}, and gates take the places of "
-                    "parameters in it; give it all parameters of the model"
+                    "parameters in it; give it all parameters of the model that train"
                 )
-        self._peaks = tuple(group["lr"] for group in optimizer.param_groups)
+        self._peaks = tuple(float(group["lr"]) for group in optimizer.param_groups)
         self._method = self._decorated(self.model)
         self._hand_over(before)
 

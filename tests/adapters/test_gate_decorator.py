@@ -15,6 +15,7 @@ from adapters.gate_decorator import GateDecoratorOptions
 from adapters.removal import Removal
 from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning, Trajectory
 from tests.support.frameworks import CASES, EAGER, EXAMPLE, Drive
+from tests.support.snapshot import refused
 from third_party.gate_decorator import gated
 
 (CASE,) = (c for c in CASES if c.framework == "gate-decorator")
@@ -114,6 +115,129 @@ def test_fine_tuning_goes_on_with_the_same_optimizer_started_afresh():
     assert group["weight_decay"] == 5e-4
     assert list(map(id, group["params"])) == list(map(id, parameters))
     assert len(drive.optimizer.state) == len(parameters)
+
+
+# ---------------------------------------------------------------------- a user's own optimizer
+
+GATED = ("norm", "inner_norm", "outer_norm")
+
+
+def in_two_groups(model: nn.Module) -> dict[bool, list[tuple[str, nn.Parameter]]]:
+    """The small ResNet's parameters by name: BatchNorms' or their gates', and all others."""
+    return {
+        gates: [(n, p) for n, p in model.named_parameters() if (n.split(".")[0] in GATED) == gates]
+        for gates in (False, True)
+    }
+
+
+@pytest.mark.parametrize(("variant", "rate"), [("base", float), ("sr", torch.tensor)])
+def test_parameter_groups_keep_their_own_rates_settings_and_places(variant, rate):
+    model = CASE.build()
+    parts = in_two_groups(model)
+    optimizer = torch.optim.SGD(
+        [
+            {"params": parts[False], "lr": rate(0.05), "weight_decay": 1e-3},
+            {"params": parts[True], "lr": rate(0.02), "weight_decay": 0.0},
+        ],
+        momentum=0.9,
+    )
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)  # without any effect
+    optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    adapter = CASE.adapter(model, variant)
+    rates, before = [], adapter.before_step
+
+    def before_step() -> None:
+        before()
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        for group, part in zip(optimizer.param_groups, in_two_groups(model).values(), strict=True):
+            assert list(map(id, group["params"])) == [id(p) for _, p in part]
+
+    adapter.before_step = before_step
+    assert Drive(CASE, adapter, optimizer=optimizer).run().optimizer is optimizer
+    low, high = [0.01, 0.01], [0.05, 0.02]  # a tock, and the first tick
+    assert torch.allclose(torch.tensor(rates[:6]), torch.tensor([low, high, *[low] * 4]))
+    tuning = rates[adapter._tuned_from :]
+    assert max(tuning)[0] > 0.8 * 0.05
+    for one, other in tuning:
+        assert (one - 0.01) / (0.05 - 0.01) == pytest.approx((other - 0.01) / (0.02 - 0.01))
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [1e-3, 0.0]
+    assert scheduler.last_epoch == len(rates) == 60
+    for group, part in zip(optimizer.param_groups, in_two_groups(model).values(), strict=True):
+        assert list(map(id, group["params"])) == [id(p) for _, p in part]
+
+
+@pytest.mark.parametrize("lacks", ["stem.weight", "norm.weight", "outer_norm.bias", "head.bias"])
+def test_an_optimizer_that_lacks_parameters_is_refused_before_gates_are_put_in(lacks):
+    model = CASE.build()
+    optimizer = torch.optim.Adam(p for n, p in model.named_parameters() if n != lacks)
+    adapter = CASE.adapter(model, "sp")
+    with refused(AdapterError, repr(lacks), model=model, optimizer=optimizer):
+        adapter.attach(optimizer)
+    assert adapter.optimizer is None
+    adapter.attach(torch.optim.Adam(model.parameters()))  # it can still be put right
+    assert gated(model).keys() == set(GATED)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_convolutions_that_the_user_froze_stay_frozen_and_as_they_were(held):
+    model = CASE.build()
+    model.inner.weight.requires_grad_(False)
+    frozen = model.inner.weight.detach().clone()
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if held or p.requires_grad],
+        0.05,
+        momentum=0.9,
+        weight_decay=5e-4,
+    )
+    adapter = CASE.adapter(model, "sp")
+    drive = Drive(CASE, adapter, optimizer=optimizer).run()
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["inner.weight"]
+    assert torch.equal(drive.before_removal.inner.weight, frozen)
+    gone = {name: set(channels) for name, channels in adapter.removed}
+    for dim, group in enumerate([{"inner"}, {"stem", "outer"}]):
+        out = set().union(*(gone.get(name, set()) for name in group))
+        kept = [k for k in range(frozen.shape[dim]) if k not in out]
+        frozen = frozen.index_select(dim, torch.tensor(kept))
+    assert torch.equal(model.inner.weight, frozen)
+    assert frozen.numel() < 16 * 12 * 9
+    of_model = {id(p) for p in model.parameters() if held or p.requires_grad}
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == of_model
+
+
+def test_a_warm_adam_keeps_its_state_but_for_the_gates_and_starts_afresh_at_the_removal():
+    model = CASE.build()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    warm = Drive(CASE, CASE.adapter(model, "sp"), optimizer=optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        warm.loss().backward()
+        optimizer.step()
+    states = {n: dict(optimizer.state[p]) for n, p in in_two_groups(model)[False]}
+    adapter, seen = CASE.adapter(model, "sp"), []
+    adapter.attach(optimizer, warm.loss)
+    parts = in_two_groups(model)
+    assert {p for _, p in parts[False]} == optimizer.state.keys()
+    for name, parameter in parts[False]:
+        assert all(optimizer.state[parameter][k] is v for k, v in states[name].items())
+    remove = adapter.remove
+
+    def look() -> Removal:
+        # Gates learn in every step, convolutions in tocks only.
+        counted = {n: int(optimizer.state[p]["step"]) for n, p in model.named_parameters()}
+        seen.append((adapter.clock, counted["norm.gate"], counted["stem.weight"] - 3))
+        removal = remove()
+        assert not optimizer.state
+        return removal
+
+    adapter.remove = look
+    Drive(CASE, adapter, optimizer=optimizer).run()
+    ((clock, gates, convolutions),) = seen
+    assert gates == clock
+    assert convolutions == sum(step not in TICKS for step in range(clock))
+    assert {int(s["step"]) for s in optimizer.state.values()} == {60 - clock}
+
+
+# ---------------------------------------------------------------------- gates and masks
 
 
 @pytest.mark.parametrize("variant", ["base", "sp", "sr"])
