@@ -52,9 +52,9 @@ from dpm_core import (
 )
 from dpm_core.attachment import Attachment
 from dpm_core.groups import is_sharded
-from third_party import running
-from third_party.errors import AdapterError as AdapterError
-from third_party.groups import UpstreamGroup
+from dpm_core.third_party import running
+from dpm_core.third_party.errors import AdapterError as AdapterError
+from dpm_core.third_party.groups import UpstreamGroup
 
 from .removal import Removal, root_channels
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from dpm_core import SelfRectifying, SmoothPruning, StructureGroup
-from third_party import dependency, graph, running, trial
-from third_party.groups import Plan, UpstreamGroup, named
-from third_party.pruner import Pruner
+from dpm_core.third_party import dependency, graph, running, trial
+from dpm_core.third_party.groups import Plan, UpstreamGroup, named
+from dpm_core.third_party.pruner import Pruner
 
 from .base import Adapter, AdapterError, Structures, count_macs, structure_group
 from .removal import Removal

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpm_core import Owner, Phase, Slice, StructureGroup
-from third_party import gate_decorator as method
-from third_party import graph, running
+from dpm_core.third_party import gate_decorator as method
+from dpm_core.third_party import graph, running
 
 from .base import Adapter, AdapterError, Structures, Training
 from .optimizer_state import exchange

@@ -2,7 +2,7 @@
 
 The optimizer remains the same object, so that learning-rate schedulers, step hooks and settings by
 parameter group go on as well. Which rows and columns stay of each parameter is read off the same
-removal of a copy (:func:`third_party.dependency.survivors`). All of this is ours.
+removal of a copy (:func:`dpm_core.third_party.dependency.survivors`). All of this is ours.
 
 What is carried over is what has its parameter's shape: momentum, running means of squares. A state
 whose rows and columns mean something else, such as the factors of a square matrix's curvature,
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from third_party.errors import AdapterError
+from dpm_core.third_party.errors import AdapterError
 
 _KNOWN = ("params", "param_groups", "state")
 

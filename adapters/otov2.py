@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpm_core import DecayPruning, Phase, StructureGroup
-from third_party import otov2, running, trial
+from dpm_core.third_party import otov2, running, trial
 
 from .base import Adapter, AdapterError, Structures, Training, structure_group
 from .removal import Removal

@@ -12,10 +12,10 @@ from inspect import isclass
 from .base import Adapter, AdapterError
 
 ADAPTERS = {
-    "depgraph": "adapters.depgraph:DepGraph",
-    "otov2": "adapters.otov2:OTOv2",
-    "gate-decorator": "adapters.gate_decorator:GateDecorator",
-    "torch-prune": "adapters.torch_prune:TorchPrune",
+    "depgraph": "dpm_core.adapters.depgraph:DepGraph",
+    "otov2": "dpm_core.adapters.otov2:OTOv2",
+    "gate-decorator": "dpm_core.adapters.gate_decorator:GateDecorator",
+    "torch-prune": "dpm_core.adapters.torch_prune:TorchPrune",
 }
 GROUP = "decay_pruning.adapters"
 """The group of entry points in which installed packages offer adapters, by framework."""
@@ -61,7 +61,7 @@ def _installed(entry: metadata.EntryPoint) -> type[Adapter]:
             "package"
         ) from cause
     if not (isclass(found) and issubclass(found, Adapter)):
-        raise AdapterError(f"{where} is no class derived from adapters.base.Adapter")
+        raise AdapterError(f"{where} is no class derived from dpm_core.adapters.base.Adapter")
     missing = sorted({*getattr(found, "__abstractmethods__", ())} | ({"Options"} - set(dir(found))))
     if missing:
         raise AdapterError(f"{where} does not define {', '.join(missing)}; see adapters/base.py")

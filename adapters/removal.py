@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_core import DecayPruning, Phase, StructureGroup
-from third_party.errors import AdapterError
+from dpm_core.third_party.errors import AdapterError
 
 from .optimizer_state import CarryOver
 
@@ -98,7 +98,7 @@ class Removal:
             model: whose channels go. What goes has to be zero.
             example: of its inputs, on its device.
             optimizer: of the model's parameters, to go on with what stays of them and of its own
-                state: see :mod:`adapters.optimizer_state`.
+                state: see :mod:`dpm_core.adapters.optimizer_state`.
             cut: take out what is not zero, as from a dense model in which nothing is. The small
                 model is then compared with a copy in which all that goes is zero.
 
@@ -108,7 +108,7 @@ class Removal:
             CarryOverError: the optimizer's state cannot be divided by structure. In all cases model
                 and optimizer are as they were.
         """
-        from third_party import dependency  # only now: it loads torch-pruning
+        from dpm_core.third_party import dependency  # only now: it loads torch-pruning
 
         plan = list(self)
         carried = None if optimizer is None else CarryOver(model, optimizer)
@@ -120,17 +120,17 @@ class Removal:
     def save(
         self, path: Path | str, model: nn.Module, facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Write the small model, with what was removed: :func:`adapters.saved.save_pruned`."""
+        """Write the small model and what was removed: see :func:`~.saved.save_pruned`."""
         from .saved import save_pruned
 
         save_pruned(Path(path), model, self, facts)
 
     @classmethod
     def load(cls, path: Path | str) -> Removal:
-        """What was removed from the model in a file; :func:`adapters.saved.load_pruned` gives both.
+        """What was removed from the model in a file; :func:`~.saved.load_pruned` gives both.
 
         Raises:
-            SavedModelError, OSError: as :func:`adapters.saved.read`.
+            SavedModelError, OSError: as :func:`dpm_core.adapters.saved.read`.
         """
         from .saved import read
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_core import DecayPruningError
-from third_party import running
+from dpm_core.third_party import running
 
 from .removal import Removal
 
@@ -75,7 +75,7 @@ class Saved:
 
     def load_into(self, model: nn.Module, example: Tensor) -> nn.Module:
         """Make a dense model the saved one, in place; see :func:`load_pruned`."""
-        from third_party import dependency  # only now: it loads torch-pruning
+        from dpm_core.third_party import dependency  # only now: it loads torch-pruning
 
         self._check_names(model.state_dict())
         trial = running.copied(model)

@@ -30,11 +30,11 @@ from torch.optim.swa_utils import update_bn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from adapters.base import count_macs, count_parameters
-from adapters.depgraph import DepGraph, DepGraphOptions
 from dpm_core import DecayPruningError, SelfRectifying, SmoothPruning, Trajectory
-from third_party.attention import SplitAttention, split_attention
-from third_party.upstreams import require
+from dpm_core.adapters.base import count_macs, count_parameters
+from dpm_core.adapters.depgraph import DepGraph, DepGraphOptions
+from dpm_core.third_party.attention import SplitAttention, split_attention
+from dpm_core.third_party.upstreams import require
 
 from . import training
 from .__main__ import STOPPED, threads
@@ -294,7 +294,7 @@ def failure(variants: Mapping[str, Row]) -> str:
 def in_process(name: str, seconds: float) -> Row:
     """:func:`measure` in a process of its own, which may crash or take too long."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["torchvision", "adapters.depgraph"])  # once for all
+    processes.set_forkserver_preload(["torchvision", "dpm_core.adapters.depgraph"])  # once for all
     receiver, sender = processes.Pipe(duplex=False)
     process = processes.Process(target=_tell, args=(name, torch.get_num_threads(), sender))
     started = time.perf_counter()
@@ -426,7 +426,7 @@ def markdown(rows: Sequence[Row], missing: Sequence[str] = ()) -> str:
         "difference* is that of the outputs of the two, as a share of what images make them "
         f"differ by, in double precision; {TOLERANCE:g} is allowed, or what noise of {NOISE:g} of "
         "the pixels does to the zeroed model (*by rounding*). Attention of PyTorch's kind is taken "
-        "apart first (`third_party.attention.split_attention`). *Left out*: layers whose "
+        "apart first (`dpm_core.third_party.attention.split_attention`). *Left out*: layers whose "
         "channels cannot be set to zero in a way that equals removing them, so that they stay as "
         "they are; the reasons stand below.",
         grid([header, *(_cells(row) for row in rows)]),

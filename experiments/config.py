@@ -22,8 +22,6 @@ from pydantic import (
     model_validator,
 )
 
-from adapters import registry
-from adapters.base import Adapter, AdapterError, Training
 from dpm_core import (
     ConfigurationError,
     Criterion,
@@ -36,6 +34,8 @@ from dpm_core import (
     SmoothPruning,
     Trajectory,
 )
+from dpm_core.adapters import registry
+from dpm_core.adapters.base import Adapter, AdapterError, Training
 
 from .models import MODELS
 from .names import LARGEST, Name, Text, faults, one_line

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from adapters.saved import write
 from dpm_core import DecayPruningError
+from dpm_core.adapters.saved import write
 
 __all__ = [
     "FileError",

@@ -30,9 +30,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from adapters.base import structure_group
-from adapters.depgraph import structure_groups
-from adapters.gate_decorator import structure_group as gate_group
 from dpm_core import (
     DecayPruning,
     DecayPruningError,
@@ -42,7 +39,10 @@ from dpm_core import (
     StructureGroup,
     Trajectory,
 )
-from third_party import gate_decorator, otov2
+from dpm_core.adapters.base import structure_group
+from dpm_core.adapters.depgraph import structure_groups
+from dpm_core.adapters.gate_decorator import structure_group as gate_group
+from dpm_core.third_party import gate_decorator, otov2
 
 from . import models
 from .__main__ import device as device_of

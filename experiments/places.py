@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from adapters.saved import TEMPORARY, claim
 from dpm_core import DecayPruningError
+from dpm_core.adapters.saved import TEMPORARY, claim
 
 LOCK = ".lock"
 PATIENCE = 2.0

@@ -22,11 +22,18 @@ from torch import nn
 from tqdm import tqdm
 
 import dpm_core
-from adapters.base import Adapter, count_macs, count_parameters
-from adapters.removal import Removal
-from adapters.saved import DamagedError, Saved, SavedModelError, checksum, read, save_pruned
 from dpm_core import DecayPruningError
-from third_party.upstreams import PINS, require
+from dpm_core.adapters.base import Adapter, count_macs, count_parameters
+from dpm_core.adapters.removal import Removal
+from dpm_core.adapters.saved import (
+    DamagedError,
+    Saved,
+    SavedModelError,
+    checksum,
+    read,
+    save_pruned,
+)
+from dpm_core.third_party.upstreams import PINS, require
 
 from . import data, models
 from .config import LARGEST_IMAGE, Config, ConfigError, Control

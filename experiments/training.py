@@ -16,9 +16,9 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from adapters.base import Adapter, AdapterError, new_optimizer
-from adapters.removal import Removal
 from dpm_core import DecayPruning, DecayPruningError, Phase
+from dpm_core.adapters.base import Adapter, AdapterError, new_optimizer
+from dpm_core.adapters.removal import Removal
 
 from .config import Compute, Curve, Stage
 from .data import Images, mixing

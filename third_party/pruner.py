@@ -31,8 +31,8 @@ import torch_pruning as tp  # noqa: E402  (only after its version is known)
 class Pruner:
     """Upstream's GroupNormPruner with the group magnitude (p = 2), free of shared defaults.
 
-    The attentions that are :class:`~third_party.attention.SplitAttention` lose whole heads, as
-    large a share as ``ratio``; they are ranked among one another.
+    The attentions that are :class:`~dpm_core.third_party.attention.SplitAttention` lose whole
+    heads, as large a share as ``ratio``; they are ranked among one another.
 
     Args:
         model: what to prune; it stays as it is until :meth:`run`.

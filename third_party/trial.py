@@ -85,7 +85,7 @@ def inexact(
     Args:
         model: what the groups are of; left as it is.
         example: of its inputs, on its device.
-        groups: as of :func:`third_party.graph.read`, or another upstream's.
+        groups: as of :func:`dpm_core.third_party.graph.read`, or another upstream's.
         progress: called now and then with what is going on.
 
     Returns:

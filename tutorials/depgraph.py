@@ -25,10 +25,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch.nn import functional
 
-from adapters.base import Context, Stage, count_macs, count_parameters
-from adapters.depgraph import DepGraph, DepGraphOptions
-from adapters.saved import load_pruned, read, save_pruned
 from dpm_core import SelfRectifying, SmoothPruning
+from dpm_core.adapters.base import Context, Stage, count_macs, count_parameters
+from dpm_core.adapters.depgraph import DepGraph, DepGraphOptions
+from dpm_core.adapters.saved import load_pruned, read, save_pruned
 from experiments import data, models
 from experiments.export import onnx
 from experiments.training import accuracy, norms_now, outputs, reestimated
@@ -112,7 +112,7 @@ def make_adapter(model, variant):
 #    Afterwards, released structures have been replaced.
 # 3. `due()` says when the removal is to follow: at once in `base`, when all is zero in `sp` and
 #    `sr`. `remove()` makes the model smaller, in place. Its parameters are new objects then, so it
-#    needs a new optimizer, and the stage goes on. (`adapters.optimizer_state` lets the old one go
+#    needs a new optimizer, and the stage goes on. (`dpm_core.adapters.optimizer_state` lets the old one go
 #    on, momentum and all.)
 #
 # `next_loss` is also handed to `begin`, for criteria that look at some batches more. Such a batch

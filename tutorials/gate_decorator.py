@@ -28,10 +28,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from adapters.base import Context, count_macs, count_parameters
-from adapters.gate_decorator import GateDecorator, GateDecoratorOptions
-from adapters.saved import load_pruned, save_pruned
 from dpm_core import SelfRectifying, SmoothPruning
+from dpm_core.adapters.base import Context, count_macs, count_parameters
+from dpm_core.adapters.gate_decorator import GateDecorator, GateDecoratorOptions
+from dpm_core.adapters.saved import load_pruned, save_pruned
 from experiments import data, models
 from experiments.config import Curve, Stage
 from experiments.export import onnx

@@ -23,10 +23,10 @@ sys.path.insert(0, ".")  # or at its top
 import matplotlib.pyplot as plt
 import torch
 
-from adapters.base import AdapterError, Context, count_macs, count_parameters
-from adapters.otov2 import OTOv2, OTOv2Options
-from adapters.saved import load_pruned, save_pruned
 from dpm_core import SelfRectifying, SmoothPruning
+from dpm_core.adapters.base import AdapterError, Context, count_macs, count_parameters
+from dpm_core.adapters.otov2 import OTOv2, OTOv2Options
+from dpm_core.adapters.saved import load_pruned, save_pruned
 from experiments import data, models
 from experiments.config import Curve, Stage
 from experiments.export import onnx

@@ -12,10 +12,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapters import registry
-from adapters.base import Adapter, AdapterError, Training, count_macs, count_parameters
-from adapters.registry import ADAPTERS
-from adapters.removal import Removal
 from dpm_core import (
     AttachmentError,
     Hearing,
@@ -26,6 +22,10 @@ from dpm_core import (
     SelfRectifying,
     SmoothPruning,
 )
+from dpm_core.adapters import registry
+from dpm_core.adapters.base import Adapter, AdapterError, Training, count_macs, count_parameters
+from dpm_core.adapters.registry import ADAPTERS
+from dpm_core.adapters.removal import Removal
 from tests.support import rounding
 from tests.support.frameworks import CASES, EXAMPLE, Case, Drive
 from tests.support.rounding import exact_outputs

@@ -12,10 +12,18 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn import functional
 
-from adapters.base import AdapterError, count_macs
-from adapters.depgraph import DepGraph, DepGraphOptions, LeftUnprunedWarning, structure_groups
-from adapters.removal import Removal
 from dpm_core import Phase, SmoothPruning
+from dpm_core.adapters.base import AdapterError, count_macs
+from dpm_core.adapters.depgraph import (
+    DepGraph,
+    DepGraphOptions,
+    LeftUnprunedWarning,
+    structure_groups,
+)
+from dpm_core.adapters.removal import Removal
+from dpm_core.third_party import graph, upstreams
+from dpm_core.third_party.groups import UnsupportedLayerError
+from dpm_core.third_party.pruner import Pruner
 from experiments import models
 from tests.support import rounding
 from tests.support.frameworks import (
@@ -29,9 +37,6 @@ from tests.support.frameworks import (
     small_resnet,
     until_removed,
 )
-from third_party import graph, upstreams
-from third_party.groups import UnsupportedLayerError
-from third_party.pruner import Pruner
 
 SMOOTH = SmoothPruning(4)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.base import AdapterError, count_macs
-from adapters.gate_decorator import GateDecoratorOptions
-from adapters.removal import Removal
 from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning, Trajectory
+from dpm_core.adapters.base import AdapterError, count_macs
+from dpm_core.adapters.gate_decorator import GateDecoratorOptions
+from dpm_core.adapters.removal import Removal
+from dpm_core.third_party.gate_decorator import gated
 from tests.support.frameworks import CASES, EAGER, EXAMPLE, Drive
 from tests.support.snapshot import refused
-from third_party.gate_decorator import gated
 
 (CASE,) = (c for c in CASES if c.framework == "gate-decorator")
 # Three steps an epoch: a tock is over at step 3, the first ticks at 6 and 9, a tock at 12, ...

@@ -13,12 +13,12 @@ from torch.nn import functional
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
-from adapters.optimizer_state import CarryOver, CarryOverError, remove
+from dpm_core.adapters.optimizer_state import CarryOver, CarryOverError, remove
+from dpm_core.third_party import dependency
+from dpm_core.third_party.groups import UnsupportedLayerError
 from experiments.models import build
 from tests.support import rounding
 from tests.support.snapshot import same_bits
-from third_party import dependency
-from third_party.groups import UnsupportedLayerError
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
 PLANS = {

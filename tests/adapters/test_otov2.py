@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters.base import AdapterError, Training, count_macs, structure_group
-from adapters.otov2 import OTOv2, OTOv2Options
-from adapters.removal import Removal
 from dpm_core import Event, Hearing, Phase, SelfRectifying, SmoothPruning
+from dpm_core.adapters.base import AdapterError, Training, count_macs, structure_group
+from dpm_core.adapters.otov2 import OTOv2, OTOv2Options
+from dpm_core.adapters.removal import Removal
+from dpm_core.third_party import dependency, otov2
 from experiments import models
 from tests.support import rounding
 from tests.support.frameworks import EAGER, EXAMPLE, SmallResNet, batch, small_resnet
 from tests.support.rounding import exact_outputs
 from tests.support.snapshot import difference, refused
 from tests.third_party.otov2_nets import IMAGES, Concatenated, Depthwise, Ended, stir
-from third_party import dependency, otov2
 
 OPTIONS = {
     "target_group_sparsity": 0.5,

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from adapters import saved
-from adapters.saved import (
+from dpm_core.adapters import saved
+from dpm_core.adapters.saved import (
     DamagedError,
     MismatchError,
     SavedModelError,
@@ -26,8 +26,8 @@ from adapters.saved import (
     read,
     save_pruned,
 )
+from dpm_core.third_party import dependency
 from experiments.models import build
-from third_party import dependency
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
 PLANS = {
@@ -399,7 +399,7 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from torch import nn
-from adapters import saved
+from dpm_core.adapters import saved
 
 torch.set_num_threads(1)
 folder, mode = Path(sys.argv[1]), sys.argv[2]

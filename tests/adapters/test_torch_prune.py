@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import prune
 
-from adapters import torch_prune
-from adapters.base import AdapterError, Context, Stage, count_macs
-from adapters.torch_prune import TorchPrune, TorchPruneOptions, rows_of
 from dpm_core import Phase, SelfRectifying, Slice, SmoothPruning
+from dpm_core.adapters import torch_prune
+from dpm_core.adapters.base import AdapterError, Context, Stage, count_macs
+from dpm_core.adapters.torch_prune import TorchPrune, TorchPruneOptions, rows_of
 from experiments import models
 from tests.support import rounding
 from tests.support.frameworks import CASES, EXAMPLE, Drive, small_resnet

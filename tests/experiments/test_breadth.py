@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from adapters.depgraph import DepGraph
+from dpm_core.adapters.depgraph import DepGraph
 from experiments import breadth
 from experiments.breadth import Network, awake, collect, failure, in_process, main, markdown, read
 from experiments.run import RunError

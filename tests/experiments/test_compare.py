@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.saved import save_pruned
+from dpm_core.adapters.saved import save_pruned
 from experiments import compare as compare_module
 from experiments.__main__ import STOPPED, main
 from experiments.compare import Job, compare

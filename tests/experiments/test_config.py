@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import experiments
-from adapters.registry import ADAPTERS
+from dpm_core.adapters.registry import ADAPTERS
 from experiments.__main__ import main, seeds
 from experiments.config import Config, ConfigError, load
 from tests.support import tiny

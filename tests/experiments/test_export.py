@@ -10,14 +10,14 @@ import torch
 import torchvision
 from torch import nn
 
-from adapters.base import structure_group
-from adapters.removal import Removal
+from dpm_core.adapters.base import structure_group
+from dpm_core.adapters.removal import Removal
+from dpm_core.third_party import otov2
 from experiments import export, models
 from experiments.run import MODEL, RunError, run
 from experiments.training import outputs
 from tests.support import rounding, tiny
 from tests.support.rounding import exact_outputs
-from third_party import otov2
 
 NETWORKS = {
     "vgg-digits": (lambda: models.build("vgg-digits", 3, 10, seed=0), 16),

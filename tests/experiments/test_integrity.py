@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapters.saved import read
+from dpm_core.adapters.saved import read
 from experiments import plot, table
 from experiments import run as run_module
 from experiments.__main__ import main

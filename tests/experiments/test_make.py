@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from adapters.registry import ADAPTERS
+from dpm_core.adapters.registry import ADAPTERS
 from experiments.config import load
 from tests.support.tiny import ROOT
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.base import count_macs, count_parameters
+from dpm_core.adapters.base import count_macs, count_parameters
 from experiments.models import MODELS, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,9 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters import saved
-from adapters.saved import save_pruned
 from dpm_core import DecayPruningError
+from dpm_core.adapters import saved
+from dpm_core.adapters.saved import save_pruned
 from experiments import places
 from experiments import run as run_module
 from experiments.__main__ import count, folder, main, pause, seed, seeds

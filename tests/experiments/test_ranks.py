@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapters import torch_prune
-from adapters.base import AdapterError
 from dpm_core import DisagreementError
+from dpm_core.adapters import torch_prune
+from dpm_core.adapters.base import AdapterError
 from experiments import data, models
 from experiments import run as run_module
 from experiments.config import ConfigError

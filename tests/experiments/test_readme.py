@@ -1,4 +1,4 @@
-"""What README and docs/comparing.md say is so: their commands run, their files and targets exist."""
+"""What README and docs/comparing.md say is so: commands run, files and targets exist."""
 
 from __future__ import annotations
 

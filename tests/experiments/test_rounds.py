@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.base import AdapterError, Training
-from adapters.registry import load
-from adapters.removal import Removal
-from adapters.saved import read
 from dpm_core import SelfRectifying, SmoothPruning, Trajectory
+from dpm_core.adapters.base import AdapterError, Training
+from dpm_core.adapters.registry import load
+from dpm_core.adapters.removal import Removal
+from dpm_core.adapters.saved import read
 from experiments import plot, table
 from experiments.config import Stage
 from experiments.run import load_model, run

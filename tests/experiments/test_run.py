@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from adapters.base import AdapterError, count_macs, count_parameters
-from adapters.saved import read, save_pruned
+from dpm_core.adapters.base import AdapterError, count_macs, count_parameters
+from dpm_core.adapters.saved import read, save_pruned
 from experiments import data, table, training
 from experiments import run as run_module
 from experiments.__main__ import STOPPED, main

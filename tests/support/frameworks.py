@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapters import registry
-from adapters.base import Adapter, Training
-from adapters.removal import Removal
 from dpm_core import Event, SelfRectifying, SmoothPruning, Trajectory
+from dpm_core.adapters import registry
+from dpm_core.adapters.base import Adapter, Training
+from dpm_core.adapters.removal import Removal
 from tests.support.rounding import exact_outputs, in_double
 
 CLASSES = 5

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.saved import read, write
+from dpm_core.adapters.saved import read, write
 from experiments.run import MODEL, Request, run
 from experiments.training import Stopped
 from tests.support import tiny

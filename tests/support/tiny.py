@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapters.saved import read
+from dpm_core.adapters.saved import read
 from experiments import data, models
 from experiments import run as run_module
 from experiments.config import Config

@@ -11,22 +11,9 @@ from torch.nn import functional
 from torch.optim import SGD
 from torch.optim.swa_utils import update_bn
 
-from adapters.base import count_macs
-from tests.support import rounding
-from tests.support.rounding import in_double
-from tests.support.snapshot import refused, same_bits, says
-from tests.third_party.gate_nets import (
-    IMAGES,
-    LABELS,
-    SMALL,
-    gate_all,
-    network,
-    some,
-    tied,
-    wake,
-)
-from third_party.dependency import RemovalError
-from third_party.gate_decorator import (
+from dpm_core.adapters.base import count_macs
+from dpm_core.third_party.dependency import RemovalError
+from dpm_core.third_party.gate_decorator import (
     CostModel,
     GatedBatchNorm,
     GateDecorator,
@@ -43,7 +30,20 @@ from third_party.gate_decorator import (
     undecorate,
     unfreeze,
 )
-from third_party.groups import UnsupportedLayerError
+from dpm_core.third_party.groups import UnsupportedLayerError
+from tests.support import rounding
+from tests.support.rounding import in_double
+from tests.support.snapshot import refused, same_bits, says
+from tests.third_party.gate_nets import (
+    IMAGES,
+    LABELS,
+    SMALL,
+    gate_all,
+    network,
+    some,
+    tied,
+    wake,
+)
 
 NETS = ("vgg16-bn", "resnet20", "resnet56")
 

@@ -6,8 +6,15 @@ import itertools
 
 import pytest
 
+from dpm_core.third_party.gate_decorator import (
+    GateError,
+    TickTock,
+    Turn,
+    learning_rate,
+    triangle,
+    turn_at,
+)
 from tests.support.snapshot import says
-from third_party.gate_decorator import GateError, TickTock, Turn, learning_rate, triangle, turn_at
 
 
 @pytest.mark.parametrize(

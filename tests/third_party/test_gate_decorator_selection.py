@@ -11,12 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torch.optim import SGD
 
-from adapters.base import count_macs
-from tests.support import rounding
-from tests.support.rounding import in_double
-from tests.support.snapshot import difference, refused, same_bits, says
-from tests.third_party.gate_nets import LABELS, SMALL, gate_all, some, tied
-from third_party.gate_decorator import (
+from dpm_core.adapters.base import count_macs
+from dpm_core.third_party.gate_decorator import (
     GatedBatchNorm,
     GateDecorator,
     GateError,
@@ -29,6 +25,10 @@ from third_party.gate_decorator import (
     select,
     turn_at,
 )
+from tests.support import rounding
+from tests.support.rounding import in_double
+from tests.support.snapshot import difference, refused, same_bits, says
+from tests.third_party.gate_nets import LABELS, SMALL, gate_all, some, tied
 
 # ---------------------------------------------------------------------------- scores
 

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from adapters.depgraph import structure_groups
+from dpm_core.adapters.depgraph import structure_groups
+from dpm_core.third_party import otov2, upstreams
 from experiments import models
 from tests.support import rounding
 from tests.support.frameworks import EXAMPLE, batch, small_resnet
@@ -34,7 +35,6 @@ from tests.third_party.otov2_nets import (
     Ended,
     stir,
 )
-from third_party import otov2, upstreams
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def top():
     return {n for n in sys.modules if n.split(".")[0] in names}
 before, printed, stdout = top(), io.StringIO(), sys.stdout
 sys.stdout = printed
-from third_party import otov2
+from dpm_core.third_party import otov2
 sys.stdout = stdout
 found = {
     "path": sys.path == path,

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations, prune
 
-from adapters.base import count_macs
-from adapters.depgraph import LeftUnprunedWarning, structure_groups
-from third_party import dependency, graph, running, trial
-from third_party.groups import UnsupportedLayerError
+from dpm_core.adapters.base import count_macs
+from dpm_core.adapters.depgraph import LeftUnprunedWarning, structure_groups
+from dpm_core.third_party import dependency, graph, running, trial
+from dpm_core.third_party.groups import UnsupportedLayerError
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 

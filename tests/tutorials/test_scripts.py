@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.base import count_macs
-from adapters.saved import read
+from dpm_core.adapters.base import count_macs
+from dpm_core.adapters.saved import read
 from experiments import models
 from tutorials.make_notebooks import SCRIPTS, cells
 
