@@ -27,9 +27,11 @@ INSTALLED = {
     "adapters": "dpm_core/adapters",
     "third_party": "dpm_core/third_party",
 }
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-# What the experiments bring is shown where the README is about a checkout.
-STANDALONE = [b for b in BLOCKS if not re.search(r"^\s*(from|import) experiments\b", b, re.M)]
+START, *STARTS = re.findall(
+    r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
+)
+"""The README's network and batches, and the quick starts that begin with them."""
+LAST = "\nassert 10 < model[0].out_channels <= 24, model\nassert removal\n"
 
 pytestmark = pytest.mark.slow
 
@@ -157,15 +159,15 @@ print(*loaded("dpm_core").values(), sep="\\n")
     assert all(Path(file).is_relative_to(environment.site) for file in files), files
 
 
-@pytest.mark.parametrize("number", range(len(STANDALONE)))
-def test_the_readmes_code_runs_by_itself_where_only_the_wheel_is(environment, tmp_path, number):
+@pytest.mark.parametrize("number", range(len(STARTS)))
+def test_the_readmes_quick_starts_run_where_only_the_wheel_is(environment, tmp_path, number):
     script = tmp_path / "script.py"
-    script.write_text(STANDALONE[number], encoding="utf-8")
+    script.write_text(START + STARTS[number] + LAST, encoding="utf-8")
     run([environment.python, script], tmp_path)
 
 
-def test_the_readme_shows_code_that_needs_no_checkout():
-    assert STANDALONE
+def test_the_readme_has_three_quick_starts():
+    assert len(STARTS) == 3
 
 
 def test_a_checkout_runs_its_own_code_whichever_is_installed(checkout, tmp_path):
