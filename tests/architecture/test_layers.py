@@ -27,7 +27,7 @@ ROOMS = {
 }
 MAY_IMPORT = {
     "dpm_core": set(),
-    "third_party": set(),
+    "third_party": {"dpm_core"},
     "adapters": {"dpm_core", "third_party"},
     "experiments": {"adapters", "dpm_core", "third_party"},
 }
@@ -119,6 +119,12 @@ def test_no_file_is_loaded_twice():
     ours = [p for p in paths if p and p.startswith(tuple(f"{ROOT / f}{os.sep}" for f in FOLDERS))]
     assert str(ROOT / "adapters" / "base.py") in ours
     assert len(ours) == len(set(ours))
+
+
+def test_third_party_knows_of_the_core_no_more_than_its_errors():
+    for file in files("third_party"):
+        ours = {name for name in imports(file) if room(name) == "dpm_core"}
+        assert all(name.startswith("dpm_core.errors.") for name in ours), f"{file.name}: {ours}"
 
 
 def test_the_core_imports_torch_and_the_standard_library_only():
