@@ -1,11 +1,11 @@
 """Adapters by name, imported only when asked for: a new one adds a line here.
 
-One from outside the repository is found by an entry point of the group ``decay_pruning.adapters``.
+One from outside is found by an entry point of the group ``decay_pruning.adapters``: a class derived
+from :class:`adapters.base.Adapter`, with ``Options`` and all that is abstract there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import is_dataclass
 from importlib import import_module, metadata
 from inspect import isclass
@@ -63,16 +63,14 @@ def _installed(entry: metadata.EntryPoint) -> type[Adapter]:
         ) from cause
     if not (isclass(found) and issubclass(found, Adapter)):
         raise AdapterError(f"{where} is no class derived from adapters.base.Adapter")
-    missing = sorted(
-        {*getattr(found, "__abstractmethods__", ())}
-        | {a for a in ("Options", "stages") if not hasattr(found, a)}
-    )
+    missing = sorted({*getattr(found, "__abstractmethods__", ())} | ({"Options"} - {*dir(found)}))
     if missing:
         raise AdapterError(f"{where} does not define {', '.join(missing)}; see adapters/base.py")
-    if not is_dataclass(found.Options):
+    if not (isclass(found.Options) and is_dataclass(found.Options)):
         raise AdapterError(f"{where} has Options that are no dataclass; see adapters/base.py")
-    if not isinstance(found.stages, Mapping):
-        raise AdapterError(f"{where} has stages that are no mapping; see adapters/base.py")
+    for name in ("complete", "due", "settled"):  # methods would be true always
+        if callable(getattr(found, name)):
+            raise AdapterError(f"{where} has {name}() where a property belongs: add @property")
     return found
 
 

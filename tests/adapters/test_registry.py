@@ -93,14 +93,23 @@ BAD = {
         GOOD + "        Options = dict\n",
         "no dataclass",
     ),
-    "stages of another kind": ("offered:Mine", GOOD + "        stages = 'prune'\n", "no mapping"),
+    "an instance as options": (
+        "offered:Mine",
+        GOOD + "        Options = TorchPrune.Options(0.5)\n",
+        "no dataclass",
+    ),
+    "a method for a property": (
+        "offered:Mine",
+        GOOD + "        def due(self):\n            return False\n",
+        r"due\(\).*@property",
+    ),
     "no class": ("offered", GOOD, "derived from adapters.base.Adapter"),
     "another class": ("offered:Mine", "class Mine: pass", "derived from adapters.base.Adapter"),
     "an instance": ("offered:Mine", "Mine = 3", "derived from adapters.base.Adapter"),
     "the protocol itself": (
         "offered:Mine",
         "from adapters.base import Adapter as Mine",
-        "does not define Options, begin, check, remove, stages",
+        "does not define Options, check, groups, selection",
     ),
 }
 
