@@ -85,10 +85,11 @@ class Training:
 class Adapter(ABC):
     """One run of one framework on one model.
 
-    An adapter of one's own defines :meth:`groups`, :meth:`selection` and :meth:`check`, and for
-    Self-Rectifying :meth:`choose`. That is a framework that decides once, at the start. One that
-    decides at other times calls :meth:`decide` in :meth:`start` or :meth:`after_step`; one that
-    removes several times has :attr:`complete`, :attr:`due` and :meth:`numbers` of its own, too.
+    An adapter of one's own defines :attr:`Options`, :meth:`groups`, :meth:`selection` and
+    :meth:`check`, and for Self-Rectifying :meth:`choose`, unless :attr:`refills` is false. That is
+    a framework that decides once, at the start. One that decides at other times calls
+    :meth:`decide` in :meth:`start` or :meth:`after_step`; one that removes several times has
+    :attr:`complete`, :attr:`due` and :meth:`numbers` of its own, too.
     What it has to remember goes into :meth:`state_dict`, and comes back in :meth:`restore`.
 
     Args:
@@ -115,9 +116,9 @@ class Adapter(ABC):
         checked: whether :meth:`check` has passed; :meth:`attach` makes up for it.
 
     Raises:
-        AdapterError: there is a rectifier and no smoothing; the model is wrapped in
-            DistributedDataParallel, or sharded as FSDP does it; or the training is not one that the
-            framework can work in.
+        AdapterError: there is a rectifier and no smoothing, or no :meth:`choose` to replace what it
+            releases; the model is wrapped in DistributedDataParallel, or sharded as FSDP does it;
+            or the training is not one that the framework can work in.
     """
 
     Options: ClassVar[type]
@@ -155,6 +156,11 @@ class Adapter(ABC):
             raise AdapterError(
                 f"{name} replaces what was released by its next selection, so it cannot follow an "
                 "exchange; take Trajectory() or Hearing()"
+            )
+        if rectify is not None and self.refills and type(self).choose is Adapter.choose:
+            raise AdapterError(
+                f"{name} cannot replace what a rectifier releases: leave the rectifier out, or let "
+                "the adapter define choose()"
             )
         if training is None and self.needs_training:
             raise AdapterError(

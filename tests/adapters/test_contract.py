@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dpm_core import (
     AttachmentError,
+    Exchange,
     Hearing,
     LeastResistant,
     Phase,
@@ -27,8 +28,9 @@ from dpm_core.adapters.base import Adapter, AdapterError, Training, count_macs, 
 from dpm_core.adapters.registry import ADAPTERS
 from dpm_core.adapters.removal import Removal
 from tests.support import rounding
-from tests.support.frameworks import CASES, EXAMPLE, Case, Drive
+from tests.support.frameworks import CASES, EAGER, EXAMPLE, Case, Drive, until_removed
 from tests.support.rounding import exact_outputs
+from tests.support.snapshot import assert_unchanged, snapshot
 
 VARIANTS = ("base", "sp", "sr")
 IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -153,10 +155,10 @@ def of_kind(events: list) -> tuple[list, list, list]:
 @pytest.mark.parametrize(
     "criterion",
     [
-        EAGER_CRITERION := SelfRectifying().criterion.__class__(rate=-1.0, length=-1e9),
+        EAGER.criterion,
         Hearing(batches=1, threshold=-1.0),
-        RandomRelease(EAGER_CRITERION),
-        LeastResistant(EAGER_CRITERION),
+        RandomRelease(EAGER.criterion),
+        LeastResistant(EAGER.criterion),
     ],
     ids=lambda c: type(c).__name__,
 )
@@ -179,6 +181,35 @@ def test_released_structures_stay_and_others_go_in_their_place(case, criterion):
         assert adapter.dpm.phases(group)[k] == Phase.ACTIVE
     for group, k in refilled:
         assert adapter.dpm.phases(group)[k] == Phase.PRUNED
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.refills_in_group], ids=lambda c: c.name)
+def test_an_exchange_decays_what_it_heard_to_be_the_cheapest(case):
+    """Whatever the framework's own ranking says; what was released is worth more."""
+    rectify = SelfRectifying(Exchange(batches=1), max_share=0.4)
+    adapter, pairs = case.adapter(case.build(), "sr", rectify=rectify), []
+    after = adapter.after_step
+
+    def look() -> None:
+        dpm = adapter.dpm
+        now = [e for e in dpm.events if e.step == dpm.clock]
+        for release in (e for e in now if e.kind == "release"):
+            group, worth = release.group, dpm.worth(release.group)
+            (instead,) = (e.structures for e in now if e.group == group and e.wave)
+            free = dpm.available(group).index_fill(0, torch.tensor(instead), True)
+            pairs.append((worth, release.structures, instead, free))
+        after()
+
+    adapter.after_step = look
+    drive = Drive(case, adapter).run()
+    for worth, released, instead, free in pairs:
+        assert len(instead) == len(released)
+        cheapest = worth.masked_fill(~free, torch.inf).argsort(stable=True)[: len(instead)]
+        assert set(instead) == set(cheapest.tolist())
+        assert worth[list(released)].min() > worth[list(instead)].max()
+    assert len(pairs) >= case.removals
+    assert adapter.pruned == ended(case.name, "sp").adapter.pruned
+    assert count_macs(drive.model, EXAMPLE) <= count_macs(case.build(), EXAMPLE) * case.most_macs
 
 
 @cases
@@ -269,9 +300,9 @@ def test_a_stage_too_short_for_the_decay_is_refused(case, variant):
 def test_a_sound_request_passes_the_check_and_changes_nothing(case):
     for variant in VARIANTS:
         model = case.build()
-        before = weights(model)
+        before = snapshot(model)
         case.adapter(model, variant).check()
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert_unchanged(before, model)
 
 
 @cases
@@ -279,11 +310,25 @@ def test_nothing_is_lost_at_the_decision(case):
     """Selection works on a copy: the real model is only decayed."""
     model = case.exact()
     adapter = case.adapter(model, "sp")
-    before = exact_outputs(model, IMAGES)
+    before, random = exact_outputs(model, IMAGES), torch.get_rng_state()
     attached(case, adapter)
+    assert torch.equal(torch.get_rng_state(), random)
     assert not adapter.due
     assert not adapter.settled
     rounding.assert_exact(exact_outputs(model, IMAGES), before)
+
+
+@cases
+def test_the_length_of_the_training_need_not_be_known(case):
+    """Unless a framework plans by it."""
+    kind = registry.load(case.framework)
+    options = kind.Options(**case.options)
+    if kind.needs_training or case.removals > 1:
+        pytest.skip("it plans by it")
+    adapter = kind(case.build(), EXAMPLE, options, SmoothPruning(6), EAGER)
+    before, after = until_removed(adapter)
+    rounding.assert_exact(after, before)
+    assert adapter.complete
 
 
 @cases
@@ -328,6 +373,17 @@ def test_what_contradicts_itself_is_refused(case):
         kind(model, EXAMPLE, options, None, SelfRectifying(), training=Training(99, 3))
     with pytest.raises(AdapterError, match="takes a "):
         kind(model, EXAMPLE, case.options, training=Training(99, 3))
+    rectified = model, EXAMPLE, options, SmoothPruning(6)
+    if kind.refills:
+
+        class Chooseless(kind):
+            choose = Adapter.choose
+
+        with pytest.raises(AdapterError, match=r"choose\(\)"):
+            Chooseless(*rectified, SelfRectifying(), training=Training(99, 3))
+    else:
+        with pytest.raises(AdapterError, match="exchange"):
+            kind(*rectified, SelfRectifying(Exchange()), training=Training(99, 3))
     if not kind.learns_sparse:
         with pytest.raises(AdapterError, match="no sparse learning"):
             kind(model, EXAMPLE, options, training=Training(99, 3, Training(9, 3)))

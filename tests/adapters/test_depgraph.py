@@ -325,7 +325,7 @@ def test_a_replacement_is_upstreams_next_in_rank(monkeypatch):
 
 
 def test_a_ranking_drawn_at_random_is_the_runs_own():
-    """The same in all variants of a seed, another for another seed, and blind to the weights."""
+    """The same for a seed, another for another seed, and blind to the weights."""
 
     def selected(seed: int, scale: float) -> Removal:
         model = small_resnet()

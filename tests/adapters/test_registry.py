@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-import dpm_core.adapters
-from dpm_core.adapters.base import Adapter, AdapterError
-from dpm_core.adapters.registry import ADAPTERS, GROUP, load
+import adapters
+from adapters.base import Adapter, AdapterError
+from adapters.registry import ADAPTERS, GROUP, load
 from tests.docs.test_guide import GUIDE, blocks
 from tests.support import tiny
 from tests.support.tiny import GONE, ROOT
 
-SHIPPED = (Path(dpm_core.adapters.__file__).parent / "torch_prune.py").read_text(encoding="utf-8")
+SHIPPED = (Path(adapters.__file__).parent / "torch_prune.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_an_unknown_name_is_refused_naming_those_there_are(offer):
 # ---------------------------------------------------------------------- from a package
 
 GOOD = """
-    from dpm_core.adapters.torch_prune import TorchPrune
+    from adapters.torch_prune import TorchPrune
 
     class Mine(TorchPrune):
         pass
@@ -93,18 +93,23 @@ BAD = {
         GOOD + "        Options = dict\n",
         "no dataclass",
     ),
-    "stages of another kind": ("offered:Mine", GOOD + "        stages = 'prune'\n", "no mapping"),
-    "no class": ("offered", GOOD, "derived from dpm_core.adapters.base.Adapter"),
-    "another class": (
+    "an instance as options": (
         "offered:Mine",
-        "class Mine: pass",
-        "derived from dpm_core.adapters.base.Adapter",
+        GOOD + "        Options = TorchPrune.Options(0.5)\n",
+        "no dataclass",
     ),
-    "an instance": ("offered:Mine", "Mine = 3", "derived from dpm_core.adapters.base.Adapter"),
+    "a method for a property": (
+        "offered:Mine",
+        GOOD + "        def due(self):\n            return False\n",
+        r"due\(\).*@property",
+    ),
+    "no class": ("offered", GOOD, "derived from adapters.base.Adapter"),
+    "another class": ("offered:Mine", "class Mine: pass", "derived from adapters.base.Adapter"),
+    "an instance": ("offered:Mine", "Mine = 3", "derived from adapters.base.Adapter"),
     "the protocol itself": (
         "offered:Mine",
-        "from dpm_core.adapters.base import Adapter as Mine",
-        "does not define Options, begin, check, remove, stages",
+        "from adapters.base import Adapter as Mine",
+        "does not define Options, check, groups, selection",
     ),
 }
 
@@ -167,7 +172,7 @@ def wheel(folder: Path, project: dict, module: str) -> Path:
 def test_the_guides_package_is_installed_and_a_configuration_runs_it(tmp_path):
     """The shipped file moves to a package of its own as the guide says, and runs in a process."""
     project = next(tomllib.loads(b) for b in blocks(GUIDE, "toml") if "[project]" in b)["project"]
-    moved = SHIPPED.replace("from .", "from dpm_core.adapters.")
+    moved = SHIPPED.replace("from .", "from adapters.")
     assert len(set(moved.splitlines()) - set(SHIPPED.splitlines())) == 2
     made, site = wheel(tmp_path, project, moved), tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]

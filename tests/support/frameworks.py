@@ -315,7 +315,7 @@ class Drive:
 def until_removed(
     adapter: Adapter, learning_rate: float = 0.02, steps: int = 20
 ) -> tuple[Tensor, Tensor]:
-    """Train until the removal; the model's exact outputs just before and just after it."""
+    """Train until the next removal; the model's exact outputs just before and just after it."""
     model, example = adapter.model, adapter.example
     draw = torch.Generator().manual_seed(0)
 
@@ -324,8 +324,10 @@ def until_removed(
         labels = torch.randint(CLASSES, (4,), generator=draw)
         return functional.cross_entropy(model(images), labels)
 
-    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
-    adapter.attach(optimizer, loss)
+    if adapter.optimizer is None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
+        adapter.attach(optimizer, loss)
+    optimizer = adapter.optimizer
     model.train()
     while not adapter.due:
         assert adapter.clock < steps
