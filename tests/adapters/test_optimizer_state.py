@@ -13,12 +13,14 @@ from torch.nn import functional
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
-from dpm_core.adapters.optimizer_state import CarryOver, CarryOverError, remove
-from dpm_core.third_party import dependency
-from dpm_core.third_party.groups import UnsupportedLayerError
+from adapters.optimizer_state import CarryOver, CarryOverError
+from adapters.removal import Removal
 from experiments.models import build
 from tests.support import rounding
-from tests.support.snapshot import same_bits
+from tests.support.frameworks import CASES, Drive
+from tests.support.snapshot import refused, same_bits
+from third_party import dependency
+from third_party.groups import UnsupportedLayerError
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
 PLANS = {
@@ -132,7 +134,7 @@ def pruned(
     masked = Masked(large)
     masked.prune(stays)
     Masked(small).prune(stays)
-    remove(small, EXAMPLE.to(dtype), PLANS[name], of_small)
+    Removal(PLANS[name]).apply(small, EXAMPLE.to(dtype), of_small)
     return masked, of_large, small, of_small
 
 
@@ -207,7 +209,7 @@ def test_several_removals_in_one_training(name, kind):
         stays = dependency.survivors(small, EXAMPLE.to(dtype), plan)
         for model in (masked, Masked(small)):  # at zero in the small one, too, before they go
             model.prune(stays)
-        remove(small, EXAMPLE.to(dtype), plan, of_small)
+        Removal(plan).apply(small, EXAMPLE.to(dtype), of_small)
         start += 4
     train(masked.model, of_large, range(start, start + 10), masked.zero)
     train(small, of_small, range(start, start + 10))
@@ -236,7 +238,7 @@ def test_a_scheduler_and_step_hooks_go_on(kind):
         masked = Masked(model)
         masked.prune(dependency.survivors(model, EXAMPLE.to(dtype), PLANS[name]))
         if small:
-            remove(model, EXAMPLE.to(dtype), PLANS[name], optimizer)
+            Removal(PLANS[name]).apply(model, EXAMPLE.to(dtype), optimizer)
         rates = []
 
         def after(masked=masked, small=small, scheduler=scheduler, rates=rates) -> None:
@@ -275,7 +277,7 @@ def test_parameter_groups_keep_their_settings_and_order():
     before = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     groups = optimizer.param_groups
     dependency.set_to_zero(model, EXAMPLE, PLANS["resnet20"])
-    remove(model, EXAMPLE, PLANS["resnet20"], optimizer)
+    Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer)
     assert optimizer.param_groups is groups
     assert [{k: v for k, v in g.items() if k != "params"} for g in groups] == before
     now = dict(model.named_parameters())
@@ -288,6 +290,46 @@ def test_parameter_groups_keep_their_settings_and_order():
     twin.load_state_dict(optimizer.state_dict())
     for p in now.values():
         assert torch.equal(twin.state[p]["exp_avg_sq"], optimizer.state[p]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.framework in ("depgraph", "torch-prune")], ids=lambda c: c.name
+)
+@pytest.mark.parametrize("variant", ["base", "sr"])
+def test_a_users_own_optimizer_goes_through_an_adapters_removals_as_the_same_object(case, variant):
+    def own(model: nn.Module) -> tuple[Optimizer, OneCycleLR]:
+        parts = [[p for p in model.parameters() if (p.dim() > 1) == large] for large in (1, 0)]
+        optimizer = AdamW([{"params": parts[0], "weight_decay": 0.1}, {"params": parts[1]}])
+        return optimizer, OneCycleLR(optimizer, [5e-3, 1e-3], total_steps=drive.steps)
+
+    def settings(optimizer: Optimizer) -> list[dict[str, object]]:
+        return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+    model = case.build()
+    drive = Drive(case, case.adapter(model, variant))
+    twin, twins_scheduler = own(case.build())
+    drive.optimizer, scheduler = own(model)
+    shapes, calls = [[len(g["params"]) for g in drive.optimizer.param_groups]], []
+
+    def after(optimizer: Optimizer, *_: object) -> None:
+        twin.step()
+        assert settings(optimizer) == settings(twin)
+        for each in (scheduler, twins_scheduler):
+            each.step()
+        groups = [g["params"] for g in optimizer.param_groups]
+        assert {p for g in groups for p in g} == set(model.parameters())
+        shapes.append([len(g) for g in groups])
+        assert all(p.dim() > 1 for p in groups[0])
+        for p in model.parameters():
+            assert optimizer.state[p]["exp_avg"].shape == p.shape
+        calls.append({int(s["step"]) for s in optimizer.state.values()})
+
+    drive.optimizer.register_step_post_hook(after)
+    optimizer = drive.optimizer
+    assert drive.run().adapter.optimizer is optimizer
+    assert len(drive.events) == case.removals
+    assert calls == [{n} for n in range(1, drive.steps - drive.adapter.heard + 1)]
+    assert all(s == shapes[0] for s in shapes)
 
 
 def test_parameters_without_state_yet_are_replaced_as_well():
@@ -305,7 +347,7 @@ def test_parameters_without_state_yet_are_replaced_as_well():
         masked = Masked(model)
         masked.prune(dependency.survivors(model, EXAMPLE.to(dtype), PLANS[name]))
         if small:
-            remove(model, EXAMPLE.to(dtype), PLANS[name], optimizer)
+            Removal(PLANS[name]).apply(model, EXAMPLE.to(dtype), optimizer)
             assert len(optimizer.state) < len(list(model.parameters()))
         train(model, optimizer, range(3, 13), (lambda: None) if small else masked.zero)
         runs.append((masked, model))
@@ -316,7 +358,7 @@ def test_a_new_optimizer_has_nothing_to_carry_and_goes_on():
     model = build("vgg-digits", 3, 10, seed=0)
     optimizer = Adam(model.parameters())
     dependency.set_to_zero(model, EXAMPLE, PLANS["vgg-digits"])
-    remove(model, EXAMPLE, PLANS["vgg-digits"], optimizer)
+    Removal(PLANS["vgg-digits"]).apply(model, EXAMPLE, optimizer)
     assert not optimizer.state
     train(model, optimizer, range(2))
     assert len(optimizer.state) == len(list(model.parameters()))
@@ -330,7 +372,7 @@ def test_frozen_parameters_stay_frozen():
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     train(model, optimizer, range(2))
     dependency.set_to_zero(model, EXAMPLE, PLANS["vgg-digits"])
-    remove(model, EXAMPLE, PLANS["vgg-digits"], optimizer)
+    Removal(PLANS["vgg-digits"]).apply(model, EXAMPLE, optimizer)
     assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
     before = model.get_parameter("features.0.weight").clone()
     train(model, optimizer, range(2, 5))
@@ -344,9 +386,10 @@ def test_states_take_the_layout_of_their_parameters_and_keep_their_type():
     for state in optimizer.state.values():
         state["exp_avg"] = state["exp_avg"].double()
     carried = CarryOver(model, optimizer)
+    stays = dependency.survivors(model, EXAMPLE, PLANS["vgg-digits"])
     dependency.take_out(model, EXAMPLE, PLANS["vgg-digits"])
     model.to(memory_format=torch.channels_last)
-    carried.finish(EXAMPLE, PLANS["vgg-digits"])
+    carried.finish(stays)
     for p in model.parameters():
         assert optimizer.state[p]["exp_avg_sq"].stride() == p.stride()
         assert optimizer.state[p]["exp_avg"].dtype == torch.float64
@@ -360,7 +403,7 @@ def test_half_precision():
     before = optimizer.state[model.features[3].weight]["momentum_buffer"]
     kept = [c for c in range(32) if c not in (1, 5, 6)]
     dependency.set_to_zero(model, EXAMPLE.bfloat16(), PLANS["vgg-digits"])
-    remove(model, EXAMPLE.bfloat16(), PLANS["vgg-digits"], optimizer)
+    Removal(PLANS["vgg-digits"]).apply(model, EXAMPLE.bfloat16(), optimizer)
     after = optimizer.state[model.features[3].weight]["momentum_buffer"]
     assert torch.equal(after, before[:, kept])
     train(model, optimizer, range(2, 4))
@@ -375,42 +418,13 @@ def test_on_a_gpu(cuda):
         state.update({k: v.to(cuda) for k, v in state.items() if v.dim()})
     host = {n: optimizer.state[p]["exp_avg"].cpu() for n, p in model.named_parameters()}
     stays = dependency.survivors(model, EXAMPLE.to(cuda), PLANS["resnet20"])
-    remove(model, EXAMPLE.to(cuda), PLANS["resnet20"], optimizer)
+    Removal(PLANS["resnet20"]).apply(model, EXAMPLE.to(cuda), optimizer)
     for name, p in model.named_parameters():
         found, expected = optimizer.state[p]["exp_avg"], host[name]
         assert found.device == p.device
         for dim, index in enumerate(stays[name]):
             expected = expected.index_select(dim, index)
         assert torch.equal(found.cpu(), expected)
-
-
-# ---------------------------------------------------------------------- somebody else removes
-
-
-def test_before_and_after_somebody_elses_removal():
-    name, dtype = "resnet20", torch.float64
-    _, _, small, of_small = pruned(name, "adamw", dtype)
-    other, of_other = trained(name, "adamw", dtype)
-    Masked(other).prune(dependency.survivors(other, EXAMPLE.to(dtype), PLANS[name]))
-    carried = CarryOver(other, of_other)
-    dependency.take_out(other, EXAMPLE.to(dtype), PLANS[name])
-    carried.finish(EXAMPLE.to(dtype), PLANS[name])
-    train(small, of_small, range(5, 8))
-    train(other, of_other, range(5, 8))
-    for one, two in zip(small.parameters(), other.parameters(), strict=True):
-        assert torch.equal(one, two)
-
-
-def test_a_plan_that_is_not_what_was_removed_is_refused():
-    model, optimizer = trained("resnet20", "sgd", torch.float32)
-    held = [id(p) for p in optimizer.param_groups[0]["params"]]
-    carried = CarryOver(model, optimizer)
-    dependency.take_out(model, EXAMPLE, PLANS["resnet20"])
-    with pytest.raises(CarryOverError, match="something besides this plan; make a new optimizer"):
-        carried.finish(EXAMPLE, LATER["resnet20"])
-    assert [id(p) for p in optimizer.param_groups[0]["params"]] == held
-    carried.finish(EXAMPLE, PLANS["resnet20"])  # it can still be put right
-    train(model, optimizer, range(5, 7))
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -423,30 +437,10 @@ class Odd(Optimizer):
         super().__init__(params, {})
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p]["odd"] = made(p)
+                self.state[p]["odd"] = made(p.detach())
 
     def step(self, closure=None):
         return None
-
-
-def snapshot(model: nn.Module, optimizer: Optimizer):
-    """Called later, it says that model and optimizer are what they were."""
-    ids = [id(p) for p in model.parameters()]
-    held = [[id(p) for p in g["params"]] for g in optimizer.param_groups]
-    values = copy.deepcopy(model.state_dict())
-    state = {id(p): dict(s) for p, s in optimizer.state.items()}
-
-    def check() -> None:
-        assert [id(p) for p in model.parameters()] == ids
-        assert [[id(p) for p in g["params"]] for g in optimizer.param_groups] == held
-        now = model.state_dict()
-        assert now.keys() == values.keys()
-        assert all(torch.equal(now[n], values[n]) for n in values)
-        assert state.keys() == {id(p) for p in optimizer.state}
-        for p, s in optimizer.state.items():
-            assert all(s[k] is state[id(p)][k] for k in s)
-
-    return check
 
 
 @pytest.mark.parametrize(
@@ -461,24 +455,16 @@ def snapshot(model: nn.Module, optimizer: Optimizer):
 def test_states_that_structures_cannot_be_taken_out_of_are_refused(made):
     model = build("resnet20", 3, 10, seed=0)
     optimizer = Odd(model.parameters(), made)
-    check = snapshot(model, optimizer)
-    with pytest.raises(
-        CarryOverError, match=r"Odd's state 'odd' of 'conv1.weight'.*Make a new optimizer"
-    ):
-        remove(model, EXAMPLE, PLANS["resnet20"], optimizer)
-    with pytest.raises(CarryOverError):
-        CarryOver(model, optimizer)
-    check()
+    with refused(CarryOverError, "'odd'", "'conv1.weight'", model=model, optimizer=optimizer):
+        Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer)
 
 
 def test_adafactor_is_refused():
     model, _ = trained("resnet20", "sgd", torch.float32)
     optimizer = torch.optim.Adafactor(model.parameters())
     train(model, optimizer, range(2))
-    check = snapshot(model, optimizer)
-    with pytest.raises(CarryOverError, match=r"Adafactor's state 'row_var' of 'conv1.weight'"):
-        remove(model, EXAMPLE, PLANS["resnet20"], optimizer)
-    check()
+    with refused(CarryOverError, "'row_var'", model=model, optimizer=optimizer):
+        Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer)
 
 
 def test_single_values_are_kept():
@@ -487,7 +473,7 @@ def test_single_values_are_kept():
         model = build("resnet20", 3, 10, seed=0)
         optimizer = Odd(model.parameters(), lambda p, value=value: value)
         dependency.set_to_zero(model, EXAMPLE, PLANS["resnet20"])
-        remove(model, EXAMPLE, PLANS["resnet20"], optimizer)
+        Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer)
         assert len(optimizer.state) == len(list(model.parameters()))
         assert all(optimizer.state[p]["odd"] is value for p in model.parameters())
 
@@ -495,10 +481,8 @@ def test_single_values_are_kept():
 def test_an_optimizer_that_keeps_parameters_elsewhere_is_refused():
     model = build("resnet20", 3, 10, seed=0)
     optimizer = torch.optim.LBFGS(model.parameters())
-    check = snapshot(model, optimizer)
-    with pytest.raises(CarryOverError, match=r"LBFGS keeps tensors .*'_params'.*new optimizer"):
-        remove(model, EXAMPLE, PLANS["resnet20"], optimizer)
-    check()
+    with refused(CarryOverError, "'_params'", model=model, optimizer=optimizer):
+        Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer)
 
 
 class Tied(nn.Module):
@@ -519,17 +503,12 @@ def test_a_parameter_of_two_layers_goes_on_as_one_or_is_refused():
         optimizer.zero_grad()
         model(example).square().sum().backward()
         optimizer.step()
-    check = snapshot(model, optimizer)
-    with pytest.raises(UnsupportedLayerError, match=r"'third.weight' and 'last.weight' are one"):
-        remove(model, example, [("second", [1])], optimizer)
-    check()
-    carried = CarryOver(model, optimizer)
-    model.last.weight = nn.Parameter(model.third.weight.detach().clone())
-    with pytest.raises(CarryOverError, match=r"were one parameter, and the removal has made two"):
-        carried.finish(example, [])
-    model.last.weight = model.third.weight
+    with refused(
+        UnsupportedLayerError, "'third.weight'", "'last.weight'", model=model, optimizer=optimizer
+    ):
+        Removal([("second", [1])]).apply(model, example, optimizer)
     dependency.set_to_zero(model, example, [("first", [0, 2])])
-    remove(model, example, [("first", [0, 2])], optimizer)
+    Removal([("first", [0, 2])]).apply(model, example, optimizer)
     assert model.last.weight is model.third.weight
     assert len(optimizer.state) == len(list(model.parameters()))
     model(example).square().sum().backward()
@@ -585,7 +564,6 @@ def test_what_is_no_block_of_rows_and_columns_is_refused():
 
 def test_a_layer_of_which_nothing_would_stay_is_refused_before_anything_changes():
     model, optimizer = trained("vgg-digits", "sgd", torch.float32)
-    check = snapshot(model, optimizer)
-    with pytest.raises(UnsupportedLayerError, match="is nothing"):
-        remove(model, EXAMPLE, [("features.3", list(range(32)))], optimizer)
-    check()
+    for cut in (False, True):
+        with refused(UnsupportedLayerError, model=model, optimizer=optimizer):
+            Removal([("features.3", range(32))]).apply(model, EXAMPLE, optimizer, cut=cut)

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dpm_core.adapters import saved
-from dpm_core.adapters.saved import (
+from adapters import saved
+from adapters.removal import Removal
+from adapters.saved import (
     DamagedError,
     MismatchError,
     SavedModelError,
@@ -26,13 +27,14 @@ from dpm_core.adapters.saved import (
     read,
     save_pruned,
 )
-from dpm_core.third_party import dependency
 from experiments.models import build
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
-PLANS = {
-    "vgg-digits": [("features.0", [1, 5, 6]), ("features.7", list(range(0, 64, 3)))],
-    "resnet20": [("conv1", [0, 3]), ("layer2.0.conv1", [7]), ("layer3.0.conv2", [1, 2, 60])],
+REMOVALS = {
+    "vgg-digits": Removal([("features.0", [1, 5, 6]), ("features.7", range(0, 64, 3))]),
+    "resnet20": Removal(
+        [("conv1", [0, 3]), ("layer2.0.conv1", [7]), ("layer3.0.conv2", [1, 2, 60])]
+    ),
 }
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +51,7 @@ def dense(name: str, seed: int = 0) -> nn.Module:
 
 def pruned(name: str, seed: int = 0) -> nn.Module:
     model = dense(name, seed)
-    dependency.take_out(model, EXAMPLE, PLANS[name])
+    REMOVALS[name].apply(model, EXAMPLE, cut=True)
     return model
 
 
@@ -66,7 +68,7 @@ class Small(nn.Module):
         return self.head(self.bn(self.conv(x)).relu().mean((2, 3)))
 
 
-SMALL_PLAN = [("conv", [1])]
+SMALL_REMOVAL = Removal([("conv", [1])])
 SMALL_EXAMPLE = torch.zeros(2, 1, 2, 2)
 
 
@@ -74,7 +76,7 @@ def small() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Small()
-    dependency.take_out(model, SMALL_EXAMPLE, SMALL_PLAN)
+    SMALL_REMOVAL.apply(model, SMALL_EXAMPLE, cut=True)
     return model
 
 
@@ -104,11 +106,11 @@ def untouched(model: nn.Module):
 # ---------------------------------------------------------------------- what comes back
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", REMOVALS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_a_model_comes_back_bit_for_bit(tmp_path, name, dtype):
     model = pruned(name).to(dtype)
-    save_pruned(tmp_path / "m", model, PLANS[name])
+    save_pruned(tmp_path / "m", model, REMOVALS[name])
     again = build(name, 3, 10, seed=1).to(dtype)
     assert load_pruned(tmp_path / "m", again, EXAMPLE.to(dtype)) is again
     assert same_bits(model, again)
@@ -118,7 +120,7 @@ def test_a_model_comes_back_bit_for_bit(tmp_path, name, dtype):
 
 
 def test_a_reloaded_model_stays_in_its_mode_and_trains(tmp_path):
-    save_pruned(tmp_path / "m", pruned("vgg-digits"), PLANS["vgg-digits"])
+    save_pruned(tmp_path / "m", pruned("vgg-digits"), REMOVALS["vgg-digits"])
     again = build("vgg-digits", 3, 10)
     again.features[1].eval()
     load_pruned(tmp_path / "m", again, EXAMPLE)
@@ -132,7 +134,7 @@ def test_a_reloaded_model_stays_in_its_mode_and_trains(tmp_path):
 def test_memory_layouts_do_not_matter(tmp_path, layout):
     model = pruned("vgg-digits").to(memory_format=layout)
     other = torch.contiguous_format if layout is torch.channels_last else torch.channels_last
-    save_pruned(tmp_path / "m", model, PLANS["vgg-digits"])
+    save_pruned(tmp_path / "m", model, REMOVALS["vgg-digits"])
     again = build("vgg-digits", 3, 10).to(memory_format=other)
     assert same_bits(load_pruned(tmp_path / "m", again, EXAMPLE), model)
 
@@ -142,7 +144,7 @@ def test_views_of_larger_tensors_are_saved_as_they_look(tmp_path):
     pool = torch.randn(4, 6)
     model.head.weight = nn.Parameter(pool.T[1:3, 1:3])  # strided, and not at its storage's start
     model.head.bias = nn.Parameter(pool[1, 1:3])  # overlaps with it, and is no tie
-    save_pruned(tmp_path / "m", model, SMALL_PLAN)
+    save_pruned(tmp_path / "m", model, SMALL_REMOVAL)
     assert same_bits(load_pruned(tmp_path / "m", Small(), SMALL_EXAMPLE), model)
 
 
@@ -159,11 +161,11 @@ class Tied(nn.Module):
 
 
 def test_tied_weights_are_written_once_and_come_back_tied(tmp_path):
-    plan, example = [("inner", [0, 4])], torch.zeros(2, 4)
+    removal, example = Removal([("inner", [0, 4])]), torch.randn(2, 4)
     model = Tied()
-    dependency.take_out(model, example, plan)
+    removal.apply(model, example, cut=True)
     assert model.last.weight is model.decode.weight
-    save_pruned(tmp_path / "m", model, plan)
+    save_pruned(tmp_path / "m", model, removal)
     assert len(safetensors.torch.load_file(tmp_path / "m")) == len(model.state_dict()) - 1
     again = load_pruned(tmp_path / "m", Tied(), example)
     assert same_bits(again, model)
@@ -171,10 +173,10 @@ def test_tied_weights_are_written_once_and_come_back_tied(tmp_path):
 
 
 def test_tied_layers_do_not_take_two_different_tensors(tmp_path):
-    plan, example = [("inner", [0, 4])], torch.zeros(2, 4)
+    removal, example = Removal([("inner", [0, 4])]), torch.randn(2, 4)
     model = Tied(tied=False)
-    dependency.take_out(model, example, plan)
-    save_pruned(tmp_path / "m", model, plan)
+    removal.apply(model, example, cut=True)
+    save_pruned(tmp_path / "m", model, removal)
     again = Tied()
     check = untouched(again)
     with pytest.raises(MismatchError, match="shares"):
@@ -182,26 +184,27 @@ def test_tied_layers_do_not_take_two_different_tensors(tmp_path):
     check()
 
 
-def test_several_removals_are_reloaded_from_their_plans_in_order(tmp_path):
-    model, plans = dense("resnet20"), []
+def test_several_removals_are_reloaded_from_their_sum(tmp_path):
+    model, removed = dense("resnet20"), Removal()
     for channels in ([0, 3], [0, 1], [11]):
-        plans += [("conv1", channels), ("layer3.1.conv1", channels)]
-        dependency.take_out(model, EXAMPLE, plans[-2:])
-    save_pruned(tmp_path / "m", model, plans)
+        removal = Removal([("conv1", channels), ("layer3.1.conv1", channels)])
+        removal.apply(model, EXAMPLE, cut=True)
+        removed += removal
+    save_pruned(tmp_path / "m", model, removed)
     assert same_bits(load_pruned(tmp_path / "m", build("resnet20", 3, 10), EXAMPLE), model)
 
 
-def test_facts_and_plan_can_be_read_without_a_model(tmp_path):
+def test_facts_and_removal_can_be_read_without_a_model(tmp_path):
     facts = {"model": "vgg-digits", "classes": 10, "list": [1, None, "ä"]}
-    save_pruned(tmp_path / "new" / "m", pruned("vgg-digits"), PLANS["vgg-digits"], facts)
+    save_pruned(tmp_path / "new" / "m", pruned("vgg-digits"), REMOVALS["vgg-digits"], facts)
     found = read(tmp_path / "new" / "m")
     assert found.facts == facts
-    assert found.plan == PLANS["vgg-digits"]
+    assert found.removal == REMOVALS["vgg-digits"]
 
 
 def test_a_model_on_a_gpu(tmp_path, cuda):
     model = pruned("resnet20").to(cuda)
-    save_pruned(tmp_path / "m", model, PLANS["resnet20"])
+    save_pruned(tmp_path / "m", model, REMOVALS["resnet20"])
     on_host = load_pruned(tmp_path / "m", build("resnet20", 3, 10), EXAMPLE)
     assert same_bits(on_host, model)
     there = load_pruned(tmp_path / "m", build("resnet20", 3, 10).to(cuda), EXAMPLE.to(cuda))
@@ -214,14 +217,14 @@ def test_a_model_on_a_gpu(tmp_path, cuda):
 
 def test_nothing_is_written_where_saving_is_refused(tmp_path):
     path, model = tmp_path / "m", small()
-    save_pruned(path, model, SMALL_PLAN)
+    save_pruned(path, model, SMALL_REMOVAL)
     before = path.read_bytes()
     with pytest.raises(SavedModelError, match=r"'stem'.*no layer"):
-        save_pruned(path, model, [("stem", [0])])
+        save_pruned(path, model, Removal([("stem", [0])]))
     with pytest.raises(SavedModelError, match="facts"):
-        save_pruned(path, model, SMALL_PLAN, {"when": object()})
+        save_pruned(path, model, SMALL_REMOVAL, {"when": object()})
     with pytest.raises(SavedModelError, match="facts"):
-        save_pruned(path, model, SMALL_PLAN, {"accuracy": float("nan")})
+        save_pruned(path, model, SMALL_REMOVAL, {"accuracy": float("nan")})
     for odd in (
         torch.ones(2, dtype=torch.complex128),
         torch.ones(2, device="meta"),
@@ -230,14 +233,14 @@ def test_nothing_is_written_where_saving_is_refused(tmp_path):
         twin = copy.deepcopy(model)
         twin.register_buffer("odd", odd)
         with pytest.raises(SavedModelError):
-            save_pruned(path, twin, SMALL_PLAN)
+            save_pruned(path, twin, SMALL_REMOVAL)
 
     class Extra(nn.Linear):
         def get_extra_state(self):
             return {"a": 1}
 
     with pytest.raises(SavedModelError, match="_extra_state"):
-        save_pruned(path, Extra(2, 2), [])
+        save_pruned(path, Extra(2, 2), Removal())
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -253,7 +256,7 @@ def test_nothing_is_written_where_saving_is_refused(tmp_path):
     ],
 )
 def test_a_model_that_the_file_does_not_fit_is_left_as_it_was(tmp_path, other, message):
-    save_pruned(tmp_path / "m", pruned("vgg-digits"), PLANS["vgg-digits"])
+    save_pruned(tmp_path / "m", pruned("vgg-digits"), REMOVALS["vgg-digits"])
     model = other()
     model.eval()
     check = untouched(model)
@@ -262,8 +265,8 @@ def test_a_model_that_the_file_does_not_fit_is_left_as_it_was(tmp_path, other, m
     check()
 
 
-def test_a_plan_beyond_the_layer_is_refused(tmp_path):
-    save_pruned(tmp_path / "m", pruned("vgg-digits"), [("features.0", [1, 5, 32])])
+def test_a_removal_beyond_the_layer_is_refused(tmp_path):
+    save_pruned(tmp_path / "m", pruned("vgg-digits"), Removal([("features.0", [1, 5, 32])]))
     model = build("vgg-digits", 3, 10)
     check = untouched(model)
     with pytest.raises(MismatchError):
@@ -273,7 +276,7 @@ def test_a_plan_beyond_the_layer_is_refused(tmp_path):
 
 def test_a_later_version_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(saved, "VERSION", 2)
-    save_pruned(tmp_path / "m", small(), SMALL_PLAN)
+    save_pruned(tmp_path / "m", small(), SMALL_REMOVAL)
     monkeypatch.undo()
     model = Small()
     check = untouched(model)
@@ -309,7 +312,7 @@ def test_a_missing_file_is_reported_as_missing(tmp_path):
 def written(tmp_path_factory):
     """A sound file's bytes, and a place for damaged ones."""
     path = tmp_path_factory.mktemp("written") / "m"
-    save_pruned(path, small(), SMALL_PLAN, {"note": "ä"})
+    save_pruned(path, small(), SMALL_REMOVAL, {"note": "ä"})
     return path.read_bytes(), path
 
 
@@ -349,7 +352,7 @@ def test_every_flipped_bit_is_refused(written):
                 if value != old:
                     with pytest.raises((DamagedError, VersionError)):
                         read(path)
-    assert read(path).plan == SMALL_PLAN
+    assert read(path).removal == SMALL_REMOVAL
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -366,7 +369,7 @@ def test_altered_stretches_are_refused(written, data):
     except (DamagedError, VersionError):
         return
     path.write_bytes(content)
-    assert found.plan == read(path).plan
+    assert found.removal == read(path).removal
     again = Small()
     path.write_bytes(altered)
     assert same_bits(load_pruned(path, again, SMALL_EXAMPLE), small())
@@ -384,7 +387,7 @@ def test_what_is_equal_has_equal_bytes(tmp_path):
     facts = [{"a": 1, "b": {"x": [1], "y": "ä"}}, {"b": {"y": "ä", "x": [1]}, "a": 1}]
     made = set()
     for n in range(12):  # the library's order of four entries is drawn anew each time
-        save_pruned(tmp_path / "m", small(), SMALL_PLAN, facts[n % 2])
+        save_pruned(tmp_path / "m", small(), SMALL_REMOVAL, facts[n % 2])
         made.add((tmp_path / "m").read_bytes())
     assert len(made) == 1
     assert read(tmp_path / "m").facts == facts[0]
@@ -399,7 +402,8 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from torch import nn
-from dpm_core.adapters import saved
+from adapters import saved
+from adapters.removal import Removal
 
 torch.set_num_threads(1)
 folder, mode = Path(sys.argv[1]), sys.argv[2]
@@ -437,7 +441,7 @@ def at_line(stop):
     sys.settrace(trace)
 
 def save(value):
-    saved.save_pruned(path, {1.0: old, 2.0: new}[value], [], {"value": value})
+    saved.save_pruned(path, {1.0: old, 2.0: new}[value], Removal(), {"value": value})
 
 started = time.perf_counter()
 save(1.0)

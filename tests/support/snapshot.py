@@ -46,7 +46,8 @@ def difference(left: Any, right: Any, where: str = "") -> str | None:
 def snapshot(
     model: nn.Module, optimizer: Optimizer | None = None, dpm: DecayPruning | None = None
 ) -> dict[str, Any]:
-    """Copies of all that training goes on from."""
+    """Copies of all that training goes on from, and which parameters it is that do."""
+    held = [] if optimizer is None else [group["params"] for group in optimizer.param_groups]
     return {
         "parameters": {n: p.detach().clone() for n, p in model.named_parameters()},
         "gradients": {
@@ -56,6 +57,7 @@ def snapshot(
         "modes": [m.training for m in model.modules()],
         "hooks": [len(m._forward_hooks) for m in model.modules()],
         "random": torch.get_rng_state(),
+        "objects": [list(map(id, ps)) for ps in [model.parameters(), *held]],
         "optimizer": None if optimizer is None else copy.deepcopy(optimizer.state_dict()),
         "step hooks": None
         if optimizer is None
