@@ -1,4 +1,4 @@
-"""Where a core works: its hooks on one optimizer, and whether that is still the groups' optimizer.
+"""Where a core works: its hooks on optimizers, and whether those still train the groups.
 
 PyTorch puts hooks around the ``step`` of every class of which an optimizer was ever constructed. A
 ``step`` that calls its parent's therefore runs them once or several times, depending on what else
@@ -11,101 +11,122 @@ import gc
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from .errors import AttachmentError, GroupError
 from .groups import StructureGroup, require_disjoint
 
-Before = Callable[[], object]
-After = Callable[[], object]
+Callback = Callable[[], object]
 
 _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 """All attachments of the process, to learn of two cores that decay the same structures."""
 
 
 class Attachment:
-    """Two functions that are called around every step of an optimizer.
+    """Two functions that are called around every step of an optimizer, or of several.
 
     A core works through one. Without a core, give no groups: ``Attachment(optimizer, [], before,
     after)``. All is checked before anything is registered. What is called is kept alive as long as
     the optimizer lives.
 
+    Several optimizers count as one: ``before`` is called when the first of them steps, ``after``
+    when each has stepped once, in any order. All gradients have to be there when the first one
+    steps, and stay what they are until the last one does. If a step of one is left out, the next
+    round of steps is refused.
+
+    A closure that is given to ``step`` is run before ``before`` is called, and the optimizer gets
+    its loss. Optimizers that would run it several times are refused.
+
     Args:
-        optimizer: an optimizer, or a wrapper with the optimizer as its ``optimizer``.
+        optimizer: an optimizer, a wrapper with the optimizer as its ``optimizer``, or a sequence of
+            these.
         groups: the core's structure groups; none where no core is at work.
         before: called without arguments before the work of an outermost ``step``, when gradients
             are there. If it raises, the step does not happen.
         after: called without arguments after that work, unless it raised, and unless a fused
-            optimizer left the step out because of a gradient scaler. To learn of that takes a wait
-            for the device, in such steps only. Where ``before`` returned ``False``, it has looked
-            for itself, and ``after`` is called in any case.
-        keep: whether it keeps the optimizer alive, too. Not that of a copied core: where nobody has
-            kept the copy of the optimizer, nobody can step it.
+            optimizer left the step out because of a gradient scaler (of several the one that
+            stepped first). To learn of that takes a wait for the device, in such steps only. Where
+            ``before`` returned ``False``, it has looked for itself, and ``after`` is called in any
+            case.
+        keep: whether it keeps the optimizers alive, too. Not that of a copied core: where nobody
+            has kept the copy of the optimizer, nobody can step it.
 
     Raises:
-        AttachmentError: it is no optimizer that runs step hooks, a parameter of a group is not its
-            own, or another core is attached to the same structures. Nothing was registered.
+        AttachmentError: one is no optimizer that runs step hooks, or runs its closure several
+            times, or is given twice; a parameter of a group is not theirs; or another core is
+            attached to the same structures. Nothing was registered.
     """
 
     def __init__(
         self,
         optimizer: object,
         groups: Sequence[StructureGroup],
-        before: Before,
-        after: After,
+        before: Callback,
+        after: Callback,
         keep: bool = True,
     ) -> None:
-        inner = unwrapped(optimizer)
-        self._kept = inner if keep else None
+        optimizers = _all_unwrapped(optimizer)
+        self._kept = optimizers if keep else None
         self.groups = groups
         self._before, self._after = before, after
-        self._optimizer = weakref.ref(inner)
-        self._owned: list[list[int]] = []
-        self._looks = True  # whether it is for _leave to find out if the step was left out
+        self._optimizers = [weakref.ref(o) for o in optimizers]
+        self._owned: list[list[list[int]]] = []
         self.require_owned()
         self._require_alone()
-        self._handle = inner.register_step_pre_hook(self._enter)
+        self.restart()
+        self._hooks: list[int] = []  # for each optimizer, the number of its hook before a step
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         try:
-            self._handles = [self._handle, inner.register_step_post_hook(self._leave)]
+            for i, one in enumerate(optimizers):
+                handle = one.register_step_pre_hook(partial(self._enter, i))
+                self._handles.append(handle)
+                self._hooks.append(handle.id)
+                self._handles.append(one.register_step_post_hook(partial(self._leave, i)))
         except BaseException:
-            self._handle.remove()
+            self.remove()
             raise
         _attached.add(self)
 
     @property
-    def optimizer(self) -> Optimizer | None:
-        """What the hooks are on; ``None`` once it is gone."""
-        return self._optimizer()
+    def optimizers(self) -> list[Optimizer] | None:
+        """What the hooks are on; ``None`` once one of them is gone."""
+        present = [o for ref in self._optimizers if (o := ref()) is not None]
+        return present if len(present) == len(self._optimizers) else None
 
     def remove(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+        self.restart()
         _attached.discard(self)
 
+    def restart(self) -> None:
+        """Forget which of several optimizers have stepped: the next one to step is the first."""
+        self._stepped: set[int] = set()
+        self._inside: int | None = None  # whose step has begun; still there after one that raised
+        self._gradients: list[list[tuple[Tensor | None, int]]] = []
+        self._overflow: Tensor | None = None
+        self._looks = True  # whether it is for _leave to find out if the step was left out
+
     def require_owned(self) -> None:
-        """Refuse an optimizer that no longer trains the parameters of the groups.
+        """Refuse optimizers that no longer train the parameters of the groups.
 
         As long as nothing was exchanged this compares numbers of parameters only.
 
         Raises:
             AttachmentError: naming the parameter.
         """
-        optimizer = self.optimizer
-        if optimizer is None:
-            raise AttachmentError(
-                "the optimizer that was attached is gone, so no step would carry a decay out; call "
-                "attach(optimizer) with the one that trains now"
-            )
-        present = [list(map(id, group["params"])) for group in optimizer.param_groups]
+        present = [[list(map(id, g["params"])) for g in o.param_groups] for o in self._present()]
         if present == self._owned:
             return
-        everyone = {number for group in present for number in group}
+        everyone = {number for groups in present for group in groups for number in group}
         for group in self.groups:
             for s in group.slices:
                 if id(s.parameter) not in everyone:
@@ -113,18 +134,18 @@ class Attachment:
                         f"{s.name!r} of group {group.name!r} is not a parameter of this optimizer, "
                         "so the decay would not follow its steps: the model's parameters were "
                         "exchanged after the groups were made (by a removal, say), or the "
-                        "optimizer is another model's. Build the optimizer from the model that "
-                        "the groups were made from, leave the group out, or detach() and make new "
+                        "optimizer is another model's, or one of several. Build the optimizer from "
+                        "the model that the groups were made from, attach to all of them "
+                        "(attach([first, second])), leave the group out, or detach() and make new "
                         "groups of the model as it is"
                     )
         self._owned = present
 
     def maximised(self) -> set[int]:
         """``id`` of every parameter whose objective is maximised (``maximize=True``)."""
-        optimizer = self.optimizer
-        assert optimizer is not None
         return {
             id(p)
+            for optimizer in self._present()
             for group in optimizer.param_groups
             if group.get("maximize", False)
             for p in group["params"]
@@ -136,25 +157,109 @@ class Attachment:
         They are there while the optimizer steps, and ``None`` where there is no scaler, or where it
         does the work itself.
         """
-        optimizer = self.optimizer
-        return getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        return _scaling(self._present()[self._inside or 0])
 
-    def _enter(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._nested(sys._getframe(1)):
+    def _present(self) -> list[Optimizer]:
+        optimizers = self.optimizers
+        if optimizers is None:
+            raise AttachmentError(
+                "the optimizer that was attached is gone, so no step would carry a decay out; call "
+                "attach(optimizer) with the one that trains now"
+            )
+        return optimizers
+
+    # ------------------------------------------------------------------ the hooks
+
+    def _enter(
+        self, i: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The hook before a step of optimizer ``i``; PyTorch takes new arguments from it."""
+        if self._nested(i, sys._getframe(1)):
             return None
-        # PyTorch takes new arguments from what this returns.
-        served, *arguments = _serve(optimizer, args, kwargs)
-        self._looks = self._before() is not False
-        return None if served is None else tuple(arguments)
+        self._present()
+        if self._inside not in (None, i):
+            self.restart()  # a step of another one raised, and the loop goes on from the start
+        if i in self._stepped:
+            self._refuse_second(i)
+        self._inside = i
+        args, kwargs, served = _served(optimizer, args, kwargs)
+        if self._stepped:
+            self._require_same_gradients(i)
+        else:
+            self._require_scaled_alike(i, sys._getframe(1))
+            self._overflow, _ = _scaling(optimizer)
+            self._looks = self._before() is not False
+        if served is None:
+            return None
+        served.hand_on()
+        return args, kwargs
 
-    def _leave(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._nested(sys._getframe(1)):
+    def _leave(
+        self, i: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """The hook after a step of optimizer ``i``."""
+        if self._nested(i, sys._getframe(1)):
             return
-        overflow, _ = self.scaling()
-        if not self._looks or overflow is None or not bool(overflow):
+        self._inside = None
+        self._stepped.add(i)
+        if len(self._stepped) < len(self._optimizers):
+            self._gradients = list(map(_gradients, self._present()))
+            return
+        left_out = self._looks and self._overflow is not None and bool(self._overflow)
+        self.restart()
+        if not left_out:
             self._after()
 
-    def _nested(self, step: FrameType) -> bool:
+    def _refuse_second(self, i: int) -> None:
+        waiting = [j for j in range(len(self._optimizers)) if j not in self._stepped]
+        if any(self._changed(j) for j in waiting):  # others were computed: that round is over
+            self.restart()
+        raise AttachmentError(
+            f"{self._called(i)} steps a second time before {self._called(waiting[0])} has stepped, "
+            f"so the step of all of them is not over. {_TOGETHER}"
+        )
+
+    def _require_scaled_alike(self, i: int, step: FrameType) -> None:
+        """Refuse a gradient scaler that has unscaled the gradients of some of several optimizers.
+
+        A scaler is not seen from an optimizer. Where one is at work, it is on the stack.
+        """
+        frame: FrameType | None = step if len(self._optimizers) > 1 else None
+        while frame is not None and frame.f_code is not GradScaler.step.__code__:
+            frame = frame.f_back
+        scaler = None if frame is None else frame.f_locals["self"]
+        if scaler is None or not scaler.is_enabled():
+            return
+        states = [scaler._per_optimizer_states.get(id(o), {}) for o in self._present()]
+        unscaled = [state.get("stage") is OptState.UNSCALED for state in states]
+        unscaled[i] = self.scaling()[1] is None
+        for j in (j for j, one in enumerate(unscaled) if one != unscaled[i]):
+            raise AttachmentError(
+                f"the gradient scaler has unscaled the gradients of either {self._called(i)} or "
+                f"{self._called(j)}, and decay pruning reads them together. {_TOGETHER}"
+            )
+
+    def _require_same_gradients(self, i: int) -> None:
+        if self._changed(i):
+            self.restart()
+            raise AttachmentError(
+                f"the gradients of {self._called(i)} have changed since another of the attached "
+                f"optimizers stepped, when decay pruning had read them already. {_TOGETHER}"
+            )
+
+    def _changed(self, i: int) -> bool:
+        """Whether an optimizer's gradients are others than after the last step of another one."""
+        now = _gradients(self._present()[i])
+        before = self._gradients[i]
+        return len(now) != len(before) or any(
+            old is not new or version != count
+            for (old, version), (new, count) in zip(before, now, strict=True)
+        )
+
+    def _called(self, i: int) -> str:
+        return f"{type(self._present()[i]).__name__} (number {i + 1} of those attached)"
+
+    def _nested(self, i: int, step: FrameType) -> bool:
         """Whether the frame that runs our hooks was called, however deep, from another such one.
 
         Read off the stack every time: nothing is remembered that a step which raises could leave
@@ -162,15 +267,17 @@ class Attachment:
         """
         code, frame = step.f_code, step.f_back
         while frame is not None:
-            if frame.f_code is code and any(map(self._hooked, frame.f_locals.values())):
+            if frame.f_code is code and any(self._hooked(i, v) for v in frame.f_locals.values()):
                 return True
             frame = frame.f_back
         return False
 
-    def _hooked(self, value: object) -> bool:
+    def _hooked(self, i: int, value: object) -> bool:
         # By the hooks and not by the object: a wrapper may share those of the optimizer inside.
         hooks = getattr(value, "_optimizer_step_pre_hooks", ()) if _is_optimizer(value) else ()
-        return self._handle.id in hooks
+        return self._hooks[i] in hooks
+
+    # ------------------------------------------------------------------ other cores
 
     def _require_alone(self) -> None:
         cause = self._claimed()
@@ -188,7 +295,7 @@ class Attachment:
         """How another attachment overlaps with this one; ``None`` where none does."""
         mine = _storages(self.groups)
         for other in list(_attached):
-            if other.optimizer is None or mine.isdisjoint(_storages(other.groups)):
+            if other.optimizers is None or mine.isdisjoint(_storages(other.groups)):
                 continue
             try:
                 require_disjoint([*self.groups, *other.groups])
@@ -198,49 +305,51 @@ class Attachment:
 
 
 class _Served:
-    """A closure that has run already, in the place of the original, for one step.
-
-    Attributes:
-        loss: what the closure returned.
-    """
+    """A closure that has run already, in the place of the original, for one step."""
 
     def __init__(self, optimizer: Optimizer, closure: Callable[[], Any]) -> None:
         with torch.enable_grad():
-            self.loss = closure()
-        self._name = type(optimizer).__name__
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._values = self._look()
-        self._called = False
+            self._loss = closure()
+        self._optimizer, self._called = optimizer, False
+
+    def hand_on(self) -> None:
+        """The optimizer gets it now, with the weights as they are."""
+        self._weights = self._look()
 
     def __call__(self) -> Any:
+        name = type(self._optimizer).__name__
         if self._called:
             raise AttachmentError(
-                f"{self._name} calls its closure more than once in a step, and decay pruning runs "
-                f"it once, before the step; {_CLOSURE_REMEDY}"
+                f"{name} calls its closure a second time in a step, and decay pruning runs it "
+                f"once, before the step; {_ANOTHER}"
             )
-        if self._values != self._look():
+        if self._weights != self._look():
             raise AttachmentError(
-                f"{self._name} changes the weights before it calls its closure (as SAM does), so "
-                f"the gradients that decay pruning had from it are not those of the step; "
-                f"{_CLOSURE_REMEDY}"
+                f"{name} changes the weights before it calls its closure (as SAM does), so the "
+                f"gradients that decay pruning had from it are not those of the step; {_ANOTHER}"
             )
         self._called = True
-        return self.loss
+        return self._loss
 
     def _look(self) -> list[tuple[int, int]]:
-        return [(p._version, p.data_ptr()) for p in self._parameters]
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        return [(p._version, p.data_ptr()) for p in parameters]
 
 
-_CLOSURE_REMEDY = (
-    "compute the gradients yourself and call step() without a closure, or take another optimizer, "
-    "such as SGD or AdamW"
+_ANOTHER = (
+    "call step() without a closure, after loss.backward(), if it allows that, or take an optimizer "
+    "that needs one gradient a step, such as SGD or AdamW"
+)
+_TOGETHER = (
+    "Compute all gradients, then step each of them once. With a GradScaler call unscale_() for "
+    "each first, and step either all of them or, where a gradient is not finite, none"
 )
 
 
-def _serve(
+def _served(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[_Served | None, tuple[Any, ...], dict[str, Any]]:
-    """Run the closure of a step, if it has one, and put one in its place that gives its loss.
+) -> tuple[tuple[Any, ...], dict[str, Any], _Served | None]:
+    """Run the closure of a step, if it has one.
 
     Args:
         optimizer: whose step it is.
@@ -248,21 +357,59 @@ def _serve(
         kwargs: of the step.
 
     Returns:
-        The new closure, ``None`` where there was none, and the arguments with it in place.
+        The arguments with another closure in its place, which gives the loss, and that closure.
     """
+
+    def run(closure: Any) -> _Served:
+        # Another attachment to the same optimizer may have run it.
+        return closure if isinstance(closure, _Served) else _Served(optimizer, closure)
+
     if kwargs.get("closure") is not None:
-        served = _served(optimizer, kwargs["closure"])
-        return served, args, {**kwargs, "closure": served}
+        served = run(kwargs["closure"])
+        return args, {**kwargs, "closure": served}, served
     for i, given in enumerate(args[1:], start=1):
         if callable(given):
-            served = _served(optimizer, given)
-            return served, (*args[:i], served, *args[i + 1 :]), kwargs
-    return None, args, kwargs
+            served = run(given)
+            return (*args[:i], served, *args[i + 1 :]), kwargs, served
+    return args, kwargs, None
 
 
-def _served(optimizer: Optimizer, closure: Callable[[], Any]) -> _Served:
-    """``closure`` after it has run; another attachment may have done that."""
-    return closure if isinstance(closure, _Served) else _Served(optimizer, closure)
+def _scaling(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
+    return getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+
+
+def _gradients(optimizer: Optimizer) -> list[tuple[Tensor | None, int]]:
+    """Every gradient and how often it was written to."""
+    return [
+        (p.grad, 0 if p.grad is None else p.grad._version)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+
+
+def _all_unwrapped(optimizer: object) -> list[Optimizer]:
+    """The optimizers to attach to, from one or from a sequence of them.
+
+    Raises:
+        AttachmentError: there is none, one is no optimizer, one is given twice, or one runs its
+            closure several times in a step.
+    """
+    given = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    optimizers = [unwrapped(one) for one in given]
+    if not optimizers:
+        raise AttachmentError("no optimizer was given; attach to those that train the groups")
+    if len(set(map(id, optimizers))) < len(optimizers):
+        raise AttachmentError(
+            "an optimizer is given twice, by itself or inside a wrapper; give each once"
+        )
+    for one in optimizers:
+        if isinstance(one, torch.optim.LBFGS):
+            raise AttachmentError(
+                f"{type(one).__name__} computes gradients several times in a step, and decay "
+                "pruning has to read the ones that a step is about; take an optimizer that needs "
+                "one gradient a step, such as SGD or AdamW"
+            )
+    return optimizers
 
 
 def unwrapped(optimizer: object) -> Optimizer:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .agreement import Agreement
-from .attachment import Attachment
+from .attachment import Attachment, Callback
 from .decay import SmoothPruning, target_norm
 from .elsewhere import counterparts, write_zeros
 from .errors import AttachmentError, ConfigurationError, GradientError, GroupError, PhaseError
@@ -28,7 +28,6 @@ from .table import SliceTable
 
 Refill = Callable[[str, int, Tensor], Sequence[int] | Tensor]
 """``choose(group, count, free)``: which structures decay in place of ``count`` released ones."""
-Callback = Callable[[], object]
 
 
 class DecayPruning:
@@ -129,13 +128,13 @@ class DecayPruning:
 
     def attach(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         model: nn.Module | None = None,
         loss: Callable[[], Tensor] | None = None,
         refill: Refill | None = None,
-        before: Callable[[], object] | None = None,
-        after: Callable[[], object] | None = None,
+        before: Callback | None = None,
+        after: Callback | None = None,
     ) -> DecayPruning:
         """Work around every step of ``optimizer`` from now on, by PyTorch's own step hooks.
 
@@ -145,8 +144,11 @@ class DecayPruning:
         have one inside whose ``step`` they call; attach to that one.
 
         Args:
-            optimizer: any optimizer that owns all parameters of all groups and whose ``step`` is
-                called without a closure.
+            optimizer: any optimizer that owns all parameters of all groups, or several that own
+                them together (a structure may be spread over them). Several are stepped once each,
+                in any order, after all gradients have been computed; that is one step of the core.
+                A closure given to ``step`` is run once, before gradients are read; an optimizer
+                that has to run it several times (LBFGS) is refused.
             model: with ``loss``, for a criterion that holds a hearing: the model whose buffers
                 are put back afterwards.
             loss: runs the model on the next training batch and returns the mean loss over it: what
@@ -171,7 +173,7 @@ class DecayPruning:
                 loss. Nothing was attached.
             GroupError: a parameter is not any more what a group was made from.
         """
-        if self._attachment is not None and self._attachment.optimizer is not None:
+        if self._attachment is not None and self._attachment.optimizers is not None:
             raise AttachmentError(
                 "already attached to an optimizer; structures would decay twice a step. Call "
                 "detach() first"
@@ -222,7 +224,7 @@ class DecayPruning:
         state = self.__dict__.copy()
         for name in ("_attachment", "_agreement", "_stepping", "_releases", "_sums", "_choice"):
             del state[name]
-        state["optimizer"] = None if self._attachment is None else self._attachment.optimizer
+        state["optimizer"] = None if self._attachment is None else self._attachment.optimizers
         state["new_zeros"] = self._stepping.new_zeros
         state["worth"] = None if self._releases is None else self._releases.worth
         return state
@@ -380,6 +382,8 @@ class DecayPruning:
     def _leave(self) -> None:
         """After an optimizer's step."""
         if self._skipped:
+            with torch.no_grad():
+                self._stepping.zero()  # of several optimizers one may have stepped
             return
         past = len(self.events)
         self._after_step()
@@ -399,11 +403,14 @@ class DecayPruning:
         maximised = None
         if self._releases is not None and self._stepping.decaying is not None:
             maximised = self._attachment.maximised()
-        reading = self._stepping.read(*self._attachment.scaling(), maximised)
+        overflow, scale = self._attachment.scaling()
+        reading = self._stepping.read(overflow, scale, maximised)
         decaying = self._stepping.decaying
         numbers = None if decaying is None else decaying.numbers
         self._agreement.require_same_step(self.clock, numbers, reading.squares)
-        self._skipped = reading.skipped
+        # One fused optimizer of several does not know of the others' gradients.
+        scaled_together = overflow is not None and len(self._attachment.optimizers or ()) > 1
+        self._skipped = reading.skipped or (scaled_together and not reading.finite)
         if self._skipped:
             return
         sums = self._stepping.sums(reading)
@@ -503,6 +510,8 @@ class DecayPruning:
         self._sums = self._choice = None
         self._stepping = Stepping(self._structures, self._ledger, self.smooth.steps)
         self._agreement.decisions_changed()
+        if self._attachment is not None:
+            self._attachment.restart()
 
     def _settings(self) -> dict[str, str]:
         return {"smooth": repr(self.smooth), "rectify": repr(self.rectify)}

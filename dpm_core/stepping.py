@@ -58,6 +58,12 @@ class Reading:
     skipped: bool = False
     unit: float = 1.0
 
+    @property
+    def finite(self) -> bool:
+        """Whether all gradients are."""
+        rows = [row for row in (self.squares, self.squares_at_zero) if row is not None]
+        return all(bool(torch.isfinite(row).all()) for row in rows)
+
 
 class Stepping:
     """Puts decaying structures on their schedule, and holds pruned ones at zero.
