@@ -1,7 +1,7 @@
 """Adapters by name, imported only when asked for: a new one adds a line here.
 
 One from outside is found by an entry point of the group ``decay_pruning.adapters``: a class derived
-from :class:`adapters.base.Adapter`, with ``Options`` and all that is abstract there.
+from :class:`dpm_core.adapters.base.Adapter`, with ``Options`` and all that is abstract there.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from inspect import isclass
 from .base import Adapter, AdapterError
 
 ADAPTERS = {
-    "depgraph": "adapters.depgraph:DepGraph",
-    "otov2": "adapters.otov2:OTOv2",
-    "gate-decorator": "adapters.gate_decorator:GateDecorator",
-    "torch-prune": "adapters.torch_prune:TorchPrune",
+    "depgraph": "dpm_core.adapters.depgraph:DepGraph",
+    "otov2": "dpm_core.adapters.otov2:OTOv2",
+    "gate-decorator": "dpm_core.adapters.gate_decorator:GateDecorator",
+    "torch-prune": "dpm_core.adapters.torch_prune:TorchPrune",
 }
 GROUP = "decay_pruning.adapters"
 """The group of entry points in which installed packages offer adapters, by framework."""
@@ -62,7 +62,7 @@ def _installed(entry: metadata.EntryPoint) -> type[Adapter]:
             "package"
         ) from cause
     if not (isclass(found) and issubclass(found, Adapter)):
-        raise AdapterError(f"{where} is no class derived from adapters.base.Adapter")
+        raise AdapterError(f"{where} is no class derived from dpm_core.adapters.base.Adapter")
     missing = sorted({*getattr(found, "__abstractmethods__", ())} | ({"Options"} - {*dir(found)}))
     if missing:
         raise AdapterError(f"{where} does not define {', '.join(missing)}; see adapters/base.py")

@@ -13,14 +13,14 @@ from torch.nn import functional
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
-from adapters.optimizer_state import CarryOver, CarryOverError
-from adapters.removal import Removal
+from dpm_core.adapters.optimizer_state import CarryOver, CarryOverError
+from dpm_core.adapters.removal import Removal
+from dpm_core.third_party import dependency
+from dpm_core.third_party.groups import UnsupportedLayerError
 from experiments.models import build
 from tests.support import rounding
 from tests.support.frameworks import CASES, Drive
 from tests.support.snapshot import refused, same_bits
-from third_party import dependency
-from third_party.groups import UnsupportedLayerError
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
 PLANS = {

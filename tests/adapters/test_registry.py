@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-import adapters
-from adapters.base import Adapter, AdapterError
-from adapters.registry import ADAPTERS, GROUP, load
+import dpm_core.adapters
+from dpm_core.adapters.base import Adapter, AdapterError
+from dpm_core.adapters.registry import ADAPTERS, GROUP, load
 from tests.docs.test_guide import GUIDE, blocks
 from tests.support import tiny
 from tests.support.tiny import GONE, ROOT
 
-SHIPPED = (Path(adapters.__file__).parent / "torch_prune.py").read_text(encoding="utf-8")
+SHIPPED = (Path(dpm_core.adapters.__file__).parent / "torch_prune.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_an_unknown_name_is_refused_naming_those_there_are(offer):
 # ---------------------------------------------------------------------- from a package
 
 GOOD = """
-    from adapters.torch_prune import TorchPrune
+    from dpm_core.adapters.torch_prune import TorchPrune
 
     class Mine(TorchPrune):
         pass
@@ -103,12 +103,16 @@ BAD = {
         GOOD + "        def due(self):\n            return False\n",
         r"due\(\).*@property",
     ),
-    "no class": ("offered", GOOD, "derived from adapters.base.Adapter"),
-    "another class": ("offered:Mine", "class Mine: pass", "derived from adapters.base.Adapter"),
-    "an instance": ("offered:Mine", "Mine = 3", "derived from adapters.base.Adapter"),
+    "no class": ("offered", GOOD, "derived from dpm_core.adapters.base.Adapter"),
+    "another class": (
+        "offered:Mine",
+        "class Mine: pass",
+        "derived from dpm_core.adapters.base.Adapter",
+    ),
+    "an instance": ("offered:Mine", "Mine = 3", "derived from dpm_core.adapters.base.Adapter"),
     "the protocol itself": (
         "offered:Mine",
-        "from adapters.base import Adapter as Mine",
+        "from dpm_core.adapters.base import Adapter as Mine",
         "does not define Options, check, groups, selection",
     ),
 }
@@ -172,7 +176,7 @@ def wheel(folder: Path, project: dict, module: str) -> Path:
 def test_the_guides_package_is_installed_and_a_configuration_runs_it(tmp_path):
     """The shipped file moves to a package of its own as the guide says, and runs in a process."""
     project = next(tomllib.loads(b) for b in blocks(GUIDE, "toml") if "[project]" in b)["project"]
-    moved = SHIPPED.replace("from .", "from adapters.")
+    moved = SHIPPED.replace("from .", "from dpm_core.adapters.")
     assert len(set(moved.splitlines()) - set(SHIPPED.splitlines())) == 2
     made, site = wheel(tmp_path, project, moved), tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from adapters import saved
-from adapters.removal import Removal
-from adapters.saved import (
+from dpm_core.adapters import saved
+from dpm_core.adapters.removal import Removal
+from dpm_core.adapters.saved import (
     DamagedError,
     MismatchError,
     SavedModelError,
@@ -402,8 +402,8 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from torch import nn
-from adapters import saved
-from adapters.removal import Removal
+from dpm_core.adapters import saved
+from dpm_core.adapters.removal import Removal
 
 torch.set_num_threads(1)
 folder, mode = Path(sys.argv[1]), sys.argv[2]

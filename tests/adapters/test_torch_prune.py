@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from adapters import torch_prune
-from adapters.base import AdapterError, count_macs
-from adapters.torch_prune import TorchPrune, TorchPruneOptions, rows_of
 from dpm_core import Phase, Slice, SmoothPruning
+from dpm_core.adapters import torch_prune
+from dpm_core.adapters.base import AdapterError, count_macs
+from dpm_core.adapters.torch_prune import TorchPrune, TorchPruneOptions, rows_of
+from dpm_core.third_party.groups import UnsupportedLayerError
 from experiments import models
 from tests.support import rounding
 from tests.support.frameworks import (
@@ -23,7 +24,6 @@ from tests.support.frameworks import (
     small_resnet,
     until_removed,
 )
-from third_party.groups import UnsupportedLayerError
 
 SMOOTH = SmoothPruning(4)
 CASE = next(c for c in CASES if c.framework == "torch-prune")

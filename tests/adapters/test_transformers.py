@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer
 
-from adapters.base import AdapterError, Training, count_macs
-from adapters.depgraph import DepGraph, DepGraphOptions, structure_groups
 from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning
+from dpm_core.adapters.base import AdapterError, Training, count_macs
+from dpm_core.adapters.depgraph import DepGraph, DepGraphOptions, structure_groups
+from dpm_core.third_party import graph
+from dpm_core.third_party.attention import SplitAttention, split_attention
+from dpm_core.third_party.groups import UnsupportedLayerError, UpstreamGroup
 from tests.support import rounding
 from tests.support.frameworks import EAGER, until_removed
 from tests.support.rounding import exact_outputs
-from third_party import graph
-from third_party.attention import SplitAttention, split_attention
-from third_party.groups import UnsupportedLayerError, UpstreamGroup
 
 EXAMPLE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 SPEED_UP = 1.6
