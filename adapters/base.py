@@ -50,7 +50,7 @@ from dpm_core import (
     SmoothPruning,
     StructureGroup,
 )
-from dpm_core.attachment import Attachment
+from dpm_core.attachment import Attachment, all_unwrapped
 from dpm_core.groups import is_sharded
 from dpm_core.third_party import running
 from dpm_core.third_party.errors import AdapterError as AdapterError
@@ -107,7 +107,7 @@ class Adapter(ABC):
 
     Attributes:
         dpm: the core at work; ``None`` before :meth:`attach` and without smoothing.
-        optimizer: what was attached, or ``None``.
+        optimizers: what was attached.
         clock: optimizer steps so far; of a framework with sparse learning, since that ended.
         decided: whether the framework has begun to take structures out.
         removed: all that :meth:`remove` has taken away, or ``None`` before.
@@ -174,7 +174,7 @@ class Adapter(ABC):
         self.smooth, self.rectify = smooth, rectify
         self.training, self.seed, self.progress = training, seed, progress
         self.dpm: DecayPruning | None = None
-        self.optimizer: Optimizer | None = None
+        self.optimizers: list[Optimizer] = []
         self.clock = 0
         self.checked = self.decided = False
         self.removed: Removal | None = None
@@ -189,14 +189,15 @@ class Adapter(ABC):
 
     # ------------------------------------------------------------------ for users
 
-    def attach(self, optimizer: Optimizer, loss: Loss | None = None) -> Self:
+    def attach(self, optimizer: Optimizer | Sequence[Optimizer], loss: Loss | None = None) -> Self:
         """Work around every step of an optimizer from now on; a first decision may fall at once.
 
         Attached anew, to the optimizer of another stage of training, the adapter goes on with that
         one.
 
         Args:
-            optimizer: of the model's parameters.
+            optimizer: of the model's parameters; or several, each of a part of them, which step
+                one after the other. Wrappers, such as accelerate's, are looked through.
             loss: runs the model on the next training batch and returns the mean loss; for
                 :class:`~dpm_core.Hearing` and :class:`~dpm_core.Exchange` alone. Each call uses up
                 a step of the training.
@@ -209,22 +210,23 @@ class Adapter(ABC):
                 model, such as the large one after a removal.
             AttachmentError: see :meth:`dpm_core.DecayPruning.attach`.
         """
-        self._require_own(optimizer)
+        optimizers = all_unwrapped(optimizer)
+        self._require_own(optimizers)
         if not (self.checked or self.complete):
             self.check()
-        before, self._grouped = (self.optimizer, self._loss), None
+        before, self._grouped = (self.optimizers, self._loss), None
         self.detach()
-        self.optimizer, self._loss = optimizer, loss
+        self.optimizers, self._loss = optimizers, loss
         try:
             if self._state is not None:
                 self.restore(self._state)
-            elif before[0] is None:
+            elif not before[0]:
                 self.start()
             else:
                 self.follow()
         except BaseException:
             self.detach()
-            self.optimizer, self._loss = before
+            self.optimizers, self._loss = before
             raise
         self._state = None
         return self
@@ -289,7 +291,7 @@ class Adapter(ABC):
             AdapterError: the state is of another release; or of another model, which then is as it
                 was.
         """
-        if self.optimizer is not None:
+        if self.optimizers:
             raise AdapterError("load_state_dict() comes before attach(): make a new adapter")
         if not isinstance(state, Mapping) or state.get("version") != VERSION:
             raise AdapterError(
@@ -399,7 +401,7 @@ class Adapter(ABC):
     def take_out(self, going: Structures) -> Removal:
         """Make the model smaller by some structures, and let the optimizer go on."""
         removal = Removal((g, self.channels(g, structures)) for g, structures in going.items())
-        removal.apply(self.model, self.example, self.optimizer, cut=self.dpm is None)
+        removal.apply(self.model, self.example, self.optimizers, cut=self.dpm is None)
         return removal
 
     def channels(self, group: str, structures: Sequence[int] | Tensor) -> list[int]:
@@ -435,15 +437,14 @@ class Adapter(ABC):
 
     def follow(self) -> None:
         """Put hooks on the optimizer's step: the core's, around which are this adapter's."""
-        assert self.optimizer is not None
         if self.complete or self.smooth is None:
-            self._steps = Attachment(self.optimizer, [], self._before, self._after)
+            self._steps = Attachment(self.optimizers, [], self._before, self._after)
             return
         if self.dpm is None:
             self.dpm = DecayPruning(self.groups(), self.smooth, self.rectify)
             self.dpm.clock, self._seen = self.clock, 0
         self.dpm.attach(
-            self.optimizer,
+            self.optimizers,
             model=self.model,
             loss=self._loss,
             refill=self.choose if self.refills else None,
@@ -527,9 +528,18 @@ class Adapter(ABC):
         self.pruned += sum(len(structures) for structures in going.values())
         self.removed = removal if self.removed is None else self.removed + removal
 
-    def _require_own(self, optimizer: Optimizer) -> None:
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """What was attached; of several the first."""
+        return self.optimizers[0] if self.optimizers else None
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimizers."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def _require_own(self, optimizers: Sequence[Optimizer]) -> None:
         own = {p for p in self.model.parameters() if p.requires_grad}
-        held = {p for group in optimizer.param_groups for p in group["params"]}
+        held = {p for o in optimizers for group in o.param_groups for p in group["params"]}
         if not own <= held and not held <= set(self.model.parameters()):
             raise AdapterError(
                 "the optimizer is of another model: it holds parameters that this one has not, and "

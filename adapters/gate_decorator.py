@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dpm_core import Owner, Phase, Slice, StructureGroup
 from dpm_core.third_party import gate_decorator as method
@@ -148,22 +147,21 @@ class GateDecorator(Adapter):
 
     def start(self) -> None:
         """Gates are put in; ticks and tocks begin."""
-        assert self.optimizer is not None
         if self._method is None:
-            self._put_gates_in(self.optimizer)
+            self._put_gates_in()
         self.follow()
         self._begin_step()
 
-    def _put_gates_in(self, optimizer: Optimizer) -> None:
+    def _put_gates_in(self) -> None:
         before = self._by_place()
-        held = {p for group in optimizer.param_groups for p in group["params"]}
+        held = {p for group in self.param_groups() for p in group["params"]}
         for name, parameter in before.items():
             if parameter.requires_grad and parameter not in held:
                 raise AdapterError(
                     f"the optimizer does not hold {name!r}, and gates take the places of "
                     "parameters in it; give it all parameters of the model that train"
                 )
-        self._peaks = tuple(float(group["lr"]) for group in optimizer.param_groups)
+        self._peaks = tuple(float(group["lr"]) for group in self.param_groups())
         self._method = self._decorated(self.model)
         self._hand_over(before)
 
@@ -176,10 +174,10 @@ class GateDecorator(Adapter):
         return places
 
     def _hand_over(self, before: Mapping[str, nn.Parameter]) -> None:
-        """Put the model's parameters into the optimizer, in place of those of before."""
-        assert self.optimizer is not None
+        """Put the model's parameters into the optimizers, in place of those of before."""
         now = self._by_place()
-        exchange(self.optimizer, {before[name]: now[name] for name in before})
+        for optimizer in self.optimizers:
+            exchange(optimizer, {before[name]: now[name] for name in before})
 
     def groups(self) -> list[StructureGroup]:
         """Tied gates."""
@@ -193,7 +191,6 @@ class GateDecorator(Adapter):
 
     def before_step(self) -> None:
         """Scores in a tick, the penalty in a tock, and the method's own learning rates."""
-        assert self.optimizer is not None
         done, low = self.clock + self.heard, self.options.low_rate
         if not self.complete:
             if done >= self._last:
@@ -210,7 +207,7 @@ class GateDecorator(Adapter):
                 self._tuned_from = done
             length, at = self.training.steps - self._tuned_from, done - self._tuned_from
             rates = [method.triangle(at, length, low, peak) for peak in self._peaks]
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        for group, rate in zip(self.param_groups(), rates, strict=True):
             group["lr"] = rate
 
     def after_step(self) -> None:
@@ -286,13 +283,12 @@ class GateDecorator(Adapter):
 
     def take_out(self, going: Structures) -> Removal:
         """Melt: plain BatchNorms again, without the masked structures."""
-        assert self.optimizer is not None
         before = self._by_place()
         removal = Removal(self._method.melt(self.example))
         self._hand_over(before)
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                self.optimizer.state.pop(parameter, None)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        for group in self.param_groups():
             if "momentum" in group:
                 group["momentum"] = self.options.finetune_momentum
         self._method = None

@@ -188,15 +188,15 @@ class OTOv2(Adapter):
 
     @property
     def _dhspg(self) -> Any:
-        return self.optimizer
+        return self.optimizers[0]
 
     def follow(self) -> None:
         """Upstream's optimizer has to be the one that is attached, until the model is small."""
-        ours = self._graph is not None and isinstance(self.optimizer, otov2.DHSPG)
+        ours = self._graph is not None and isinstance(self._dhspg, otov2.DHSPG)
         if not (self.complete or ours):
             raise AdapterError(
-                f"{type(self.optimizer).__name__} is not the optimizer of this model that chooses "
-                "what goes; attach the one that this adapter's dhspg() gives"
+                f"{type(self._dhspg).__name__} is not the optimizer that chooses what goes in this "
+                "model; attach the one that this adapter's dhspg() gives"
             )
         super().follow()
 
@@ -218,7 +218,7 @@ class OTOv2(Adapter):
         Raises:
             AdapterError: the model is small, and its new optimizer was not attached.
         """
-        if self.complete and isinstance(self.optimizer, otov2.DHSPG):
+        if self.complete and isinstance(self._dhspg, otov2.DHSPG):
             raise AdapterError(
                 "DHSPG is of the model before the removal, and would train nothing; go on with a "
                 "new optimizer of model.parameters()"

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dpm_core import DecayPruning, Phase, StructureGroup
+from dpm_core.attachment import all_unwrapped
 from dpm_core.third_party.errors import AdapterError
 
 from .optimizer_state import CarryOver
@@ -85,7 +87,7 @@ class Removal:
         self,
         model: nn.Module,
         example: Any,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
         *,
         cut: bool = False,
     ) -> None:
@@ -97,8 +99,8 @@ class Removal:
         Args:
             model: whose channels go. What goes has to be zero.
             example: of its inputs, on its device.
-            optimizer: of the model's parameters, to go on with what stays of them and of its own
-                state: see :mod:`dpm_core.adapters.optimizer_state`.
+            optimizer: of the model's parameters, or several, to go on with what stays of them and
+                of their own states: see :mod:`dpm_core.adapters.optimizer_state`.
             cut: take out what is not zero, as from a dense model in which nothing is. The small
                 model is then compared with a copy in which all that goes is zero.
 
@@ -111,11 +113,12 @@ class Removal:
         from dpm_core.third_party import dependency  # only now: it loads torch-pruning
 
         plan = list(self)
-        carried = None if optimizer is None else CarryOver(model, optimizer)
-        stays = None if carried is None else dependency.survivors(model, example, plan)
+        optimizers = all_unwrapped(optimizer) if optimizer else []
+        carried = [CarryOver(model, one) for one in optimizers]
+        stays = dependency.survivors(model, example, plan) if carried else {}
         (dependency.cut if cut else dependency.remove)(model, example, plan)
-        if carried is not None and stays is not None:
-            carried.finish(stays)
+        for one in carried:
+            one.finish(stays)
 
     def save(
         self, path: Path | str, model: nn.Module, facts: Mapping[str, Any] | None = None

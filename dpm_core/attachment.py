@@ -72,7 +72,7 @@ class Attachment:
         after: Callback,
         keep: bool = True,
     ) -> None:
-        optimizers = _all_unwrapped(optimizer)
+        optimizers = all_unwrapped(optimizer)
         self._kept = optimizers if keep else None
         self.groups = groups
         self._before, self._after = before, after
@@ -387,7 +387,7 @@ def _gradients(optimizer: Optimizer) -> list[tuple[Tensor | None, int]]:
     ]
 
 
-def _all_unwrapped(optimizer: object) -> list[Optimizer]:
+def all_unwrapped(optimizer: object) -> list[Optimizer]:
     """The optimizers to attach to, from one or from a sequence of them.
 
     Raises:

@@ -409,8 +409,47 @@ def test_the_optimizer_of_another_model_is_refused(case):
     adapter = case.adapter(case.build(), "sp")
     with pytest.raises(AdapterError, match="optimizer is of another model"):
         adapter.attach(torch.optim.SGD(case.build().parameters(), lr=0.1))
-    assert adapter.optimizer is None
+    assert not adapter.optimizers
     attached(case, adapter)
+
+
+class Wrapper:
+    """As accelerate's or Lightning's: no optimizer of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def __getattr__(self, name: str):
+        return getattr(self.optimizer, name)
+
+
+class Both:
+    """Two optimizers as a user's loop steps them."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.both = optimizers
+
+    def zero_grad(self) -> None:
+        for optimizer in self.both:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        for optimizer in self.both:
+            optimizer.step()
+
+
+@cases
+def test_two_optimizers_end_in_the_same_bits_as_one(case):
+    if case.framework == "otov2":
+        pytest.skip("the framework is an optimizer")
+    adapter = case.adapter(case.build(), "sr")
+    parameters = list(adapter.model.parameters())
+    settings = {"lr": case.learning_rate, "momentum": case.momentum, "weight_decay": 5e-4}
+    matrices = torch.optim.SGD([p for p in parameters if p.dim() > 1], **settings)
+    vectors = torch.optim.SGD([p for p in parameters if p.dim() < 2], **settings)
+    drive = Drive(case, adapter, optimizer=Both(matrices, vectors))
+    adapter.attach([Wrapper(matrices), vectors], drive.loss)
+    assert_equal_weights(drive.run().model, ended(case.name, "sr").model)
 
 
 @cases
@@ -421,7 +460,7 @@ def test_a_failed_attach_leaves_nothing_attached(case):
     with pytest.raises(AttachmentError, match="hearing"):
         adapter.attach(optimizer)
     assert not any(hooks)
-    assert adapter.optimizer is None
+    assert not adapter.optimizers
     adapter.attach(optimizer, lambda: torch.zeros(()))
     assert all(hooks)
 

@@ -173,7 +173,7 @@ def test_an_optimizer_that_lacks_parameters_is_refused_before_gates_are_put_in(l
     adapter = CASE.adapter(model, "sp")
     with refused(AdapterError, repr(lacks), model=model, optimizer=optimizer):
         adapter.attach(optimizer)
-    assert adapter.optimizer is None
+    assert not adapter.optimizers
     adapter.attach(torch.optim.Adam(model.parameters()))  # it can still be put right
     assert gated(model).keys() == set(GATED)
 

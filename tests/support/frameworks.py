@@ -296,7 +296,7 @@ class Drive:
     def run(self, stop_after: int | None = None) -> Drive:
         if self.optimizer is None:
             self.optimizer = self.case.new_optimizer(self.adapter)
-        if self.adapter.optimizer is None:
+        if not self.adapter.optimizers:
             self.adapter.attach(self.optimizer, self.loss)
         while True:
             if self.adapter.due:
@@ -324,7 +324,7 @@ def until_removed(
         labels = torch.randint(CLASSES, (4,), generator=draw)
         return functional.cross_entropy(model(images), labels)
 
-    if adapter.optimizer is None:
+    if not adapter.optimizers:
         optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9)
         adapter.attach(optimizer, loss)
     optimizer = adapter.optimizer
