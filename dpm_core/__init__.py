@@ -33,7 +33,7 @@ from .rectify import (
     Trajectory,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Installed, `adapters` and `third_party` lie in this folder. In a checkout they stand beside it and
 # are looked for there first: an editable install may be that of another checkout.
