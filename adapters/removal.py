@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpm_core import DecayPruning, Phase, StructureGroup
-from dpm_core.attachment import all_unwrapped
+from dpm_core.attachment import unwrapped
 from dpm_core.third_party.errors import AdapterError
 
 from .optimizer_state import CarryOver
@@ -113,7 +113,8 @@ class Removal:
         from dpm_core.third_party import dependency  # only now: it loads torch-pruning
 
         plan = list(self)
-        optimizers = all_unwrapped(optimizer) if optimizer else []
+        several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
+        optimizers = [unwrapped(one) for one in several if one is not None]
         carried = [CarryOver(model, one) for one in optimizers]
         stays = dependency.survivors(model, example, plan) if carried else {}
         (dependency.cut if cut else dependency.remove)(model, example, plan)
