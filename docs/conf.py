@@ -45,8 +45,10 @@ def mathml(display: str) -> Callable[[HTML5Translator, nodes.Node], None]:
     """Formulas as MathML, which browsers show by themselves: the usual renderer needs a network."""
 
     def visit(translator: HTML5Translator, node: nodes.Node) -> None:
-        made = convert(node.astext(), display=display)
-        translator.body.append(made if display == "inline" else f"<div>{made}</div>")
+        formula = convert(node.astext(), display=display)
+        if display == "block":  # with room for what reaches below the line, or it can be scrolled
+            formula = f'<div style="padding: 0.3em 0">{formula}</div>'
+        translator.body.append(formula)
         raise nodes.SkipNode
 
     return visit
