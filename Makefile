@@ -109,7 +109,7 @@ results: $(SETUP) ## RESULTS.md and its plots, anew from the kept records
 	@$(PY) -m experiments results
 
 test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones
-	@$(PY) -m pytest -n auto $(FLAGS)
+	@$(PY) -m pytest -n auto --dist worksteal $(FLAGS)
 
 # Another processor adds numbers up in another order. These settings make this one do so, too, each
 # differing from `make test` (this processor's own kernels, one thread) and from the others: the

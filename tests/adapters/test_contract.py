@@ -214,7 +214,7 @@ def test_an_exchange_decays_what_it_heard_to_be_the_cheapest(case):
 
 @cases
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(share=st.floats(0, 1))
 def test_a_run_taken_up_from_its_state_ends_in_the_same_bits(case, variant, share):
     whole = ended(case.name, variant)

@@ -23,7 +23,7 @@ NETWORKS = {
     "vgg-digits": (lambda: models.build("vgg-digits", 3, 10, seed=0), 16),
     "resnet20": (lambda: models.build("resnet20", 3, 10, seed=0), 16),
 }
-TORCHVISION = {"vgg16_bn": 224, "resnet18": 64, "resnet50": 64, "densenet121": 64}
+TORCHVISION = {"resnet18": 64, "resnet50": 64, "densenet121": 64}
 
 
 def awake(model: nn.Module) -> nn.Module:
