@@ -248,11 +248,6 @@ def test_rounds_that_do_not_fit_the_training_are_refused(variant, stages, option
         in_rounds(variant, stages, speed_up=2.0, rounds=3, **options)
 
 
-def test_rounds_need_to_know_the_training():
-    with pytest.raises(AdapterError, match=r"training=Training\("):
-        depgraph(small_resnet(), ratio=0.5, rounds=2)
-
-
 # ---------------------------------------------------------------------- networks
 
 

@@ -18,14 +18,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpm_core import DecayPruning, SelfRectifying, SmoothPruning, StructureGroup, Trajectory
-from dpm_core.adapters import registry
-from dpm_core.adapters.base import Adapter, AdapterError, Context, Stage
-from dpm_core.adapters.depgraph import LeftUnprunedWarning, structure_groups
-from dpm_core.third_party import running
-from dpm_core.third_party.groups import UnsupportedLayerError
+from adapters import registry
+from adapters.base import Adapter, AdapterError, Training
+from adapters.depgraph import LeftUnprunedWarning, structure_groups
+from adapters.removal import Removal
+from dpm_core import DecayPruning, SmoothPruning, StructureGroup
+from tests.support.frameworks import EAGER
 from tests.support.networks import Drawn, draw
 from tests.support.snapshot import assert_unchanged, snapshot
+from third_party import running
+from third_party.groups import UnsupportedLayerError
 
 CHUNK = 30
 CHUNKS = int(os.environ.get("DRAWN_NETWORKS", "300")) // CHUNK
@@ -148,7 +150,7 @@ def zeroed_and_removed(
     held = sum(p.numel() for p in small.parameters())
     try:
         with unchanged_if_refused(small):
-            Adapter.shrink(small, drawn.example, plan)
+            Removal(plan).apply(small, drawn.example)
     except UnsupportedLayerError as why:
         raise AssertionError(f"{plan} was accepted, and is refused: {why}") from why
     assert sum(p.numel() for p in small.parameters()) < held
@@ -169,8 +171,8 @@ def any_channels(drawn: Drawn, draws: random.Random, counts: Counter[str]) -> No
     given = outputs(model, drawn.example)
     try:
         with unchanged_if_refused(model):
-            Adapter.shrink(model, drawn.example, [(name, channels)])
-    except UnsupportedLayerError:
+            Removal([(name, channels)]).apply(model, drawn.example)
+    except AdapterError:
         counts["other channels refused"] += 1
     else:
         assert apart(given, outputs(model, drawn.example)) <= 1e-7, (name, channels)
@@ -264,19 +266,22 @@ def left_out(drawn: Drawn, framework: str, options: dict[str, Any]) -> tuple[str
 
 
 def made(
-    model: nn.Module, drawn: Drawn, framework: str, options: dict[str, Any], variant: Any
+    model: nn.Module, drawn: Drawn, framework: str, options: dict[str, Any], variant: str
 ) -> Adapter:
     kind = registry.load(framework)
-    steps = 60 if framework == "gate-decorator" else 10
-    eager = SelfRectifying(Trajectory(rate=-1.0, length=-1e9), max_share=0.4)
-    stages = {"prune": Stage(steps, 3, "sgd", 0.01, 0.0)}
-    context = Context(model, drawn.example, variant, SmoothPruning(4), eager, stages)
-    return kind(context, kind.Options(**options))
+    return kind(
+        model,
+        drawn.example,
+        kind.Options(**options),
+        None if variant == "base" else SmoothPruning(4),
+        EAGER if variant == "sr" else None,
+        training=Training(60 if framework == "gate-decorator" else 10, 3),
+    )
 
 
 def run(adapter: Adapter, drawn: Drawn) -> None:
     """The smallest loop there is; at the removal the outputs stay."""
-    model, done = adapter.context.model, 0
+    model, done = adapter.model, 0
 
     def loss() -> Tensor:
         nonlocal done
@@ -285,27 +290,20 @@ def run(adapter: Adapter, drawn: Drawn) -> None:
         floats = [t for t in found if t.is_floating_point() and t.requires_grad]
         return sum((t.tanh().square().mean() for t in floats), torch.zeros(()))
 
-    steps = adapter.context.stages["prune"].steps
-    optimizer = adapter.optimizer("prune")
-    adapter.begin("prune", optimizer, loss)
-    while True:
-        if adapter.due():
+    optimizer = adapter.new_optimizer("sgd", 0.01, 0.9, 0.0)
+    adapter.attach(optimizer, loss)
+    while done < adapter.training.steps or adapter.due:
+        if adapter.due:
             fresh = drawn.inputs(-1, 3)
             given = outputs(model, fresh)
             adapter.remove()
-            if adapter.context.variant != "base":
+            if adapter.smooth is not None:
                 assert apart(given, outputs(model, fresh)) <= EXACT
-            optimizer = adapter.optimizer("prune")
-            adapter.begin("prune", optimizer, loss)
-        if done >= steps:
-            return
-        model.train()
-        adapter.before_step(done)
-        optimizer.zero_grad()
-        loss().backward()
-        adapter.after_backward()
-        optimizer.step()
-        adapter.after_step()
+        else:
+            model.train()
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
 
 
 def left_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
