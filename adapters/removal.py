@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,12 @@ class Removal:
 
     Layers that are named once go together, by their positions in the model as it is before. Where a
     layer occurs again, a further removal begins: from there on positions count in the small model.
+    A layer that occurs again without any channels says just that.
 
     Attributes:
         items: (layer's name, its output channels), as modules are named in the dense model. Any
-            such pairs are taken; channels are kept in ascending order, and layers without any are
-            left out.
+            such pairs are taken; channels are kept in ascending order, and items without any are
+            left out where they say nothing.
 
     Raises:
         AdapterError: they are no such pairs, or a layer's channels are negative or listed twice.
@@ -56,7 +58,7 @@ class Removal:
                     f"a removal names {name!r} with channels {list(channels)[:8]}; give the name "
                     "of a layer, and each of its channels once"
                 )
-        object.__setattr__(self, "items", tuple(item for item in kept if item[1]))
+        object.__setattr__(self, "items", _telling(kept))
 
     @classmethod
     def of(cls, dpm: DecayPruning) -> Removal:
@@ -74,14 +76,16 @@ class Removal:
         return ((name, list(channels)) for name, channels in self.items)
 
     def __len__(self) -> int:
-        """How many layers it names, those of later removals anew."""
+        """How many items it has."""
         return len(self.items)
 
     def __add__(self, later: Removal) -> Removal:
         """This removal, and then another one, which counts positions as this one leaves them."""
         if not isinstance(later, Removal):
             return NotImplemented
-        return Removal((*self, *later))
+        if not self.items:
+            return later
+        return Removal((*self, (self.items[-1][0], ()), *later))
 
     def apply(
         self,
@@ -141,10 +145,29 @@ class Removal:
         return read(Path(path)).removal
 
 
+def _telling(
+    items: Iterable[tuple[str, tuple[int, ...]]],
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Without the items that have no channels, but for those at which a further removal begins."""
+    kept: list[tuple[str, tuple[int, ...]]] = []
+    part: set[str] = set()  # layers of the removal that is going on
+    over = False
+    for name, channels in items:
+        over = over or name in part
+        if channels:
+            if over and name not in part:
+                kept.append((kept[-1][0], ()))
+            part = {name} if over else part | {name}
+            kept.append((name, channels))
+            over = False
+    return tuple(kept)
+
+
 def _position(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 0:
+    number = operator.index(value)
+    if number < 0 or isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
         raise ValueError(f"{value!r} is no channel's number")
-    return int(value)
+    return number
 
 
 def root_channels(group: StructureGroup, structures: Sequence[int] | Tensor) -> list[int]:

@@ -131,13 +131,17 @@ def zero(
 
 
 def separate(plan: Plan) -> Iterator[Plan]:
-    """The removals that stand one after the other in a plan: in each a layer occurs once."""
+    """The removals that stand one after the other in a plan: in each a layer occurs once.
+
+    A layer that occurs again begins the next one; without any channels, it does nothing else.
+    """
     part: Plan = []
     for name, channels in plan:
         if any(name == other for other, _ in part):
             yield part
             part = []
-        part.append((name, channels))
+        if channels:
+            part.append((name, channels))
     if part:
         yield part
 
@@ -153,11 +157,23 @@ def take_out(model: nn.Module, example: Any, plan: Plan) -> None:
         for part in separate(plan):
             built = graph.build(model, example)
             with graph.upstream(model):
-                for name, channels in part:
-                    graph.require_whole(built, model, name, channels)
-                apply(built, model, gathered(built, model, part))
+                _apply_whole(built, model, part)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(trained[name])  # new ones train
+
+
+def _apply_whole(built: Any, model: nn.Module, part: Plan) -> None:
+    """One removal, of whole structures, that leaves something of every layer."""
+    for name, channels in part:
+        graph.require_whole(built, model, name, channels)
+    had = {n for n, p in model.named_parameters(remove_duplicate=False) if p.numel()}
+    apply(built, model, gathered(built, model, part))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in had and not parameter.numel():
+            raise UnsupportedLayerError(
+                f"the removal leaves nothing of {name!r}; leave the channels out of the plan that "
+                "lead there"
+            )
 
 
 def gathered(built: Any, model: nn.Module, plan: Plan) -> list[tuple[Any, list[int]]]:
@@ -276,7 +292,7 @@ def survivors(model: nn.Module, example: Any, plan: Plan) -> dict[str, list[Tens
         for name, parameter in parameters().items():
             parameter.data = codes[name].to(parameter.device)  # exact to 2^53
         with _whole_or_not(trial), graph.upstream(trial):
-            apply(built, trial, gathered(built, trial, part))
+            _apply_whole(built, trial, part)
         codes = {n: p.detach().cpu() for n, p in parameters().items()}
     return {n: _positions(n, value.long(), shapes[n]) for n, value in codes.items()}
 

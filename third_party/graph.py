@@ -537,22 +537,7 @@ def require_whole(built: Any, model: nn.Module, name: str, channels: Sequence[in
     Raises:
         UnsupportedLayerError: naming the layer, and what goes with them.
     """
-    table = _table_of(built, model, name)
-    beyond = [c for c in channels if not 0 <= c < table.channels]
-    if beyond or len(set(channels)) != len(channels):
-        raise UnsupportedLayerError(
-            f"{name!r} has channels 0 to {table.channels - 1}; {list(channels)[:8]} reaches "
-            "outside, or names one twice"
-        )
-    of = table.structure_of()
-    with_them = table.channels_of({of[c] for c in channels})
-    missing = sorted(set(with_them) - set(channels))
-    if missing:
-        raise UnsupportedLayerError(
-            f"channels of {name!r} go together with others of the same layer: the removal of "
-            f"{sorted(channels)[:8]} takes {missing[:8]} along. Give whole structures (a structure "
-            "group's `index` lists their channels)"
-        )
+    _table_of(built, model, name).structures_of(channels)
 
 
 def _names(model: nn.Module) -> dict[nn.Module, str]:

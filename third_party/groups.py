@@ -78,13 +78,21 @@ class UpstreamGroup:
         """The structures that some of the root's channels make up, sorted.
 
         Raises:
-            UnsupportedLayerError: they are not whole structures.
+            UnsupportedLayerError: they are not whole structures, or no channels of the root.
         """
+        if len(set(channels)) != len(channels) or not all(0 <= c < self.channels for c in channels):
+            raise UnsupportedLayerError(
+                f"{self.root!r} has channels 0 to {self.channels - 1}; {list(channels)[:8]} "
+                "reaches outside, or names one twice"
+            )
         of = self.structure_of()
         structures = sorted({of[c] for c in channels})
-        if self.channels_of(structures) != sorted(channels):
+        missing = sorted(set(self.channels_of(structures)) - set(channels))
+        if missing:
             raise UnsupportedLayerError(
-                f"upstream removes channels of {self.root!r} that are not whole structures"
+                f"{sorted(channels)[:8]} of {self.root!r} are not whole structures: they go "
+                f"together with others, and their removal takes {missing[:8]} of the layer along. "
+                "Give whole structures (a structure group's `index` lists their channels)"
             )
         return structures
 
