@@ -1,6 +1,6 @@
-"""Whether all processes of a run stand alike: what each says of itself, step by step.
+"""Whether all processes of a run are at the same step with the same decisions.
 
-How they talk is in :mod:`dpm_core.processes`.
+How they exchange what is compared is in :mod:`dpm_core.processes`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Agreement:
     def require_same_step(
         self, clock: int, numbers: Tensor | None = None, squares: Tensor | None = None
     ) -> None:
-        """Stop all processes where one of them stands elsewhere than the others.
+        """Stop all processes where one differs in steps done, decisions, weights or gradients.
 
         Args:
             clock: optimizer steps so far.

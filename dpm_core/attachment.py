@@ -81,13 +81,13 @@ class Attachment:
         self.require_owned()
         self._require_alone()
         self.restart()
-        self._hooks: list[int] = []  # for each optimizer, the number of its hook before a step
+        # For each optimizer that of the hook before a step, and that of the one after it.
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._removed = False
+        self._running: int | None = None  # the number of the hook that is at work
         try:
             for i, one in enumerate(optimizers):
-                handle = one.register_step_pre_hook(partial(self._enter, i))
-                self._handles.append(handle)
-                self._hooks.append(handle.id)
+                self._handles.append(one.register_step_pre_hook(partial(self._enter, i)))
                 self._handles.append(one.register_step_post_hook(partial(self._leave, i)))
         except BaseException:
             self.remove()
@@ -100,10 +100,20 @@ class Attachment:
         present = [o for ref in self._optimizers if (o := ref()) is not None]
         return present if len(present) == len(self._optimizers) else None
 
+    @property
+    def several(self) -> bool:
+        """Whether there are several optimizers."""
+        return len(self._optimizers) > 1
+
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away; ``before`` and ``after`` may call this, too."""
+        self._removed = True
         for handle in self._handles:
-            handle.remove()
+            hooks = handle.hooks_dict_ref()
+            # PyTorch is going through the hooks where one of ours asks for this. Then only the last
+            # one can be taken out, and any other does nothing from now on.
+            if handle.id != self._running or not hooks or next(reversed(hooks)) == handle.id:
+                handle.remove()
         self.restart()
         _attached.discard(self)
 
@@ -174,7 +184,7 @@ class Attachment:
         self, i: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The hook before a step of optimizer ``i``; PyTorch takes new arguments from it."""
-        if self._nested(i, sys._getframe(1)):
+        if self._removed or self._nested(i, sys._getframe(1)):
             return None
         self._present()
         if self._inside not in (None, i):
@@ -188,7 +198,7 @@ class Attachment:
         else:
             self._require_scaled_alike(i, sys._getframe(1))
             self._overflow, _ = _scaling(optimizer)
-            self._looks = self._before() is not False
+            self._looks = self._call(self._before, self._handles[2 * i]) is not False
         if served is None:
             return None
         served.hand_on()
@@ -198,7 +208,7 @@ class Attachment:
         self, i: int, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """The hook after a step of optimizer ``i``."""
-        if self._nested(i, sys._getframe(1)):
+        if self._removed or self._nested(i, sys._getframe(1)):
             return
         self._inside = None
         self._stepped.add(i)
@@ -208,7 +218,14 @@ class Attachment:
         left_out = self._looks and self._overflow is not None and bool(self._overflow)
         self.restart()
         if not left_out:
-            self._after()
+            self._call(self._after, self._handles[2 * i + 1])
+
+    def _call(self, callback: Callback, handle: torch.utils.hooks.RemovableHandle) -> object:
+        self._running = handle.id
+        try:
+            return callback()
+        finally:
+            self._running = None
 
     def _refuse_second(self, i: int) -> None:
         waiting = [j for j in range(len(self._optimizers)) if j not in self._stepped]
@@ -224,7 +241,7 @@ class Attachment:
 
         A scaler is not seen from an optimizer. Where one is at work, it is on the stack.
         """
-        frame: FrameType | None = step if len(self._optimizers) > 1 else None
+        frame: FrameType | None = step if self.several else None
         while frame is not None and frame.f_code is not GradScaler.step.__code__:
             frame = frame.f_back
         scaler = None if frame is None else frame.f_locals["self"]
@@ -275,7 +292,7 @@ class Attachment:
     def _hooked(self, i: int, value: object) -> bool:
         # By the hooks and not by the object: a wrapper may share those of the optimizer inside.
         hooks = getattr(value, "_optimizer_step_pre_hooks", ()) if _is_optimizer(value) else ()
-        return self._hooks[i] in hooks
+        return self._handles[2 * i].id in hooks
 
     # ------------------------------------------------------------------ other cores
 
@@ -421,13 +438,13 @@ def unwrapped(optimizer: object) -> Optimizer:
     Raises:
         AttachmentError: there is none.
     """
-    found = optimizer
+    inner = optimizer
     for _ in range(_DEEPEST):
-        if _is_optimizer(found) and hasattr(found, "_optimizer_step_pre_hooks"):
-            assert isinstance(found, Optimizer)
-            if getattr(type(found).step, "hooked", False):
-                return found
-        found = getattr(found, "optimizer", None)
+        if _is_optimizer(inner) and hasattr(inner, "_optimizer_step_pre_hooks"):
+            assert isinstance(inner, Optimizer)
+            if getattr(type(inner).step, "hooked", False):
+                return inner
+        inner = getattr(inner, "optimizer", None)
     raise AttachmentError(
         f"{type(optimizer).__name__} is no torch.optim.Optimizer whose step() runs PyTorch's step "
         "hooks, and has none as its .optimizer; attach to the optimizer that it steps (one of "

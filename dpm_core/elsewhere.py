@@ -37,7 +37,7 @@ def counterparts(
     theirs = _named(other)
     ours = theirs if model is None else _named(model)
     names = {id(tensor): name for name, tensor in ours.items()}
-    found: dict[int, Tensor] = {}
+    tensors: dict[int, Tensor] = {}
     for group in groups:
         for s in group.slices:
             here = f"{s.name!r} of group {group.name!r}"
@@ -70,13 +70,13 @@ def counterparts(
                     f"{name!r} of the other one was made in inference mode and cannot be written "
                     "to; give a clone of it"
                 )
-            found[id(s.parameter)] = tensor
-    if len({t.data_ptr() for t in found.values()}) < len(found):
+            tensors[id(s.parameter)] = tensor
+    if len({t.data_ptr() for t in tensors.values()}) < len(tensors):
         raise GroupError(
             "two weights of the other one are tied that are not in the model the groups were made "
             "from, so zeros of one would be written into another; give a copy of the same model"
         )
-    return found
+    return tensors
 
 
 @torch.no_grad()
@@ -100,14 +100,14 @@ def _named(of: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"{type(of).__name__} is neither a model nor tensors by name; give a module, or a "
             "mapping such as its state_dict()"
         )
-    found: dict[str, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         short = str(name)
         while short.startswith(WRAPPERS):
             short = short[short.index(".") + 1 :]
-        found[short] = tensor
+        by_name[short] = tensor
     # A model that has layers of these very names of its own keeps them.
-    return found if len(found) == len(tensors) else tensors
+    return by_name if len(by_name) == len(tensors) else tensors
 
 
 def _some(tensors: Mapping[str, Tensor]) -> str:

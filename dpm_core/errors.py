@@ -34,4 +34,4 @@ class StateError(DecayPruningError, ValueError):
 
 
 class DisagreementError(DecayPruningError, RuntimeError):
-    """The processes that train one model do not stand, or decide, alike."""
+    """The processes that train one model differ in steps, decisions, weights or gradients."""

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from .errors import StateError
+from .numbering import Numbering
 
 Kind = Literal["decay", "release", "prune"]
 
@@ -32,6 +35,30 @@ class Event:
     structures: tuple[int, ...]
     norms: tuple[float, ...]
     wave: int
+
+
+def events_of(
+    structures: Numbering, kind: Kind, clock: int, numbers: Tensor, norms: Tensor, waves: Tensor
+) -> list[Event]:
+    """An event for each group and wave that some structures are of.
+
+    Args:
+        structures: the structures of all groups.
+        kind: what happened.
+        clock: optimizer steps so far.
+        numbers: of the structures, (n,), as all that follows.
+        norms: of each.
+        waves: of each.
+    """
+    events, groups = [], structures.group_of[numbers]
+    for i in groups.unique().tolist():
+        name = structures.names[i]
+        local = numbers - structures.span(name).start
+        for wave in waves[groups == i].unique().tolist():
+            here = (groups == i) & (waves == wave)
+            which, sizes = tuple(local[here].tolist()), tuple(norms[here].tolist())
+            events.append(Event(clock, kind, name, which, sizes, wave))
+    return events
 
 
 def checked_events(saved: Any, sizes: Mapping[str, int], clock: int) -> list[Event]:

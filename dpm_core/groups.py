@@ -28,7 +28,7 @@ class Slice:
             a flatten or in a grouped convolution.
         dim: the dimension of ``parameter`` that ``index`` counts along.
         batch_norm: True for the weight or bias of a BatchNorm. Conv rows in front of a BatchNorm
-            are free of scale, so this part alone fixes how strongly the structure speaks.
+            can have any scale, so this part alone fixes how strong the output is.
         name: how messages call the slice, best the parameter's name in its model.
 
     Raises:

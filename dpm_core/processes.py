@@ -2,9 +2,9 @@
 
 Every process decides for itself, from weights and gradients that DistributedDataParallel keeps
 equal, so all come to the same decisions. That is checked in every step, before the step has changed
-anything, whether anything decays or not: a process that begins to decay alone could not be heard by
-others that leave the check out, and would wait for them while they wait for its gradients. All
-processes read the same figures, so all raise together, or none.
+anything, whether anything decays or not. If processes without a decay left the check out, one that
+begins to decay alone would wait for them, while they wait for its gradients. All processes read the
+same figures, so all raise together, or none.
 
 Ours, as is the tolerance :data:`NEAR`: the paper knows one process.
 """
@@ -30,8 +30,8 @@ PATIENCE = timedelta(minutes=10)
 
 def digest(lines: Sequence[str]) -> float:
     """Names some lines' content: 48 bits, which a float64 holds exactly."""
-    found = hashlib.blake2b("\n".join(lines).encode(), digest_size=6)
-    return float(int.from_bytes(found.digest(), "big"))
+    hashed = hashlib.blake2b("\n".join(lines).encode(), digest_size=6)
+    return float(int.from_bytes(hashed.digest(), "big"))
 
 
 class Processes:
@@ -109,7 +109,7 @@ class Processes:
     def require_same_step(
         self, clock: int, decided: float, evidence: Sequence[float], look: Callable[[], list[str]]
     ) -> None:
-        """Stop all processes where one stands elsewhere in the run than the others.
+        """Stop all processes where one differs in steps done, decisions, weights or gradients.
 
         Args:
             clock: optimizer steps so far.

@@ -1,4 +1,4 @@
-"""DecayPruning: owns groups and phases, and works around the steps of an optimizer."""
+"""DecayPruning: what a user calls. Groups, phases, and when the parts of the core do their work."""
 
 from __future__ import annotations
 
@@ -12,22 +12,17 @@ from torch.optim import Optimizer
 
 from .agreement import Agreement
 from .attachment import Attachment, Callback
-from .decay import SmoothPruning, target_norm
+from .decay import SmoothPruning
 from .elsewhere import counterparts, write_zeros
-from .errors import AttachmentError, ConfigurationError, GradientError, GroupError, PhaseError
-from .events import Event, Kind, checked_events
+from .errors import AttachmentError, ConfigurationError, PhaseError
+from .events import Event, Kind, checked_events, events_of
 from .groups import StructureGroup, require_disjoint, require_fit
-from .hearing import Objective
-from .numbering import Numbering, integers
-from .phases import Move, Phase, after
+from .numbering import Numbering
+from .phases import Phase
 from .rectify import SelfRectifying
-from .releases import Choice, Releases, Sums
-from .state import VERSION, Ledger, check_groups, check_header
+from .releases import Choice, Refill, Releases, Sums
+from .state import VERSION, Ledger, check_groups, check_header, require_available
 from .stepping import Stepping
-from .table import SliceTable
-
-Refill = Callable[[str, int, Tensor], Sequence[int] | Tensor]
-"""``choose(group, count, free)``: which structures decay in place of ``count`` released ones."""
 
 
 class DecayPruning:
@@ -51,24 +46,23 @@ class DecayPruning:
     optimizer, which skips and unscales by itself, takes that one wait in idle steps, too.
 
     A ``step`` that calls its parent's, or that of an optimizer inside which shares its hooks,
-    counts once: the core works before and after the outermost one. What happens to the weights
-    outside of ``step`` is not the core's: structures that are PRUNED may be moved away from zero
-    there, and :meth:`phases` says so. Where the optimizer maximises (``maximize=True``), the
-    objective's sign is turned, so that resistance is always about what is really minimised.
+    counts once: the core works before and after the outermost one. It does not see what happens to
+    the weights outside of ``step``. If structures that are PRUNED are moved away from zero there,
+    :meth:`phases` raises. Where the optimizer maximises (``maximize=True``), gradients count with
+    the opposite sign, so that resistance is always about what is really minimised.
 
     The core follows its parameters where their storage, type or device is exchanged
     (``model.to(...)``, ``p.data = ...``). Parameters that are exchanged themselves are refused.
 
-    A copy (``copy.deepcopy``, ``pickle``) works around the copy of the optimizer, where model,
-    optimizer and core are copied together: ``copy.deepcopy((model, optimizer, dpm))``. Where the
-    optimizer's copy is dropped, the copy of the core is attached to nothing. A core with a loss for
-    hearings, or with ``refill``, ``before`` or ``after``, cannot be copied: what it calls would
-    still be about the original model.
+    Copy model, optimizer and core together: ``copy.deepcopy((model, optimizer, dpm))``. The copy of
+    the core then follows the copy of the optimizer; without that it is attached to nothing. A core
+    with a loss for hearings, or with ``refill``, ``before`` or ``after``, cannot be copied: what it
+    calls would still be about the original model.
 
-    In several processes every one makes its own, of the same groups and settings, and decides alike
-    from the weights and averaged gradients that DistributedDataParallel keeps equal. In each step
-    they compare a few figures; where one has decided otherwise, or its gradients were not averaged,
-    all raise :class:`~dpm_core.DisagreementError` before the step has changed anything.
+    In several processes, each has a DecayPruning of its own, with the same groups and settings.
+    All decide the same, from the weights and averaged gradients that DistributedDataParallel keeps
+    equal. In each step they compare a few figures. If one has decided otherwise, or gradients were
+    not averaged, all raise :class:`~dpm_core.DisagreementError` before the step changes anything.
 
     Args:
         groups: the structure groups, on one device.
@@ -117,9 +111,8 @@ class DecayPruning:
         self._stepping = Stepping(self._structures, self._ledger, self.smooth.steps, new_zeros)
         self._releases: Releases | None = None
         if self.rectify is not None:
-            steps = self.smooth.steps
-            self._releases = Releases(self._structures, self._ledger, self.rectify, steps)
-            self._releases.worth = worth
+            parts = (self._structures, self._ledger, self.rectify, self.smooth.steps)
+            self._releases = Releases(*parts, worth)
         self._sums: Sums | None = None  # from before a step, for after it
         self._choice: Choice | None = None
         self._skipped = False
@@ -149,7 +142,7 @@ class DecayPruning:
                 in any order, after all gradients have been computed; that is one step of the core.
                 A closure given to ``step`` is run once, before gradients are read; an optimizer
                 that has to run it several times (LBFGS) is refused.
-            model: with ``loss``, for a criterion that holds a hearing: the model whose buffers
+            model: with ``loss``, for a criterion that runs a hearing: the model whose buffers
                 are put back afterwards.
             loss: runs the model on the next training batch and returns the mean loss over it: what
                 the training loop calls ``backward()`` on. Where the optimizer maximises that, the
@@ -179,23 +172,9 @@ class DecayPruning:
                 "detach() first"
             )
         require_fit(self.groups.values())
-        objective = None
-        if self.rectify is not None and self.rectify.criterion.batches:
-            if model is None or loss is None:
-                raise AttachmentError(
-                    f"{type(self.rectify.criterion).__name__} runs a hearing and needs the model "
-                    "and its loss: attach(optimizer, model=model, loss=closure)"
-                )
-            for group in self.groups.values():
-                if not group.owners:
-                    raise AttachmentError(
-                        f"group {group.name!r} has no owners, so a hearing cannot gate its "
-                        "structures; give StructureGroup(owners=...), or use Trajectory()"
-                    )
-            objective = Objective(model, loss)
-        groups = list(self.groups.values())
+        objective = None if self._releases is None else self._releases.objective_of(model, loss)
         # Nothing is assigned before all has been accepted.
-        self._attachment = Attachment(optimizer, groups, self._enter, self._leave)
+        self._attachment = self._attached_to(optimizer)
         self._refill, self._before, self._after = refill, before, after
         if self._releases is not None:
             self._releases.objective = objective
@@ -210,6 +189,10 @@ class DecayPruning:
             self._releases.objective = None
         self._sums = self._choice = None
         self._agreement.close()
+
+    def _attached_to(self, optimizer: object, keep: bool = True) -> Attachment:
+        groups = list(self.groups.values())
+        return Attachment(optimizer, groups, self._enter, self._leave, keep)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: everything but what belongs to this very process and optimizer's hooks."""
@@ -236,8 +219,7 @@ class DecayPruning:
         self._attachment = None
         self._build(*built)
         if optimizer is not None:
-            groups = list(self.groups.values())
-            self._attachment = Attachment(optimizer, groups, self._enter, self._leave, keep=False)
+            self._attachment = self._attached_to(optimizer, keep=False)
 
     # ------------------------------------------------------------------ decisions
 
@@ -254,8 +236,7 @@ class DecayPruning:
                 decayed in wave w + 1.
 
         Raises:
-            AttachmentError: not attached.
-            AttachmentError: the optimizer does not own the groups' parameters any more.
+            AttachmentError: not attached, or the optimizer does not own the parameters any more.
             PhaseError: a structure is unknown, given twice, decaying, pruned, or was released, or
                 this is no mapping to numbers.
             GroupError: a parameter of a group is frozen, or has another shape than it had.
@@ -273,30 +254,11 @@ class DecayPruning:
         self._follow()
         if numbers.numel() == 0:
             return
-        self._require_available(numbers)
-        groups = self._structures.groups_of(numbers)
-        for group in groups:
-            for s in group.slices:
-                if not s.parameter.requires_grad:
-                    raise GroupError(
-                        f"{s.name!r} of group {group.name!r} is frozen (requires_grad is False), "
-                        "but the structure would decay while training goes on; unfreeze it, or "
-                        "leave the group out"
-                    )
-        whole = SliceTable([g.slices for g in groups])
-        part = SliceTable([g.effect_slices for g in groups])
-        squares = [t.square_norms(t.parameters()) for t in (whole, part)]
-        norms = torch.stack(squares).sqrt().to("cpu", torch.float64)
-        norms = norms[:, torch.searchsorted(self._structures.all_of(groups), numbers)]
-        if not bool(torch.isfinite(norms).all()):
-            bad = numbers[~torch.isfinite(norms).all(0)]
-            raise GradientError(
-                f"the norm of {self._structures.described(bad)} is not finite; the model has "
-                "diverged. Lower the learning rate, or go back to an earlier checkpoint"
-            )
-        zero = self._ledger.start(numbers, norms[0], norms[1], wave)
-        self._record("decay", numbers[~zero], norms[0, ~zero])
-        self._record("prune", numbers[zero], norms[0, zero])
+        require_available(self._ledger, self._structures, numbers)
+        initial, effect = self._stepping.start_norms(numbers)
+        zero = self._ledger.start(numbers, initial, effect, wave)
+        self._record("decay", numbers[~zero], initial[~zero])
+        self._record("prune", numbers[zero], initial[zero])
         self._refresh()
 
     def phases(self, group: str) -> Tensor:
@@ -366,9 +328,7 @@ class DecayPruning:
             (K,) float64 on the host, in units of the loss, NaN for groups that were not in the
             hearing; ``None`` where the criterion does not exchange, or has not decided yet.
         """
-        if self._releases is None or self._releases.worth is None:
-            return None
-        return self._releases.worth[self._structures.span(group)].clone()
+        return None if self._releases is None else self._releases.worth_of(group)
 
     # ------------------------------------------------------------------ the step
 
@@ -376,7 +336,8 @@ class DecayPruning:
         """Before an optimizer's step. Returns False: whether it is skipped is looked up here."""
         if self._before is not None:
             self._before()
-        self._before_step()
+        if self._attachment is not None:  # else it has detached
+            self._before_step()
         return False
 
     def _leave(self) -> None:
@@ -387,44 +348,42 @@ class DecayPruning:
             return
         past = len(self.events)
         self._after_step()
-        if self._refill is not None:
-            for event in self.events[past:]:
-                if event.kind == "release":
-                    self._replace(event, self._refill)
+        for event in self.events[past:]:
+            if event.kind == "release" and self._refill is not None and self._releases is not None:
+                free = self.available(event.group)
+                instead = self._releases.replacements(event, free, self._refill)
+                self.decay({event.group: instead}, wave=event.wave + 1)
         if self._after is not None:
             self._after()
 
     @torch.no_grad()
     def _before_step(self) -> None:
-        assert self._attachment is not None
+        attachment, stepping, releases = self._attachment, self._stepping, self._releases
+        assert attachment is not None
         self._sums, self._choice, self._skipped = None, None, False
-        if not self._stepping.idle:
+        if not stepping.idle:
             self._follow()
-        maximised = None
-        if self._releases is not None and self._stepping.decaying is not None:
-            maximised = self._attachment.maximised()
-        overflow, scale = self._attachment.scaling()
-        reading = self._stepping.read(overflow, scale, maximised)
-        decaying = self._stepping.decaying
+        decaying, maximised = stepping.decaying, None
+        if decaying is not None and releases is not None:
+            maximised = attachment.maximised()
+        overflow, scale = attachment.scaling()
+        reading = stepping.read(overflow, scale, maximised)
         numbers = None if decaying is None else decaying.numbers
         self._agreement.require_same_step(self.clock, numbers, reading.squares)
-        # One fused optimizer of several does not know of the others' gradients.
-        scaled_together = overflow is not None and len(self._attachment.optimizers or ()) > 1
-        self._skipped = reading.skipped or (scaled_together and not reading.finite)
+        # Of several fused optimizers the first does not know of the others' gradients.
+        together = overflow is not None and attachment.several
+        self._skipped = reading.skipped or (together and not reading.finite)
         if self._skipped:
             return
-        sums = self._stepping.sums(reading)
-        choice = None
-        if self._releases is not None and sums is not None and maximised is not None:
-            processes = self._agreement.processes
-            limit = self.release_limit
-            choice = self._releases.choose(sums, self.clock, limit, maximised, processes)
-        if choice is not None and sums is not None and self._releases is not None:
-            released = sums.numbers[choice.released]
-            self._agreement.require_same_release(self.clock, released)
-            self.heard += choice.batches
-            if choice.worth is not None:
-                self._releases.worth = choice.worth
+        sums, choice = stepping.sums(reading), None
+        if sums is not None and releases is not None and maximised is not None:
+            processes, limit = self._agreement.processes, self.release_limit
+            choice = releases.choose(sums, self.clock, limit, maximised, processes)
+            if choice is not None:
+                self._agreement.require_same_release(self.clock, sums.numbers[choice.released])
+                self.heard += choice.batches
+                if choice.worth is not None:
+                    releases.worth = choice.worth
         self._sums, self._choice = sums, choice
 
     @torch.no_grad()
@@ -432,48 +391,17 @@ class DecayPruning:
         self.clock += 1
         sums, self._sums = self._sums, None
         if sums is not None:
-            self._carry_out(sums, None if self._choice is None else self._choice.released)
+            which = None if self._choice is None else self._choice.released
+            restore = self.rectify is not None and self.rectify.restore == "effect"
+            released, norms, finished = self._stepping.carry_out(sums, which, restore)
+            self._record("release", released, norms)
+            self._record("prune", finished, torch.zeros(finished.numel()))
+            if released.numel() or finished.numel():
+                self._refresh()
         self._stepping.zero()
 
-    def _carry_out(self, sums: Sums, which: Tensor | None) -> None:
-        ledger = self._ledger
-        released, finished = self._stepping.carry_out(sums, which)
-        if released.numel():
-            assert self.rectify is not None
-            if self.rectify.restore == "effect":
-                self._stepping.restore(released)
-            initial, step = ledger.initial[released], ledger.step[released]
-            ledger.release(released)
-            self._record("release", released, target_norm(initial, step - 1, self.smooth.steps))
-        if finished.numel():
-            ledger.finish(finished)
-            self._record("prune", finished, torch.zeros(finished.numel()))
-        if released.numel() or finished.numel():
-            self._refresh()
-
-    def _replace(self, release: Event, choose: Refill) -> None:
-        """Start the decay of other structures in place of those that were released.
-
-        Raises:
-            ConfigurationError: what ``choose`` returned is no choice of as many as were released
-                or fewer, from those that are free.
-        """
-        group, count = release.group, len(release.structures)
-        free, worth = self.available(group), self.worth(group)
-        if self.rectify is not None and self.rectify.criterion.exchanges and worth is not None:
-            cheapest = worth.argsort(stable=True)  # NaN last
-            chosen = cheapest[free[cheapest]][:count]
-        else:
-            chosen = _require_refill(group, choose(group, count, free.clone()), count, free)
-        self.decay({group: chosen}, wave=release.wave + 1)
-
     def _follow(self) -> None:
-        """Notice what happened to the optimizer and to the parameters since the last step.
-
-        Raises:
-            AttachmentError: the optimizer does not own a parameter any more, or is gone.
-            GroupError: a parameter has another shape, or cannot be decayed any more.
-        """
+        """Notice what happened to the optimizer and to the parameters since the last step."""
         assert self._attachment is not None
         self._attachment.require_owned()
         self._stepping.follow()
@@ -487,9 +415,7 @@ class DecayPruning:
             **self._settings(),
             "clock": self.clock,
             "heard": self.heard,
-            "groups": {
-                name: self._ledger.part(self._structures.span(name)) for name in self.groups
-            },
+            "groups": {g: self._ledger.part(self._structures.span(g)) for g in self.groups},
             "events": [asdict(e) for e in self.events],
         }
 
@@ -524,53 +450,5 @@ class DecayPruning:
         self._stepping.refresh()
 
     def _record(self, kind: Kind, numbers: Tensor, norms: Tensor) -> None:
-        """Add an event for each group and wave that some structures are of."""
-        groups, waves = self._structures.group_of[numbers], self._ledger.wave[numbers]
-        for i in groups.unique().tolist():
-            name = self._structures.names[i]
-            local = numbers - self._structures.span(name).start
-            for wave in waves[groups == i].unique().tolist():
-                here = (groups == i) & (waves == wave)
-                structures, sizes = tuple(local[here].tolist()), tuple(norms[here].tolist())
-                self.events.append(Event(self.clock, kind, name, structures, sizes, wave))
-
-    def _require_available(self, numbers: Tensor) -> None:
-        refused = after(self._ledger.phase[numbers], Move.START) < 0
-        if bool(refused.any()):
-            bad = numbers[refused]
-            phase = Phase(int(self._ledger.phase[bad[0]])).name
-            raise PhaseError(
-                f"{self._structures.described(bad)} cannot start to decay, being {phase} already; "
-                "decay structures that available() lists"
-            )
-        if bool(self._ledger.immune[numbers].any()):
-            bad = numbers[self._ledger.immune[numbers]]
-            raise PhaseError(
-                f"{self._structures.described(bad)} was released and is immune from then on; decay "
-                "structures that available() lists"
-            )
-
-
-def _require_refill(group: str, chosen: object, count: int, free: Tensor) -> Tensor:
-    """What a refill chose, int64 (n,) on the host.
-
-    Raises:
-        ConfigurationError: it is no list of free structures, each once, or more than ``count``.
-    """
-    try:
-        numbers = integers(group, chosen)
-    except PhaseError as cause:
-        raise ConfigurationError(f"refill returned no choice. {cause}") from cause
-    here = (numbers >= 0) & (numbers < free.numel())
-    if numbers.numel() > count:
-        fault = f"{numbers.numel()} structures, where {count} were released"
-    elif not bool(here.all()) or not bool(free[numbers].all()):
-        fault = "structures that are not free"
-    elif numbers.unique().numel() != numbers.numel():
-        fault = "a structure twice"
-    else:
-        return numbers
-    raise ConfigurationError(
-        f"refill chose {fault}, for group {group!r}: {numbers.tolist()}; return at most as many as "
-        "its second argument says, each once, of those that its third one allows"
-    )
+        waves = self._ledger.wave[numbers]
+        self.events += events_of(self._structures, kind, self.clock, numbers, norms, waves)

@@ -36,7 +36,7 @@ class Evidence:
         typical: (C,) mean ``|resistance|``, over as many steps, of all structures of the group that
             have decayed so far.
         derivative: (C,) mean over samples of the loss's derivative by the structure's gate, or
-            ``None`` where no hearing was held.
+            ``None`` where no hearing was run.
         fisher: (C,) mean over samples of that derivative's square, or ``None``.
         worth: (C,) :meth:`DecayPruning.worth <dpm_core.DecayPruning.worth>` of the structures, for
             a criterion that exchanges, or ``None``.
@@ -207,15 +207,15 @@ class Exchange(Criterion):
     the per-sample derivative d of the loss by a gate of one on each structure is read, of those
     that decay as of those that stay. To second order, with the mean of d^2 for the curvature, a
     structure is worth mean(d^2) / 2 - mean(d): so much higher would the loss be without it (optimal
-    brain damage and its Fisher form, applied to gates). In each group the most precious decaying
-    structure is set against the cheapest of those that stay, the next against the next, and where
-    it is worth more the two change places.
+    brain damage and its Fisher form, applied to gates). In each group, the decaying structure that
+    is worth most is compared with the one that is worth least of those that stay, the next with the
+    next, and where the decaying one is worth more, it is released and the other one decays.
 
     It pays where the framework's ranking is poor, and not where it is good: see RESULTS.md. Needs
-    ``model`` and ``loss`` at :meth:`~dpm_core.DecayPruning.attach`, owners in every group, and an
-    adapter that decays what it names. With :attr:`SelfRectifying.max_share` at its default it may
-    change little; 0.9 is what was tried. Its batches count as training steps wherever variants are
-    compared.
+    ``model`` and ``loss`` at :meth:`~dpm_core.DecayPruning.attach`, owners in every group, and a
+    ``refill`` there, or a loop that decays the cheapest by :meth:`~dpm_core.DecayPruning.worth`.
+    With :attr:`SelfRectifying.max_share` at its default it may change little; 0.9 is what was
+    tried. Its batches count as training steps wherever variants are compared.
 
     Attributes:
         batches: how many batches are run. The default is ours.
@@ -235,7 +235,7 @@ class Exchange(Criterion):
         assert evidence.worth is not None
         assert evidence.free_worth is not None
         everyone = torch.ones_like(evidence.worth, dtype=torch.bool)
-        # The n-th most precious is set against the n-th cheapest. Both lists are sorted, so the
+        # The n-th from above is compared with the n-th from below. Both lists are sorted, so the
         # pairs that gain are the first ones.
         rank = ranks(evidence.worth, everyone, evidence.group, limits.numel())
         rank_or_last = rank.clamp(max=evidence.free_worth.shape[1] - 1)
@@ -349,8 +349,8 @@ def require_choice(
 
 
 def _counts(like: Criterion, evidence: Evidence, limits: Tensor, step: int) -> Tensor:
-    found = like.choose(evidence, limits.clone(), step)
-    chosen = require_choice(like, found, evidence.group, limits)
+    chosen = like.choose(evidence, limits.clone(), step)
+    chosen = require_choice(like, chosen, evidence.group, limits)
     return torch.bincount(evidence.group[chosen], minlength=limits.numel())
 
 
@@ -368,8 +368,8 @@ class SelfRectifying:
         restore: what becomes of a released structure's norm. ``"keep"``: it stays where the decay
             left it. ``"effect"``: its BatchNorm part (all of it, where there is none) returns to
             its norm at the start of the decay; restoring the whole vector's norm would overshoot.
-        waves: how many waves of decays are heard. 1: structures that are decayed in place of
-            released ones are not heard again, so a decay of all takes less than 2 N steps.
+        waves: in how many waves of decays structures may be released. 1: those that decay in place
+            of released ones are not released, so that all of it takes less than 2 N steps.
 
     Raises:
         ConfigurationError: a setting is out of range.

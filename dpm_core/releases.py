@@ -7,20 +7,25 @@ ledger, and a hearing is run for the criteria that need one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .errors import AttachmentError
+from .errors import AttachmentError, ConfigurationError, PhaseError
+from .events import Event
 from .groups import StructureGroup
 from .hearing import Objective, gate_derivatives
-from .numbering import Numbering
+from .numbering import Numbering, integers
 from .phases import Phase
 from .processes import Processes
 from .rectify import Evidence, SelfRectifying, require_choice
 from .state import Ledger
+
+Refill = Callable[[str, int, Tensor], Sequence[int] | Tensor]
+"""``choose(group, count, free)``: which structures decay in place of ``count`` released ones."""
 
 
 @dataclass
@@ -61,6 +66,7 @@ class Releases:
         ledger: what is known of them.
         rectify: criterion, share and waves.
         steps: N.
+        worth: from an earlier hearing.
 
     Attributes:
         objective: what hearings run; ``None`` where none was given.
@@ -72,13 +78,42 @@ class Releases:
     """
 
     def __init__(
-        self, structures: Numbering, ledger: Ledger, rectify: SelfRectifying, steps: int
+        self,
+        structures: Numbering,
+        ledger: Ledger,
+        rectify: SelfRectifying,
+        steps: int,
+        worth: Tensor | None = None,
     ) -> None:
         self.objective: Objective | None = None
-        self.worth: Tensor | None = None
+        self.worth = worth
         self._structures, self._ledger = structures, ledger
         self._rectify, self._steps = rectify, steps
         self._decision = rectify.decision_step(steps)
+
+    def objective_of(
+        self, model: nn.Module | None, loss: Callable[[], Tensor] | None
+    ) -> Objective | None:
+        """What hearings are to run; ``None`` for a criterion without.
+
+        Raises:
+            AttachmentError: there is no model or no loss, or a group has no owners.
+        """
+        criterion = self._rectify.criterion
+        if not criterion.batches:
+            return None
+        if model is None or loss is None:
+            raise AttachmentError(
+                f"{type(criterion).__name__} runs a hearing and needs the model and its loss: "
+                "attach(optimizer, model=model, loss=closure)"
+            )
+        for group in self._structures.groups.values():
+            if not group.owners:
+                raise AttachmentError(
+                    f"group {group.name!r} has no owners, so a hearing cannot gate its "
+                    "structures; give StructureGroup(owners=...), or use Trajectory()"
+                )
+        return Objective(model, loss)
 
     def choose(
         self,
@@ -139,6 +174,31 @@ class Releases:
         names = [self._structures.names[i] for i in groups.tolist()]
         choice.released[due] = require_choice(criterion, chosen, cohort, limits, names)
         return choice
+
+    def worth_of(self, group: str) -> Tensor | None:
+        """See :meth:`~dpm_core.DecayPruning.worth`."""
+        return None if self.worth is None else self.worth[self._structures.span(group)].clone()
+
+    def replacements(self, release: Event, free: Tensor, refill: Refill) -> Tensor:
+        """The structures that decay in place of released ones.
+
+        Args:
+            release: of some structures of one group.
+            free: which structures of the group may be decayed, (K,) bool.
+            refill: chooses, unless the criterion does by worth.
+
+        Returns:
+            Their numbers in the group.
+
+        Raises:
+            ConfigurationError: ``refill`` chose what it must not.
+        """
+        count, worth = len(release.structures), self.worth_of(release.group)
+        if self._rectify.criterion.exchanges and worth is not None:
+            cheapest = worth.argsort(stable=True)  # NaN last
+            return cheapest[free[cheapest]][:count]
+        chosen = refill(release.group, count, free.clone())
+        return _require_refill(release.group, chosen, count, free)
 
     def _limits(self, numbers: Tensor, groups: Tensor, limit: int | None) -> Tensor:
         """How many structures of each group may be released now; (G,) int64.
@@ -218,6 +278,31 @@ class Releases:
         derivatives[:, numbers] = torch.stack(means).cpu()
         derivatives[0, numbers] *= signs.repeat_interleave(torch.tensor([len(r) for r in read]))
         return derivatives[0], derivatives[1]
+
+
+def _require_refill(group: str, chosen: object, count: int, free: Tensor) -> Tensor:
+    """What a refill chose, int64 (n,) on the host.
+
+    Raises:
+        ConfigurationError: it is no list of free structures, each once, or more than ``count``.
+    """
+    try:
+        numbers = integers(group, chosen)
+    except PhaseError as cause:
+        raise ConfigurationError(f"refill returned no choice. {cause}") from cause
+    here = (numbers >= 0) & (numbers < free.numel())
+    if numbers.numel() > count:
+        fault = f"{numbers.numel()} structures, where {count} were released"
+    elif not bool(here.all()) or not bool(free[numbers].all()):
+        fault = "structures that are not free"
+    elif numbers.unique().numel() != numbers.numel():
+        fault = "a structure twice"
+    else:
+        return numbers
+    raise ConfigurationError(
+        f"refill chose {fault}, for group {group!r}: {numbers.tolist()}; return at most as many as "
+        "its second argument says, each once, of those that its third one allows"
+    )
 
 
 def _signs(groups: list[StructureGroup], maximised: set[int]) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import StateError
+from .errors import PhaseError, StateError
+from .numbering import Numbering
 from .phases import Move, Phase, after
 
 VERSION = 1
@@ -134,6 +135,28 @@ class Ledger:
         """Overwrite one group's entries with a part that has been checked."""
         for f in fields(self):
             getattr(self, f.name)[span] = part[f.name]
+
+
+def require_available(ledger: Ledger, structures: Numbering, numbers: Tensor) -> None:
+    """Refuse to decay structures that are not ACTIVE, or were released.
+
+    Raises:
+        PhaseError: naming the first of them.
+    """
+    refused = after(ledger.phase[numbers], Move.START) < 0
+    if bool(refused.any()):
+        bad = numbers[refused]
+        phase = Phase(int(ledger.phase[bad[0]])).name
+        raise PhaseError(
+            f"{structures.described(bad)} cannot start to decay, being {phase} already; decay "
+            "structures that available() lists"
+        )
+    if bool(ledger.immune[numbers].any()):
+        bad = numbers[ledger.immune[numbers]]
+        raise PhaseError(
+            f"{structures.described(bad)} was released and is immune from then on; decay "
+            "structures that available() lists"
+        )
 
 
 def check_header(state: Any, expected: Mapping[str, Any]) -> None:

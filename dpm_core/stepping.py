@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .decay import target_norm
-from .errors import GradientError
+from .errors import GradientError, GroupError
 from .groups import require_fit
 from .numbering import Numbering
 from .releases import Sums
@@ -127,6 +127,38 @@ class Stepping:
         if self._new_zeros is not None:
             self._new_zeros = self._subset(self._new_zeros.numbers)
         self.refresh()
+
+    def start_norms(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms of structures whose decay is to start: of all, and of what fixes the effect.
+
+        Returns:
+            Both float64 (n,), on the host.
+
+        Raises:
+            GroupError: a parameter is frozen.
+            GradientError: a norm is not finite.
+        """
+        groups = self._structures.groups_of(numbers)
+        for group in groups:
+            for s in group.slices:
+                if not s.parameter.requires_grad:
+                    raise GroupError(
+                        f"{s.name!r} of group {group.name!r} is frozen (requires_grad is False), "
+                        "but the structure would decay while training goes on; unfreeze it, or "
+                        "leave the group out"
+                    )
+        tables = [SliceTable([g.slices for g in groups])]
+        tables.append(SliceTable([g.effect_slices for g in groups]))
+        squares = [table.square_norms(table.parameters()) for table in tables]
+        norms = torch.stack(squares).sqrt().to("cpu", torch.float64)
+        norms = norms[:, torch.searchsorted(self._structures.all_of(groups), numbers)]
+        if not bool(torch.isfinite(norms).all()):
+            bad = numbers[~torch.isfinite(norms).all(0)]
+            raise GradientError(
+                f"the norm of {self._structures.described(bad)} is not finite; the model has "
+                "diverged. Lower the learning rate, or go back to an earlier checkpoint"
+            )
+        return norms[0], norms[1]
 
     # ------------------------------------------------------------------ before the step
 
@@ -249,7 +281,7 @@ class Stepping:
         )
 
     def _require_gradients_at_zero(self, numbers: Tensor, squares: Tensor) -> None:
-        """Refuse a model that does not bear a structure at zero, in the first step that shows it.
+        """Refuse a model whose gradients are not finite with a structure at zero, at once.
 
         Args:
             numbers: of the structures that became zero in the last step.
@@ -267,15 +299,19 @@ class Stepping:
 
     # ------------------------------------------------------------------ after the step
 
-    def carry_out(self, sums: Sums, released: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Set the norms of decaying structures that are not released.
+    def carry_out(
+        self, sums: Sums, released: Tensor | None, restore: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Set the norms of decaying structures that are not released, and count the step.
 
         Args:
             sums: what :meth:`sums` gave.
             released: which of these structures are released, (C,) bool; ``None``: none.
+            restore: whether the effect of those returns to what it was.
 
         Returns:
-            Numbers of the structures that are released, and of those whose last step this was.
+            Numbers of the structures that are released, the norms that their decay had come to,
+            and numbers of those whose last decay step this was.
         """
         decaying, ledger, numbers = self.decaying, self._ledger, sums.numbers
         assert decaying is not None
@@ -288,9 +324,16 @@ class Stepping:
             self._new_zeros = Subset(
                 decaying.names, decaying.table, numbers[done], decaying.local[done]
             )
-        return numbers[~kept], numbers[done]
+            ledger.finish(numbers[done])
+        gone = numbers[~kept]
+        if gone.numel():
+            if restore:
+                self._restore(gone)
+            ledger.release(gone)
+        left = target_norm(ledger.initial[gone], step[~kept] - 1, self._steps)
+        return gone, left, numbers[done]
 
-    def restore(self, released: Tensor) -> None:
+    def _restore(self, released: Tensor) -> None:
         """Bring the effect of released structures back to its norm at the decay's start."""
         groups = self._structures.groups_of(released)
         table = SliceTable([g.effect_slices for g in groups])

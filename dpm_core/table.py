@@ -182,15 +182,15 @@ class SliceTable:
         Args:
             structures: sorted int64 numbers on the host.
         """
-        found = []
+        places = []
         for s, index, first in zip(self.slices, self._index, self._first, strict=True):
             local = structures - first
             local = local[(local >= 0) & (local < index.shape[0])]
             if local.numel():
                 rows = index[local.to(self.device, non_blocking=True)].reshape(-1)
                 # The parameter itself: a view would stay with a storage that is exchanged.
-                found.append((s.parameter, s.dim, rows))
-        return found
+                places.append((s.parameter, s.dim, rows))
+        return places
 
     def _dot(self, a: Tensor, b: Tensor, others: list[int]) -> Tensor:
         # Products of half-precision numbers would lose what their sum is made of.
@@ -211,7 +211,7 @@ class SliceTable:
 
 @torch.no_grad()
 def zero_(positions: Iterable[tuple[Tensor, int, Tensor]]) -> None:
-    """Write exact zeros at what :meth:`SliceTable.positions` found.
+    """Write exact zeros at what :meth:`SliceTable.positions` gave.
 
     A product with zero would keep a NaN and make a negative zero.
     """

@@ -251,3 +251,34 @@ def test_a_core_that_calls_somebody_cannot_be_copied(given_: str) -> None:
             copying(dpm)
     dpm.detach()
     copy.deepcopy(dpm)
+
+
+# ---------------------------------------------------------------------- detaching meanwhile
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("others", ["none", "behind", "in front", "around"])
+def test_a_callable_may_detach_whatever_other_hooks_there_are(where: str, others: str) -> None:
+    toy, optimizer, dpm = start()
+    calls: list[str] = []
+
+    def other(*_: object) -> None:
+        calls.append("other")
+
+    def register() -> None:
+        optimizer.register_step_pre_hook(other)
+        optimizer.register_step_post_hook(other)
+
+    if others in ("in front", "around"):
+        register()
+    dpm.attach(optimizer, **{where: dpm.detach})  # type: ignore[arg-type]
+    if others in ("behind", "around"):
+        register()
+    dpm.decay({"conv1": [0]})
+    for step in range(3):
+        calls.clear()
+        toy.train_step(optimizer, step)
+        assert len(calls) == {"none": 0, "around": 4}.get(others, 2)
+        assert dpm.clock == (where == "after")
+    DecayPruning(toy.groups).attach(optimizer)
+    toy.train_step(optimizer, 3)
