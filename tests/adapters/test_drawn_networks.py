@@ -18,16 +18,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapters import registry
-from adapters.base import Adapter, AdapterError, Training
-from adapters.depgraph import LeftUnprunedWarning, structure_groups
-from adapters.removal import Removal
 from dpm_core import DecayPruning, SmoothPruning, StructureGroup
+from dpm_core.adapters import registry
+from dpm_core.adapters.base import Adapter, AdapterError, Training
+from dpm_core.adapters.depgraph import LeftUnprunedWarning, structure_groups
+from dpm_core.adapters.removal import Removal
+from dpm_core.third_party import running
+from dpm_core.third_party.groups import UnsupportedLayerError
 from tests.support.frameworks import EAGER
 from tests.support.networks import Drawn, draw
 from tests.support.snapshot import assert_unchanged, snapshot
-from third_party import running
-from third_party.groups import UnsupportedLayerError
 
 CHUNK = 30
 CHUNKS = int(os.environ.get("DRAWN_NETWORKS", "300")) // CHUNK
