@@ -345,11 +345,13 @@ class DepGraph(Adapter):
 
     def _account(self, removal: Removal, going: Structures) -> None:
         super()._account(removal, going)
+        self._round, self._chosen, self._pruner = self._round + 1, False, None
+        if self.complete:
+            return  # the last core stays, and with it the numbers that its events go by
         for root, structures in going.items():
             gone = set(torch.as_tensor(structures).tolist())
             self._left[root] = [n for k, n in enumerate(self.numbers(root)) if k not in gone]
-        self._round, self._chosen, self._pruner = self._round + 1, False, None
-        if not self.complete and self.dpm is not None:
+        if self.dpm is not None:
             self._heard, self.dpm = self.heard, None
 
     # ------------------------------------------------------------------ saving

@@ -8,9 +8,8 @@
 # original masks them at once; the adapter lets their gates decay, on through the ticks and tocks
 # that follow.
 #
-# This tutorial trains a small VGG on handwritten digits, prunes it to a small part of its
-# computation, and saves, reloads and exports the result. It uses the project's own training loop;
-# `depgraph.py`, beside this file, writes one out. Every number is printed by the code.
+# This tutorial trains a small VGG on handwritten digits, prunes it to less than a third of its
+# computation, and saves, reloads and exports the result. Every number is printed by the code.
 #
 # Run it as a script from the repository, `python tutorials/gate_decorator.py`, or open the notebook
 # of the same name.
@@ -27,15 +26,15 @@ sys.path.insert(0, ".")  # or at its top
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
+from torch.nn import functional
 
+from adapters.base import Training, count_macs, count_parameters
+from adapters.gate_decorator import GateDecorator, GateDecoratorOptions
+from adapters.saved import load_pruned
 from dpm_core import SelfRectifying, SmoothPruning
-from dpm_core.adapters.base import Context, count_macs, count_parameters
-from dpm_core.adapters.gate_decorator import GateDecorator, GateDecoratorOptions
-from dpm_core.adapters.saved import load_pruned, save_pruned
 from experiments import data, models
-from experiments.config import Curve, Stage
 from experiments.export import onnx
-from experiments.training import Loop, accuracy, outputs
+from experiments.training import accuracy, norms_now, outputs
 from tutorials.shared import draw_channels, draw_norms
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for one another
@@ -44,15 +43,30 @@ OUT.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
 # ## A trained network
-#
-# The loop trains a network without any adapter, too.
 
 # %%
+BATCH = 64
 images = data.load("digits", Path("data"))
 example = images.normalize(images.test[:64])
+per_epoch = images.steps_per_epoch(BATCH)
+
+
+def update(model, optimizer, step, seed):
+    """One training step."""
+    model.train()
+    inputs, labels = images.batch(BATCH, step, seed)
+    optimizer.zero_grad()
+    functional.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+
+
 dense = models.build("vgg-digits", in_channels=1, classes=10, seed=0)
-stage = Stage(epochs=15, batch=64, learning_rate=0.1, milestones=(8, 12))
-Loop(model=dense, images=images, seed=0, stages=[("dense", stage)]).run()
+steps = 4 * per_epoch
+optimizer = torch.optim.SGD(dense.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=steps)
+for step in range(steps):
+    update(dense, optimizer, step, seed=0)
+    schedule.step()
 print(f"dense: {accuracy(dense, images):.1f}%, {count_macs(dense, example) / 1e6:.2f} M MACs")
 
 # %% [markdown]
@@ -60,93 +74,99 @@ print(f"dense: {accuracy(dense, images):.1f}%, {count_macs(dense, example) / 1e6
 #
 # `macs` is the target: the share of the computation that may be left. `fraction` is how many of the
 # remaining gates a tick selects. Upstream's recipes take a tiny share in very many ticks; this run
-# is short, so each tick takes more. Four ticks of one epoch follow one tock. What is left of the
-# stage when the target is met is fine-tuning, at least `finetune_epochs`.
+# is short, so each tick takes more. Three ticks of one epoch follow one tock. What is left of the
+# training when the target is met is fine-tuning, at least `finetune_epochs`.
 #
-# The learning rate is the method's own: it starts at `low_rate`, and rises to the stage's and falls
-# again in every tock and in the fine-tuning.
-#
-# The variant is `sr`: what is selected decays over 30 steps, and what resists is released.
+# What is selected decays over 20 steps, and what resists is released. Without `SmoothPruning` and
+# `SelfRectifying` it would be masked at once, as in the original.
 
 # %%
 model = copy.deepcopy(dense)
-stage = Stage(epochs=36, batch=64, learning_rate=0.05)
 options = GateDecoratorOptions(
-    macs=0.15, fraction=0.08, low_rate=0.005, tock_epochs=1, ticks=4, finetune_epochs=8
+    macs=0.3, fraction=0.15, low_rate=0.005, tock_epochs=1, ticks=3, finetune_epochs=4
 )
-context = Context(
-    model=model,
-    example=example,
-    variant="sr",
-    smooth=SmoothPruning(steps=30),
-    rectify=SelfRectifying(),
-    stages={"prune": stage.plan(images.steps_per_epoch(stage.batch))},
-)
-adapter = GateDecorator(context, options)
-adapter.check()  # refuses what cannot work, before any training
+length = Training(steps=16 * per_epoch, steps_per_epoch=per_epoch)
+run = GateDecorator(model, example, options, SmoothPruning(20), SelfRectifying(), training=length)
+
+# %% [markdown]
+# ## Train
+#
+# The loop is yours, and so is the optimizer. `attach` puts the gates into the network and into the
+# optimizer. The learning rate is the method's own: it starts at `low_rate`, and rises to the
+# optimizer's and falls again in every tock and in the fine-tuning. A schedule of yours would have
+# no effect.
+#
+# As soon as the target is met and nothing decays any more, `run.due` says so. `run.remove()` melts
+# the gates into plain BatchNorms and removes what is zero. Fine-tuning goes on with the same
+# optimizer, started afresh.
 
 # %%
-loop = Loop(
-    model=model,
-    images=images,
-    seed=0,
-    stages=[("prune", stage)],
-    adapter=adapter,
-    curve=Curve(every=10, until=1000),
-)
-loop.run()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+run.attach(optimizer)
 
-progress = loop.progress
+curve, trace = [], []
+for step in range(length.steps):
+    update(model, optimizer, step, seed=1)
+    if step % 10 == 0:  # for the plots
+        curve.append((step, accuracy(model, images)))
+    if step % 2 == 0 and not run.complete:
+        trace.append(norms_now(run.dpm))
+    if run.due:
+        zeroed = outputs(model, example)
+        run.remove()
+        difference = (outputs(model, example) - zeroed).abs().max().item()
+        removed_after = step + 1
 
-selections = Counter()
-for event in adapter.dpm.events:
-    if event.kind == "decay":
-        selections[event.step] += len(event.structures)
-print(f"{len(selections)} selections: " + ", ".join(f"{n} at {t}" for t, n in selections.items()))
-for kind in ("decay", "release", "prune"):
-    structures = sum(len(e.structures) for e in adapter.dpm.events if e.kind == kind)
-    print(f"{kind}: {structures} structures")
-assert len(selections) > 1
+print(f"removed after {removed_after} steps; outputs changed by {difference:.1e} at most")
+assert difference < 1e-3
 
 # %% [markdown]
 # ## What happened
 #
-# A structure here is a gate with its shift, so the norms are those of BatchNorm's scale and shift.
-# Selections follow one another at the ticks. A structure that was released is ACTIVE again, and the
-# next selection takes as many more in its place, wherever in the network their scores are lowest.
+# Selections follow one another at the ticks. A structure here is a gate with its shift, so the
+# norms are those of BatchNorm's scale and shift. What was released is ACTIVE again, and the next
+# selection takes as many more in its place, wherever in the network their scores are lowest.
 
 # %%
-figure = draw_norms(progress.trace, adapter.dpm.events)
+selections = Counter()
+for event in run.events():
+    if event.kind == "decay":
+        selections[event.step] += len(event.structures)
+print(f"{len(selections)} selections: " + ", ".join(f"{n} at {t}" for t, n in selections.items()))
+for kind in ("decay", "release", "prune"):
+    structures = sum(len(e.structures) for e in run.events() if e.kind == kind)
+    print(f"{kind}: {structures} structures")
+assert len(selections) > 1
+
+figure = draw_norms(trace, run.events())
 figure.savefig(OUT / "gate-decorator-norms.png")
 
 # %% [markdown]
-# The accuracy on the test images, from the first selection on. The dotted line is the removal,
-# where fine-tuning begins.
+# The accuracy on the test images. The dotted lines are the first selection, and the removal, where
+# fine-tuning begins.
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-axis.plot(*zip(*progress.curve, strict=True), color="#d55e00")
-axis.axvline(progress.removed_at - progress.decided_at, color="#6b6b6b", linestyle=":")
-axis.set(xlabel="training steps since the first selection", ylabel="test accuracy, %")
+axis.plot(*zip(*curve, strict=True), color="#d55e00")
+for step in (min(selections), removed_after):
+    axis.axvline(step, color="#6b6b6b", linestyle=":")
+axis.set(xlabel="training steps", ylabel="test accuracy, %")
 figure.savefig(OUT / "gate-decorator-accuracy.png")
 
 # %% [markdown]
 # ## The smaller network
 #
-# As soon as the target is met and nothing decays any more, the gates are melted into plain
-# BatchNorms and what is zero is removed. No gate is left.
+# No gate is left.
 
 # %%
 small = model.eval()
-difference = progress.found["output_difference"]
 share = count_macs(small, example) / count_macs(dense, example)
-print(f"removed {adapter.pruned} structures; outputs changed by {difference:.1e} at most")
+print(f"removed {run.pruned} structures")
 print(f"{share:.1%} of the MACs are left, {options.macs:.1%} was asked for")
 print(f"parameters: {count_parameters(dense):,} dense, {count_parameters(small):,} pruned")
 print(f"accuracy: {accuracy(dense, images):.1f}% dense, {accuracy(small, images):.1f}% pruned")
 assert {type(m) for m in small.modules()} == {type(m) for m in dense.modules()}
 assert sum(isinstance(m, nn.BatchNorm2d) for m in small.modules()) == 6
-assert difference < 1e-3
 assert share <= options.macs
 assert accuracy(small, images) > 90
 
@@ -156,14 +176,13 @@ figure.savefig(OUT / "gate-decorator-channels.png")
 # %% [markdown]
 # ## Save, reload, export
 #
-# The file holds the tensors and what was removed, and no code. To reload, build the dense network
-# and give it the file. `onnx` runs what it has written in onnxruntime, and keeps it only if the
-# outputs agree.
+# `run.removed` is the removal: which channels of which layer went. It saves itself with the small
+# network; the file has tensors and no code. To reload, build the dense network and give it the
+# file. `onnx` runs what it has written in onnxruntime, and keeps it only if the outputs agree.
 
 # %%
 path = OUT / "gate-decorator.safetensors"
-facts = {"network": "vgg-digits", "framework": "gate-decorator"}
-save_pruned(path, small, adapter.removed, facts=facts)
+run.removed.save(path, small, facts={"network": "vgg-digits", "framework": "gate-decorator"})
 again = load_pruned(path, models.build("vgg-digits", in_channels=1, classes=10), example).eval()
 same = torch.equal(outputs(again, example), outputs(small, example))
 print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; reloaded, with the same outputs: {same}")
@@ -175,8 +194,8 @@ print(f"ONNX: outputs differ by {difference:.1e} at most")
 # %% [markdown]
 # ## Where to go from here
 #
-# - `variant="base"` masks at once, as the original does, and `"sp"` decays without releases. Run
-#   all three, with several seeds, before you say which is better: `make compare
-#   FRAMEWORK=gate-decorator`.
+# - `depgraph.py`, beside this file, stops a run and goes on from a checkpoint.
+# - Run it without `SelfRectifying`, and without `SmoothPruning`, with several seeds, before you say
+#   which is better: `make compare FRAMEWORK=gate-decorator`.
 # - `make bench-gate-decorator VARIANT=sr` does all this from a configuration file, with a record,
 #   checkpoints and resuming.

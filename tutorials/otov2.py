@@ -7,8 +7,7 @@
 # instead.
 #
 # This tutorial trains a small VGG on handwritten digits in one go, removes most of its structures,
-# and saves, reloads and exports the result. It uses the project's own training loop; `depgraph.py`,
-# beside this file, writes one out. Every number is printed by the code.
+# and saves, reloads and exports the result. Every number is printed by the code.
 #
 # Run it as a script from the repository, `python tutorials/otov2.py`, or open the notebook of the
 # same name.
@@ -22,15 +21,15 @@ sys.path.insert(0, ".")  # or at its top
 
 import matplotlib.pyplot as plt
 import torch
+from torch.nn import functional
 
+from adapters.base import AdapterError, Training, count_macs, count_parameters
+from adapters.otov2 import OTOv2, OTOv2Options
+from adapters.saved import load_pruned
 from dpm_core import SelfRectifying, SmoothPruning
-from dpm_core.adapters.base import AdapterError, Context, count_macs, count_parameters
-from dpm_core.adapters.otov2 import OTOv2, OTOv2Options
-from dpm_core.adapters.saved import load_pruned, save_pruned
 from experiments import data, models
-from experiments.config import Curve, Stage
 from experiments.export import onnx
-from experiments.training import Loop, accuracy, outputs
+from experiments.training import accuracy, norms_now, outputs
 from tutorials.shared import draw_channels, draw_norms
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for one another
@@ -39,19 +38,17 @@ OUT.mkdir(parents=True, exist_ok=True)
 
 # %% [markdown]
 # ## The network and its training
-#
-# One stage holds all of it. The learning rate falls at the milestones, and mixup, which upstream's
-# recipe has, blends images.
 
 # %%
+BATCH = 64
 images = data.load("digits", Path("data"))
 example = images.normalize(images.test[:64])
-dense = models.build("vgg-digits", in_channels=1, classes=10, seed=0)  # only to compare with
-model = models.build("vgg-digits", in_channels=1, classes=10, seed=0)
+per_epoch = images.steps_per_epoch(BATCH)
+length = Training(steps=8 * per_epoch, steps_per_epoch=per_epoch)
 
-stage = Stage(epochs=20, batch=64, learning_rate=0.1, milestones=(13, 17), momentum=0.0, mixup=0.2)
-plan = stage.plan(images.steps_per_epoch(stage.batch))
-print(f"{plan.steps} training steps, untrained network: {accuracy(model, images):.1f}%")
+model = models.build("vgg-digits", in_channels=1, classes=10, seed=0)
+dense = models.build("vgg-digits", in_channels=1, classes=10)  # only to compare with
+print(f"{length.steps} training steps, untrained network: {accuracy(model, images):.1f}%")
 
 # %% [markdown]
 # ## The options
@@ -61,34 +58,28 @@ print(f"{plan.steps} training steps, untrained network: {accuracy(model, images)
 # the penalty's strength, and `epsilon`, how early the half-space takes hold, have to fit the length
 # of the training. This one is short, so both are large.
 #
-# The variant is `sr`: structures decay over 20 steps, and those that resist are released.
-# Upstream's next-ranked structures of the same group then go in their place.
+# `SmoothPruning` lets structures decay over 20 steps, and `SelfRectifying` releases those that
+# resist. Upstream's next-ranked structures of the same group then go in their place. Without the
+# two you have upstream's optimizer untouched.
 
 # %%
 options = OTOv2Options(
     target_group_sparsity=0.625,
     tolerance_group_sparsity=0.0,
-    start_epoch=4,
+    start_epoch=2,
     epsilon=0.95,
-    lmbda=0.2,
+    lmbda=0.5,
 )
-context = Context(
-    model=model,
-    example=example,
-    variant="sr",
-    smooth=SmoothPruning(steps=20),
-    rectify=SelfRectifying(),
-    stages={"prune": plan},
-)
-adapter = OTOv2(context, options)
-adapter.check()  # refuses what cannot work, before any training
+run = OTOv2(model, example, options, SmoothPruning(20), SelfRectifying(), training=length)
 
 # %% [markdown]
-# `check` says what is impossible, and why, before anything is trained:
+# `check` says what is impossible, and why, before anything is trained. `attach` calls it where you
+# have not.
 
 # %%
+run.check()
 try:
-    OTOv2(context, OTOv2Options(target_group_sparsity=0.999)).check()
+    OTOv2(model, example, OTOv2Options(target_group_sparsity=0.999), training=length).check()
 except AdapterError as refusal:
     print(f"refused: {refusal}")
 else:
@@ -97,64 +88,71 @@ else:
 # %% [markdown]
 # ## Train
 #
-# The loop asks the adapter for its optimizer, and calls it around each step. It follows the norms
-# of what decays, and takes the accuracy every ten steps once the framework has begun.
+# `run.dhspg` makes upstream's optimizer for this network; its settings are upstream's, too. All
+# else is your own loop. As upstream has it, the network keeps its size until the end: `run.due`
+# becomes true after the last step. Then whatever is zero is removed, and the outputs stay what
+# they were.
 
 # %%
-loop = Loop(
-    model=model,
-    images=images,
-    seed=0,
-    stages=[("prune", stage)],
-    adapter=adapter,
-    curve=Curve(every=10, until=plan.steps),
-)
-loop.run()
+optimizer = run.dhspg(variant="sgd", lr=0.1, weight_decay=1e-4)
+milestones = [5 * per_epoch, 7 * per_epoch]
+schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+run.attach(optimizer)
 
-progress = loop.progress
-print(f"upstream chose after {progress.decided_at} steps; all was zero after {progress.zero_at}")
-for kind in ("decay", "release", "prune"):
-    structures = sum(len(e.structures) for e in adapter.dpm.events if e.kind == kind)
-    print(f"{kind}: {structures} structures")
-assert adapter.pruned == sum(len(e.structures) for e in adapter.dpm.events if e.kind == "prune")
+curve, trace = [], []
+for step in range(length.steps):
+    model.train()
+    inputs, labels = images.batch(BATCH, step, seed=0)
+    optimizer.zero_grad()
+    functional.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+    schedule.step()
+    if step % 8 == 0:  # for the plots
+        curve.append((step, accuracy(model, images)))
+    if step % 2 == 0:
+        trace.append(norms_now(run.dpm))
+    if run.due:
+        zeroed = outputs(model, example)
+        run.remove()
+        difference = (outputs(model, example) - zeroed).abs().max().item()
+
+print(f"removed {run.pruned} structures; outputs changed by {difference:.1e} at most")
+assert difference < 1e-3
 
 # %% [markdown]
-# Decays start in rounds, wherever upstream would have set structures to zero. The norms, from the
-# first step on:
+# Decays start in rounds, wherever upstream would have set structures to zero. One line for the
+# norm of each structure; a triangle is a release:
 
 # %%
-figure = draw_norms(progress.trace, adapter.dpm.events)
+for kind in ("decay", "release", "prune"):
+    structures = sum(len(e.structures) for e in run.events() if e.kind == kind)
+    print(f"{kind}: {structures} structures")
+figure = draw_norms(trace, run.events())
 figure.savefig(OUT / "otov2-norms.png")
 
 # %% [markdown]
-# And the accuracy on the test images. Zero is the step at which upstream has chosen; the dotted
-# line is where the last structure that goes became zero.
+# And the accuracy on the test images. The dotted lines are where the first decay began, and where
+# the last structure that goes became zero.
 
 # %%
 figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-axis.plot(*zip(*progress.curve, strict=True), color="#d55e00")
-axis.axvline(progress.zero_at - progress.decided_at, color="#6b6b6b", linestyle=":")
-axis.set(xlabel="training steps since the decision", ylabel="test accuracy, %")
+axis.plot(*zip(*curve, strict=True), color="#d55e00")
+for event in (run.events()[0], run.events()[-1]):
+    axis.axvline(event.step, color="#6b6b6b", linestyle=":")
+axis.set(xlabel="training steps", ylabel="test accuracy, %")
 figure.savefig(OUT / "otov2-accuracy.png")
 
 # %% [markdown]
 # ## The smaller network
-#
-# As upstream has it, the network keeps its size until the end of the training. Then whatever is
-# zero is removed, and the outputs stay what they were.
 
 # %%
 small = model.eval()
-difference = progress.found["output_difference"]
-total = sum(group.size for group in adapter.dpm.groups.values())
-print(
-    f"removed {adapter.pruned} of {total} structures; outputs changed by {difference:.1e} at most"
-)
+total = sum(group.size for group in run.dpm.groups.values())
+print(f"structures: {run.pruned} of {total} removed")
 print(f"MACs: {count_macs(dense, example):,} dense, {count_macs(small, example):,} pruned")
 print(f"parameters: {count_parameters(dense):,} dense, {count_parameters(small):,} pruned")
 print(f"accuracy: {accuracy(small, images):.1f}%")
-assert adapter.pruned == options.target_group_sparsity * total
-assert difference < 1e-3
+assert run.pruned == options.target_group_sparsity * total
 assert count_macs(small, example) < count_macs(dense, example) / 2
 assert accuracy(small, images) > 90
 
@@ -164,13 +162,15 @@ figure.savefig(OUT / "otov2-channels.png")
 # %% [markdown]
 # ## Save, reload, export
 #
-# The file holds the tensors and what was removed, and no code. To reload, build the dense network
-# and give it the file. `onnx` runs what it has written in onnxruntime, and keeps it only if the
-# outputs agree.
+# `run.removed` is the removal: which channels of which layer went. It saves itself with the small
+# network; the file has tensors and no code. To reload, build the dense network and give it the
+# file. `onnx` runs what it has written in onnxruntime, and keeps it only if the outputs agree.
+#
+# To train on, make a new optimizer: DHSPG is of the full size.
 
 # %%
 path = OUT / "otov2.safetensors"
-save_pruned(path, small, adapter.removed, facts={"network": "vgg-digits", "framework": "otov2"})
+run.removed.save(path, small, facts={"network": "vgg-digits", "framework": "otov2"})
 again = load_pruned(path, models.build("vgg-digits", in_channels=1, classes=10), example).eval()
 same = torch.equal(outputs(again, example), outputs(small, example))
 print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; reloaded, with the same outputs: {same}")
@@ -182,7 +182,8 @@ print(f"ONNX: outputs differ by {difference:.1e} at most")
 # %% [markdown]
 # ## Where to go from here
 #
-# - `variant="base"` is upstream's optimizer untouched, and `"sp"` decays without releases. Run all
-#   three, with several seeds, before you say which is better: `make compare FRAMEWORK=otov2`.
+# - `depgraph.py`, beside this file, stops a run and goes on from a checkpoint.
+# - Run it without `SelfRectifying`, and without `SmoothPruning`, with several seeds, before you say
+#   which is better: `make compare FRAMEWORK=otov2`.
 # - `make bench-otov2 VARIANT=sr` does all this from a configuration file, with a record,
 #   checkpoints and resuming.

@@ -243,6 +243,12 @@ def test_a_run_taken_up_from_its_state_ends_in_the_same_bits(case, variant, shar
 
 
 @cases
+def test_what_has_happened_can_still_be_read_after_the_removal(case):
+    drive = ended(case.name, "sr")
+    assert drive.adapter.events() == drive.events[-1]
+
+
+@cases
 def test_a_framework_that_does_not_plan_need_not_be_told_how_long_the_training_is(case):
     kind = registry.load(case.framework)
     if kind.needs_training or set(case.stages) != {"prune"} or case.removals > 1:
