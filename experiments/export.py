@@ -73,7 +73,8 @@ def program(model: nn.Module, example: Tensor, path: Path) -> float:
         reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise RunError(f"PyTorch cannot export this model: {reason}") from cause
     made.seek(0)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch warns of a buffer that it only reads
         again = torch.export.load(made).module()(example)
     difference = _difference("the exported program", again.cpu(), expected.cpu(), path)
     write(path, lambda file: file.write(made.getvalue()))

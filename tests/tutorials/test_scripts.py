@@ -20,19 +20,20 @@ ROOT = Path(__file__).parents[2]
 PLOTS = {"norms", "channels", "accuracy"}
 SAID = {
     "core_in_your_own_loop": [
-        r"no step: clock 5, norms unchanged: True",
-        r"refused: the gradient of structure",
         r"overflow: stepped False, clock 5, the scale is now 512",
-        r"no overflow: stepped True, clock 6",
+        r"refused: the gradient of structure",
         r"pruned (\d+) of \1, decaying 0",
-        r"release of [1-9]",
+        r"release: [1-9]",
+        r"reloaded, with the same outputs: True",
     ],
     "depgraph": [
         r"base: 3\.\d+ times fewer MACs",
-        r"sr: 3\.\d+ times fewer MACs",
+        r"\+SR: 3\.\d+ times fewer MACs",
+        r"resumed, with the same weights in the end: True",
         r"release: [1-9]",
         r"reloaded, with the same outputs: True",
-        r"torch\.export: outputs differ by \S+ at most, on 5 images",
+        r"ONNX: outputs differ",
+        r"torch\.export: outputs differ",
     ],
     "otov2": [
         r"refused: target_group_sparsity 0\.999 is impossible",
@@ -65,13 +66,11 @@ def test_the_tutorial_runs_and_leaves_what_it_says(script, tmp_path):
     out = tmp_path / "runs" / "tutorials"
     name = script.stem.replace("_", "-").split("-in-")[0]
     drawn = {p.stem.removeprefix(f"{name}-") for p in out.glob("*.png")}
-    if name == "core":
-        assert drawn == PLOTS - {"accuracy"}
-        return
-    assert drawn == PLOTS
-    assert (out / f"{name}.onnx").stat().st_size > 0
+    assert drawn == (PLOTS - {"accuracy"} if name == "core" else PLOTS)
+    exported = [] if name == "core" else [f"{name}.onnx"]
+    assert sorted(p.name for p in out.glob("*.onnx")) == exported
     example, saved = torch.zeros(2, 1, 8, 8), read(out / f"{name}.safetensors")
-    dense = models.build(saved.facts["network"], in_channels=1, classes=10)
+    dense = models.build("vgg-digits", in_channels=1, classes=10)
     before = count_macs(dense, example)
     assert count_macs(saved.load_into(dense, example), example) < before / 2
 
