@@ -24,9 +24,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from adapters.base import count_macs
-from adapters.removal import Removal
-from adapters.saved import load_pruned
 from dpm_core import (
     DecayPruning,
     GradientError,
@@ -36,6 +33,9 @@ from dpm_core import (
     SmoothPruning,
     StructureGroup,
 )
+from dpm_core.adapters.base import count_macs
+from dpm_core.adapters.removal import Removal
+from dpm_core.adapters.saved import load_pruned
 from experiments import data, models
 from experiments.training import accuracy, norms_now, outputs
 from tutorials.shared import draw_channels, draw_norms
@@ -120,7 +120,7 @@ print(f"dense: {dense:.1f}% of the test images are classified right")
 # A **slice** is the share of one parameter. A **structure group** is all structures that share the
 # same parameters. In this network every convolution has a group of its own. Where channels are
 # tied, as by a residual connection, several convolutions belong to one group; then let
-# `adapters.depgraph.structure_groups` find the groups.
+# `dpm_core.adapters.depgraph.structure_groups` find the groups.
 
 # %%
 convolutions = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}

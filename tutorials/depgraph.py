@@ -24,11 +24,11 @@ import matplotlib.pyplot as plt
 import torch
 from torch.nn import functional
 
-from adapters.base import Training, count_macs, count_parameters
-from adapters.depgraph import DepGraph, DepGraphOptions
-from adapters.removal import Removal
-from adapters.saved import load_pruned
 from dpm_core import SelfRectifying, SmoothPruning
+from dpm_core.adapters.base import Training, count_macs, count_parameters
+from dpm_core.adapters.depgraph import DepGraph, DepGraphOptions
+from dpm_core.adapters.removal import Removal
+from dpm_core.adapters.saved import load_pruned
 from experiments import data, models
 from experiments.export import onnx, program
 from experiments.training import accuracy, norms_now, outputs, reestimated
@@ -175,8 +175,9 @@ assert same
 # ## What happened
 #
 # The accuracy on the test images. With base all is removed at the start, and the network recovers
-# from there. With +SR structures go little by little, and at the removal nothing is lost any more:
-# what goes is zero already.
+# from there. With +SR structures go little by little, and at the removal, the dotted line, nothing
+# is lost any more: what goes is zero already. Note that base has had as many steps by then, and has
+# recovered, too. What the method is worth is no matter of a single run.
 #
 # Look at the accuracies with BatchNorm re-estimated, too, that the loop printed. BatchNorm's
 # running statistics are means over many past steps. They lag behind a network that changes as fast

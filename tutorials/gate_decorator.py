@@ -28,10 +28,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from adapters.base import Training, count_macs, count_parameters
-from adapters.gate_decorator import GateDecorator, GateDecoratorOptions
-from adapters.saved import load_pruned
 from dpm_core import SelfRectifying, SmoothPruning
+from dpm_core.adapters.base import Training, count_macs, count_parameters
+from dpm_core.adapters.gate_decorator import GateDecorator, GateDecoratorOptions
+from dpm_core.adapters.saved import load_pruned
 from experiments import data, models
 from experiments.export import onnx
 from experiments.training import accuracy, norms_now, outputs
@@ -107,10 +107,10 @@ run.attach(optimizer)
 curve, trace = [], []
 for step in range(length.steps):
     update(model, optimizer, step, seed=1)
-    if step % 10 == 0:  # for the plots
+    if step % 10 == 0:
         curve.append((step, accuracy(model, images)))
-    if step % 2 == 0 and not run.complete:
-        trace.append(norms_now(run.dpm))
+    if not run.complete:
+        trace.append(norms_now(run.dpm))  # for the plots
     if run.due:
         zeroed = outputs(model, example)
         run.remove()

@@ -23,10 +23,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch.nn import functional
 
-from adapters.base import AdapterError, Training, count_macs, count_parameters
-from adapters.otov2 import OTOv2, OTOv2Options
-from adapters.saved import load_pruned
 from dpm_core import SelfRectifying, SmoothPruning
+from dpm_core.adapters.base import AdapterError, Training, count_macs, count_parameters
+from dpm_core.adapters.otov2 import OTOv2, OTOv2Options
+from dpm_core.adapters.saved import load_pruned
 from experiments import data, models
 from experiments.export import onnx
 from experiments.training import accuracy, norms_now, outputs
@@ -107,10 +107,9 @@ for step in range(length.steps):
     functional.cross_entropy(model(inputs), labels).backward()
     optimizer.step()
     schedule.step()
-    if step % 8 == 0:  # for the plots
+    if step % 8 == 0:
         curve.append((step, accuracy(model, images)))
-    if step % 2 == 0:
-        trace.append(norms_now(run.dpm))
+    trace.append(norms_now(run.dpm))  # for the plots
     if run.due:
         zeroed = outputs(model, example)
         run.remove()

@@ -249,25 +249,6 @@ def test_what_has_happened_can_still_be_read_after_the_removal(case):
 
 
 @cases
-def test_a_framework_that_does_not_plan_need_not_be_told_how_long_the_training_is(case):
-    kind = registry.load(case.framework)
-    if kind.needs_training or set(case.stages) != {"prune"} or case.removals > 1:
-        return
-    model, told = case.build(), ended(case.name, "sp")
-    adapter = kind(model, EXAMPLE, kind.Options(**case.options), SmoothPruning(6))
-    drive, optimizer = Drive(case, adapter), case.new_optimizer(adapter)
-    adapter.attach(optimizer)
-    for _ in range(told.step):
-        optimizer.zero_grad()
-        drive.loss().backward()
-        optimizer.step()
-        if adapter.due:
-            adapter.remove()
-    assert_equal_weights(model, told.model)
-    assert adapter.removed == told.adapter.removed
-
-
-@cases
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_was_removed_can_be_repeated_on_a_dense_model(case, variant):
     drive = ended(case.name, variant)
