@@ -63,7 +63,7 @@ class GateDecoratorOptions:
             raise AdapterError(f"macs is {self.macs}; give the share to keep, above 0, below 1")
         if not 0 < self.fraction < 1 or not 0 <= self.keep < 1:
             raise AdapterError("give fraction above 0 and below 1, and keep in [0, 1)")
-        if self.eta < 0 or self.strength < 0 or not self.low_rate > 0:
+        if not (self.eta >= 0 and self.strength >= 0 and self.low_rate > 0):
             raise AdapterError("give eta and strength of at least 0, and low_rate above 0")
         if min(self.tick_epochs, self.tock_epochs, self.ticks, self.finetune_epochs) < 1:
             raise AdapterError(
