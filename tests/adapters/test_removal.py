@@ -32,7 +32,7 @@ from dpm_core.third_party.groups import UnsupportedLayerError
 from tests.support import rounding
 from tests.support.frameworks import CLASSES, EXAMPLE, batch, mixed, small_resnet
 from tests.support.rounding import exact_outputs, in_double
-from tests.support.snapshot import assert_unchanged, difference, refused, snapshot
+from tests.support.snapshot import assert_unchanged, difference, objects, refused, snapshot
 
 NAMES = st.sampled_from(["a", "b", "c", "d.0"])
 CHANNELS = st.sets(st.integers(0, 40), max_size=4)
@@ -286,10 +286,11 @@ def test_what_the_model_has_not_is_refused_and_all_is_as_it_was(what, cut, warm)
     optimizer = trained(model) if warm else None
     wrong = Removal([WRONG[what]])
     for removal in (wrong, Removal([("inner", [1])]) + wrong):
-        before = snapshot(model, optimizer)
+        before, same = snapshot(model, optimizer), objects(model, optimizer)
         with pytest.raises(UnsupportedLayerError):
             removal.apply(model, EXAMPLE, optimizer, cut=cut)
         assert_unchanged(before, model, optimizer)
+        assert objects(model, optimizer) == same
 
 
 def test_half_a_structure_is_refused():

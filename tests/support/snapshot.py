@@ -46,8 +46,7 @@ def difference(left: Any, right: Any, where: str = "") -> str | None:
 def snapshot(
     model: nn.Module, optimizer: Optimizer | None = None, dpm: DecayPruning | None = None
 ) -> dict[str, Any]:
-    """Copies of all that training goes on from, and which parameters it is that do."""
-    held = [] if optimizer is None else [group["params"] for group in optimizer.param_groups]
+    """Copies of all that training goes on from."""
     return {
         "parameters": {n: p.detach().clone() for n, p in model.named_parameters()},
         "gradients": {
@@ -57,13 +56,18 @@ def snapshot(
         "modes": [m.training for m in model.modules()],
         "hooks": [len(m._forward_hooks) for m in model.modules()],
         "random": torch.get_rng_state(),
-        "objects": [list(map(id, ps)) for ps in [model.parameters(), *held]],
         "optimizer": None if optimizer is None else copy.deepcopy(optimizer.state_dict()),
         "step hooks": None
         if optimizer is None
         else [len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)],
         "dpm": None if dpm is None else copy.deepcopy(dpm.state_dict()),
     }
+
+
+def objects(model: nn.Module, optimizer: Optimizer | None = None) -> list[list[int]]:
+    """Which parameters it is that the model has, and the optimizer in each group."""
+    held = [] if optimizer is None else [group["params"] for group in optimizer.param_groups]
+    return [list(map(id, parameters)) for parameters in [model.parameters(), *held]]
 
 
 def assert_unchanged(
@@ -85,12 +89,13 @@ def refused(
     dpm: DecayPruning | None = None,
 ) -> Iterator[None]:
     """The block raises exactly ``error``, the message has all ``words``, and nothing changed."""
-    before = snapshot(model, optimizer, dpm)
+    before, same = snapshot(model, optimizer, dpm), objects(model, optimizer)
     with pytest.raises(error) as caught:
         yield
     assert type(caught.value) is error
     assert_says(caught.value, *words)
     assert_unchanged(before, model, optimizer, dpm)
+    assert objects(model, optimizer) == same
 
 
 @contextmanager
