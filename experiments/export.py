@@ -101,7 +101,8 @@ def export(path: Path, kind: str = "onnx") -> Path:
         kind: one of :data:`KINDS`.
 
     Raises:
-        RunError: the file is no model, or what was exported does not give its outputs.
+        RunError: the file is no model of a run, or what was exported does not give its outputs.
+        DamagedError, VersionError: as :func:`experiments.run.load_model`.
     """
     maker, suffix = KINDS[kind]
     maker(*load_model(path), path.with_suffix(suffix))

@@ -402,20 +402,22 @@ def load_model(path: Path) -> tuple[nn.Module, torch.Tensor]:
         The model, and an example of what it takes: random images, (4, C, H, W).
 
     Raises:
-        RunError: the file is not there, damaged, or of another version.
+        RunError: the file cannot be read, or is no model of a run.
+        DamagedError, VersionError: see :func:`dpm_core.adapters.saved.read`.
     """
     try:
         saved = read(path)
+    except OSError as cause:
+        raise RunError(f"{path} cannot be read ({cause.strerror})") from cause
+    try:
         facts = _Facts.model_validate(saved.facts)
         _check_facts(facts, saved)
         model = models.build(facts.model, facts.in_channels, facts.classes)
         shape = (4, facts.in_channels, facts.image_size, facts.image_size)
         example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return saved.load_into(model, example).eval(), example
-    except OSError as cause:
-        raise RunError(f"{path} cannot be read ({cause.strerror})") from cause
     except SavedModelError as cause:
-        raise RunError(f"{path}: {cause}") from cause
+        raise RunError(f"{path} is no model of a run: {cause}") from cause
     except ValidationError as cause:
         first = cause.errors()[0]
         key = ".".join(map(str, first["loc"])) or "all"

@@ -1,4 +1,4 @@
-"""Configurations: wrong ones are refused before any work, naming the key; hashes name the others."""
+"""Configurations: wrong ones are refused before any work, naming the key; hashes name the rest."""
 
 from __future__ import annotations
 

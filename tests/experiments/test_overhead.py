@@ -120,9 +120,7 @@ def test_writes_every_figure_and_prints_the_path_last(
 
 
 def test_arms_are_what_they_say(tiny: overhead.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        overhead, "DECAY_STEPS", 100
-    )  # three steps of a million are hardly to be seen
+    monkeypatch.setattr(overhead, "DECAY_STEPS", 100)  # three of a million are hard to see
     arms = overhead.make_arms(tiny)
     decaying, idle = arms["decaying"].dpm, arms["idle"].dpm
     assert arms["plain"].dpm is None

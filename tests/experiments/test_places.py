@@ -44,7 +44,7 @@ def names(path: Path) -> list[str]:
 # ---------------------------------------------------------------------- locks
 
 
-def test_a_folder_is_held_by_one_process_at_a_time_and_nothing_is_left(tmp_path, monkeypatch):
+def test_a_folder_is_locked_by_one_process_at_a_time_and_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(places, "PATIENCE", 0.1)
     place = tmp_path / "a" / "b"
     assert not busy(place)

@@ -291,14 +291,14 @@ MEASURE = """
 <script>
 const frame = document.querySelector("iframe");
 frame.addEventListener("load", () => {
-  const found = {};
+  const sizes = {};
   for (const width of [1400, 400, 360]) {
     frame.style.width = width + "px";
     const page = frame.contentDocument, root = page.documentElement;
     page.querySelectorAll("details").forEach(d => d.open = true);
     const size = e => e.getBoundingClientRect();
     const shown = e => size(e).width > 100 && size(e).height > 20;
-    found[width] = {
+    sizes[width] = {
       inner: frame.contentWindow.innerWidth,
       scroll: root.scrollWidth,
       tables: [...page.querySelectorAll("table")].filter(shown).length,
@@ -311,7 +311,7 @@ frame.addEventListener("load", () => {
           size(t).right > size(svg).right + 2 || size(t).left < size(svg).left - 2)).length,
     };
   }
-  document.getElementById("found").textContent = JSON.stringify(found);
+  document.getElementById("sizes").textContent = JSON.stringify(sizes);
 });
 </script>
 """
@@ -324,7 +324,7 @@ def test_in_a_browser_the_page_never_scrolls_sideways(content, tmp_path):
     inside = html.escape(content)
     wrapper = tmp_path / "wrapper.html"
     wrapper.write_text(
-        '<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre>'
+        '<!DOCTYPE html><meta charset="utf-8"><pre id="sizes"></pre>'
         + MEASURE.replace("<script>", f'<iframe srcdoc="{inside}"></iframe><script>', 1),
         encoding="utf-8",
     )
@@ -350,7 +350,7 @@ def test_in_a_browser_the_page_never_scrolls_sideways(content, tmp_path):
         timeout=120,
         check=True,
     )
-    (measured,) = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout)
+    (measured,) = re.findall(r'<pre id="sizes">(.*?)</pre>', done.stdout)
     page = Page(content)
     for width, sizes in json.loads(html.unescape(measured)).items():
         assert sizes["inner"] == int(width)

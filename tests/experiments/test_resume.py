@@ -264,7 +264,7 @@ def test_a_run_goes_on_with_the_threads_that_it_was_started_with(tmp_path, whole
 
 
 @pytest.mark.usefixtures("miniature")
-def test_another_torch_is_told_of_and_the_same_one_is_not(tmp_path, capsys):
+def test_another_torch_is_reported_and_the_same_one_is_not(tmp_path, capsys):
     request = tiny.request(tmp_path, "sp", MINIATURE, resume=True)
     for _ in range(2):
         with tiny.asked_when(lambda step: step == 2), pytest.raises(Stopped):
