@@ -1,6 +1,6 @@
 """What an adapter is: the translation between one pruning framework and the core.
 
-An adapter's author reads this file and one adapter. Its user writes a training loop as ever::
+An adapter's author reads this file and one adapter. Its user writes an ordinary training loop::
 
     options = DepGraphOptions(speed_up=2.0)
     run = DepGraph(model, example, options, SmoothPruning(200), SelfRectifying())
@@ -14,8 +14,8 @@ An adapter's author reads this file and one adapter. Its user writes a training 
             run.remove()
 
 Without smoothing the framework prunes as it does by itself; without a rectifier no decision is
-taken back. What an adapter does around a step it does in the optimizer's own step hooks. A step
-that a gradient scaler skips does not count. After :meth:`Adapter.remove` the model is small, and
+taken back. An adapter works in the optimizer's own step hooks. A step that a gradient scaler skips
+does not count. After :meth:`Adapter.remove` the model is small, and
 the same optimizer goes on with what is left of its parameters and of its state.
 
 To go on from a checkpoint, make the adapter of the dense model, as at the start, and then::
@@ -64,12 +64,12 @@ Structures = dict[str, Sequence[int] | Tensor]
 """Numbers of structures, by group."""
 
 VERSION = 2
-"""Of what :meth:`Adapter.state_dict` gives."""
+"""The version of :meth:`Adapter.state_dict`."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How long the training is that an adapter works in; batches of hearings count among its steps.
+    """How long the training is that an adapter works in. Batches of hearings count as steps.
 
     Attributes:
         steps: in all, from :meth:`Adapter.attach` on.
@@ -95,7 +95,7 @@ class Adapter(ABC):
     Args:
         model: the dense model; the adapter works on it in place.
         example: of its inputs, on its device: a batch of any size, several inputs in a tuple or
-            list, or a mapping of arguments. The forward pass takes no other than these.
+            list, or a mapping of arguments. The forward pass is called with these alone.
         options: the framework's own settings, an :attr:`Options`.
         smooth: the decay. ``None``: structures are taken out at once, as the framework does it.
         rectify: how decisions are taken back. ``None``: they are not.
@@ -108,12 +108,12 @@ class Adapter(ABC):
     Attributes:
         dpm: the core at work; ``None`` before :meth:`attach` and without smoothing.
         optimizers: what was attached.
-        clock: optimizer steps so far; of a framework with sparse learning, since that ended.
+        clock: optimizer steps so far; with sparse learning, steps since it ended.
         decided: whether the framework has begun to take structures out.
         removed: all that :meth:`remove` has taken away, or ``None`` before.
         pruned: how many structures that were.
         skipped: why groups are left as they are, by their root layer's name.
-        checked: whether :meth:`check` has passed; :meth:`attach` makes up for it.
+        checked: whether :meth:`check` has passed; if not, :meth:`attach` calls it.
 
     Raises:
         AdapterError: there is a rectifier and no smoothing, or no :meth:`choose` to replace what it
@@ -192,8 +192,8 @@ class Adapter(ABC):
     def attach(self, optimizer: Optimizer | Sequence[Optimizer], loss: Loss | None = None) -> Self:
         """Work around every step of an optimizer from now on; a first decision may fall at once.
 
-        Attached anew, to the optimizer of another stage of training, the adapter goes on with that
-        one.
+        Attached again, to the optimizer of another stage of training, the adapter goes on with the
+        new one.
 
         Args:
             optimizer: of the model's parameters; or several, each of a part of them, which step
@@ -241,7 +241,7 @@ class Adapter(ABC):
 
     @property
     def due(self) -> bool:
-        """Whether :meth:`remove` is to be called: it was decided, and nothing decays any more."""
+        """Whether to call :meth:`remove` now: all is decided, and nothing decays any more."""
         return self.decided and not self.complete and self._none_decays()
 
     def remove(self) -> Removal:
@@ -304,9 +304,9 @@ class Adapter(ABC):
         self._state = state
 
     def lay_out(self, removed: Removal | None) -> None:
-        """Give the dense model the layers that it has in a run in which so much was removed.
+        """Give the dense model the layers that it had in a run, after what the run had removed.
 
-        For the weights of a run, its last ones or those before a removal, to be loaded into.
+        The run's weights can then be loaded into it, those of its end or those before a removal.
         """
         if removed is not None:
             removed.apply(self.model, self.example, cut=True)
@@ -321,7 +321,7 @@ class Adapter(ABC):
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is left of what is to go: it is zero, or removed."""
+        """Whether all that is to go is zero, or removed."""
         return self.complete or (self.decided and self.dpm is not None and self._none_decays())
 
     @property
@@ -330,12 +330,12 @@ class Adapter(ABC):
         return self._heard + (0 if self.dpm is None else self.dpm.heard)
 
     def numbers(self, group: str) -> Sequence[int]:
-        """By the present numbers of a group's structures, those they had in the dense model."""
+        """The numbers that a group's structures had in the dense model, by their present ones."""
         assert self.dpm is not None
         return range(self.dpm.groups[group].size)
 
     def events(self) -> list[Event]:
-        """What the present core has reported, structures by their numbers in the dense model."""
+        """What the present core has reported, with structures numbered as in the dense model."""
         events = [] if self.dpm is None else self.dpm.events
         return [
             replace(e, structures=tuple(self.numbers(e.group)[k] for k in e.structures))
@@ -345,16 +345,16 @@ class Adapter(ABC):
     def new_optimizer(
         self, kind: str, learning_rate: float, momentum: float, weight_decay: float
     ) -> Optimizer:
-        """:func:`new_optimizer` of the model as it is, or the framework's own in its place."""
+        """:func:`new_optimizer` of the model as it is, or instead the framework's own."""
         return new_optimizer(self.model, kind, learning_rate, momentum, weight_decay)
 
     # ------------------------------------------------------------------ for authors
 
     @abstractmethod
     def check(self) -> None:
-        """Refuse, before any training, a target or a model that cannot be served.
+        """Refuse, before any training, a target or a model that the framework cannot handle.
 
-        An adapter's own ends with this one.
+        An adapter that overrides this method calls it at the end of its own.
 
         Raises:
             AdapterError: with cause and remedy.
@@ -380,16 +380,16 @@ class Adapter(ABC):
         raise NotImplementedError(f"{type(self).__name__} does not replace what was released")
 
     def start(self) -> None:
-        """Attached for the first time: the decision falls, unless the framework waits."""
+        """When attached for the first time: decide, unless the framework waits."""
         self.follow()
         self.decide()
 
     def before_step(self) -> None:
-        """The optimizer is about to step; the gradients are there."""
+        """When the optimizer is about to step, and the gradients are there."""
         return
 
     def after_step(self) -> None:
-        """The optimizer has stepped, and the core has done its part; :attr:`clock` has counted."""
+        """When the optimizer and the core have done their step, and :attr:`clock` has counted."""
         return
 
     def going(self) -> Structures:
@@ -409,13 +409,13 @@ class Adapter(ABC):
         return root_channels(self.grouped()[group], structures)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Attached with a state to go on from: what :meth:`start` sets up comes from there."""
+        """In place of :meth:`start`, when attached with a saved state: go on from there."""
         self.follow()
         if self.dpm is not None and state["dpm"] is not None:
             self.dpm.load_state_dict(state["dpm"])
 
     def decide(self) -> None:
-        """The framework's decision falls now: what it selects decays, or is due for removal."""
+        """Let the framework decide now: what it selects decays, or is due for removal."""
         if self.dpm is not None:
             self.dpm.decay(self.selection())
         self.decided = True
@@ -436,7 +436,7 @@ class Adapter(ABC):
         return new
 
     def follow(self) -> None:
-        """Put hooks on the optimizer's step: the core's, around which are this adapter's."""
+        """Put hooks on the optimizer's step: the core's, and this adapter's around them."""
         if self.complete or self.smooth is None:
             self._steps = Attachment(self.optimizers, [], self._before, self._after)
             return
@@ -475,7 +475,7 @@ class Adapter(ABC):
             )
 
     def check_ignored(self, names: Iterable[str]) -> None:
-        """Refuse to ignore what is not there.
+        """Refuse names in ``ignored`` that are no layers of the model.
 
         Raises:
             AdapterError: naming what is no layer of the model.
@@ -509,7 +509,7 @@ class Adapter(ABC):
                 f"the group of {root!r} {why}. Let it train, or name {root!r} in `ignored`"
             )
 
-    # ------------------------------------------------------------------ its own
+    # ------------------------------------------------------------------ internals
 
     def _before(self) -> None:
         self.before_step()
@@ -522,7 +522,7 @@ class Adapter(ABC):
         return self.dpm is None or self.dpm.count(Phase.DECAYING) == 0
 
     def _account(self, removal: Removal, going: Structures) -> None:
-        """The model is small: what was counted is added up, and the core is done."""
+        """After a removal: leave the optimizer, and add up what was removed."""
         self.detach()
         self._grouped = None
         self.pruned += sum(len(structures) for structures in going.values())
@@ -530,7 +530,7 @@ class Adapter(ABC):
 
     @property
     def optimizer(self) -> Optimizer | None:
-        """What was attached; of several the first."""
+        """The attached optimizer, or the first of several."""
         return self.optimizers[0] if self.optimizers else None
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -539,8 +539,8 @@ class Adapter(ABC):
 
     def _require_own(self, optimizers: Sequence[Optimizer]) -> None:
         own = {p for p in self.model.parameters() if p.requires_grad}
-        held = {p for o in optimizers for group in o.param_groups for p in group["params"]}
-        if not own <= held and not held <= set(self.model.parameters()):
+        optimized = {p for o in optimizers for group in o.param_groups for p in group["params"]}
+        if not own <= optimized and not optimized <= set(self.model.parameters()):
             raise AdapterError(
                 "the optimizer is of another model: it holds parameters that this one has not, and "
                 "lacks some that this one has, as after a removal. Give the one that went through "
@@ -570,7 +570,7 @@ def new_optimizer(
 
 
 def _require_whole(model: nn.Module) -> None:
-    """Refuse what wraps a model for several processes in a way that pruning does not survive.
+    """Refuse a model that is wrapped or sharded for several processes in a way pruning would break.
 
     Raises:
         AdapterError: with cause and remedy.
@@ -609,7 +609,7 @@ def count_macs(model: nn.Module, example: Any) -> int:
 
     Args:
         model: what to count.
-        example: of its inputs; of tensors with as many rows as the first, one row is taken.
+        example: of its inputs; one row is taken of every tensor with as many rows as the first.
     """
     counter = FlopCounterMode(display=False)
     # Attention's fast path is one operation to the counter, which it does not know.

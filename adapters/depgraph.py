@@ -4,9 +4,9 @@
 the same target; what it removed there decays in the real model and is removed at the end.
 
 In rounds (iterative pruning) that happens several times in one training: every round prunes the
-model as it is then a part of the way, by upstream's ranking at that time. Ours: equal factors of
-the MACs or the channels in every round; and a structure that was released is immune for the rest of
-its round, not in the next one, which decides anew.
+model of that time a part of the way, by upstream's ranking at that time. Ours: the MACs or the
+channels shrink by the same factor in every round; and a structure that was released is immune for
+the rest of its round, but not in the next one, which decides anew.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class DepGraphOptions:
         normalizer: upstream's ``normalizer`` of the group magnitude. ``None``: ``max`` with sparse
             learning, ``mean`` without, as upstream's own recipes have it.
         reg: upstream's ``reg``, the strength of sparse learning.
-        importance: the group magnitude, or ``random``: a ranking that knows nothing, drawn from the
-            run's seed, to see what a rectifier makes of it.
+        importance: the group magnitude, or ``random``: drawn from the run's seed, to see what a
+            rectifier makes of a blind ranking.
         ignored: names of layers that are left as they are, besides those that make the output.
-        skip_unsupported: leave all groups as they are in which a channel of zeros does not equal a
+        skip_unsupported: leave groups as they are in which a channel of zeros does not equal a
             removed one, such as a transformer's embedding, instead of refusing the model.
         rounds: how many times the stage ``prune`` prunes and removes; the last round meets the
             target.
@@ -156,7 +156,7 @@ class DepGraph(Adapter):
         )
 
     def _way(self) -> float:
-        """How much of the way to the target the model has gone after the present round."""
+        """The share of the way to the target that is done after the present round."""
         rounds: int = self.options.rounds
         return (self._round + 1) / rounds
 
@@ -253,7 +253,7 @@ class DepGraph(Adapter):
         return self._round == rounds
 
     def numbers(self, group: str) -> Sequence[int]:
-        """By the present numbers of a group's structures, those they had in the dense model."""
+        """The numbers that a group's structures had in the dense model, by their present ones."""
         return self._left.get(group, range(self._groups[group].structures))
 
     def _start_of(self, number: int) -> int:
@@ -292,7 +292,7 @@ class DepGraph(Adapter):
             self._decide_in_time()
 
     def _decide_in_time(self) -> None:
-        """The present round's decision falls, if it is time."""
+        """Decide what goes in the present round, if it is time."""
         if self.complete or self._chosen:
             return
         if self.clock + self.heard >= self._start_of(self._round):
@@ -324,7 +324,7 @@ class DepGraph(Adapter):
 
     @property
     def settled(self) -> bool:
-        """Whether nothing is left of what is to go in all rounds."""
+        """Whether all that is to go in all rounds is zero, or removed."""
         last = self._chosen and self._round == self.options.rounds - 1
         return self.complete or (last and self.dpm is not None and self._none_decays())
 
@@ -338,7 +338,7 @@ class DepGraph(Adapter):
         return self._groups[group].channels_of(torch.as_tensor(structures).tolist())
 
     def remove(self) -> Removal:
-        """Upstream removes, and the next round waits for its time."""
+        """Remove; the next round starts at its time."""
         removal = super().remove()
         self._decide_in_time()
         return removal
@@ -357,7 +357,7 @@ class DepGraph(Adapter):
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """With sparse learning, which upstream's regularizer depends on, and the rounds."""
+        """The base class's state, and how far sparse learning and the rounds are."""
         return {
             **super().state_dict(),
             "learning": self._learning,
@@ -373,7 +373,7 @@ class DepGraph(Adapter):
         self._chosen, self._left = state["chosen"], state["left"]
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Upstream's pruner is made anew, in sparse learning, too."""
+        """Go on from a saved state; in sparse learning, with a new pruner of upstream's."""
         super().restore(state)
         if self._learning:
             self._pruner = self._new_pruner(self.model)
@@ -390,7 +390,7 @@ def structure_groups(
 ) -> list[StructureGroup]:
     """Every structure group of a model, for use of the core without this adapter.
 
-    Each is tried out: its structures, removed, leave the network that they leave at zero.
+    Each is tried out: removing its structures has to be the same as setting them to zero.
 
     Args:
         model: stays in its mode.
@@ -399,7 +399,7 @@ def structure_groups(
         ignored: layers, or their names, to leave out, besides those that make the output.
         skip_unsupported: leave out, too, the groups whose channels cannot be decayed; a warning
             says which, and why.
-        tried: whether that was done before, with this model and ``ignored``: it takes a while.
+        tried: whether this model was tried out before, with this ``ignored``; it takes a while.
         progress: called now and then with what is going on; large networks take some seconds.
 
     Raises:

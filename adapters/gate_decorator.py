@@ -154,9 +154,9 @@ class GateDecorator(Adapter):
 
     def _put_gates_in(self) -> None:
         before = self._by_place()
-        held = {p for group in self.param_groups() for p in group["params"]}
+        optimized = {p for group in self.param_groups() for p in group["params"]}
         for name, parameter in before.items():
-            if parameter.requires_grad and parameter not in held:
+            if parameter.requires_grad and parameter not in optimized:
                 raise AdapterError(
                     f"the optimizer does not hold {name!r}, and gates take the places of "
                     "parameters in it; give it all parameters of the model that train"
@@ -166,7 +166,7 @@ class GateDecorator(Adapter):
         self._hand_over(before)
 
     def _by_place(self) -> dict[str, nn.Parameter]:
-        """The model's parameters by name, gates under those of what they stand for."""
+        """The model's parameters by name, gates and shifts by the names of what they replace."""
         gates, places = method.gated(self.model), {}
         for name, parameter in self.model.named_parameters():
             layer, _, own = name.rpartition(".")
@@ -174,7 +174,7 @@ class GateDecorator(Adapter):
         return places
 
     def _hand_over(self, before: Mapping[str, nn.Parameter]) -> None:
-        """Put the model's parameters into the optimizers, in place of those of before."""
+        """Put the model's parameters into the optimizers, in place of the earlier ones."""
         now = self._by_place()
         for optimizer in self.optimizers:
             exchange(optimizer, {before[name]: now[name] for name in before})
@@ -240,7 +240,7 @@ class GateDecorator(Adapter):
         self._released = 0
 
     def selection(self) -> Structures:
-        """What the tick's scores single out, and as many again as were released."""
+        """What the tick's scores select, and one more for each structure that was released."""
         assert self.dpm is not None
         alive, spared = self._alive(), self._by_structure(self.dpm.available) == 0
         chosen = self._method.selected(self._target, alive, spared, more=self._released)
@@ -251,7 +251,7 @@ class GateDecorator(Adapter):
         return int(self.options.macs * self._method.costs.dense)
 
     def _by_structure(self, what: Callable[[str], Tensor]) -> Tensor:
-        """What the core says of each group's structures, in the order of the method's table."""
+        """What the core reports of all structures, in the order of the method's table."""
         listed = torch.cat([what(group.name) for group in self._method.groups])
         return listed.to(running.device_of(self.example, self.model))
 
@@ -263,7 +263,7 @@ class GateDecorator(Adapter):
         return self._by_structure(self.dpm.phases) == Phase.ACTIVE
 
     def _measure(self) -> None:
-        """After a selection or a release, and at no other time, the MACs have changed."""
+        """Count the MACs that are left; only selections and releases change them."""
         self._left = self._method.macs(self._alive()) / self._method.costs.dense
 
     @property
@@ -274,7 +274,7 @@ class GateDecorator(Adapter):
 
     @property
     def due(self) -> bool:
-        """As soon as the target is met."""
+        """Whether the target is met, so that the gates can be melted."""
         return not self.complete and self.settled
 
     def going(self) -> Structures:
@@ -297,7 +297,7 @@ class GateDecorator(Adapter):
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """With its own progress and the scores; gates and masks are in the model."""
+        """The base class's state, its own progress and the scores; the model has the gates."""
         return {
             **super().state_dict(),
             "steps": self._steps_done,
@@ -308,19 +308,19 @@ class GateDecorator(Adapter):
         }
 
     def lay_out(self, removed: Removal | None) -> None:
-        """The model gets its gates, or is made small."""
+        """Give the model its gates, or make it small."""
         super().lay_out(removed)
         if not self.complete:
             self._method = self._decorated(self.model)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The model gets its gates, or is made small."""
+        """Give the model its gates, or make it small."""
         super().load_state_dict(state)
         self._steps_done, self._tuned_from = state["steps"], state["tuned_from"]
         self._released, self._peaks = state["released"], tuple(state["peaks"])
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Attached with a state to go on from."""
+        """Go on from a saved state."""
         if self.complete:
             self.follow()
             return

@@ -1,12 +1,12 @@
-"""An optimizer goes on over a removal: momentum and the like of what stays, stays.
+"""Carrying an optimizer over a removal: parameters keep the momentum of what is left of them.
 
 The optimizer remains the same object, so that learning-rate schedulers, step hooks and settings by
 parameter group go on as well. Which rows and columns stay of each parameter is read off the same
 removal of a copy (:func:`dpm_core.third_party.dependency.survivors`). All of this is ours.
 
-What is carried over is what has its parameter's shape: momentum, running means of squares. A state
-whose rows and columns mean something else, such as the factors of a square matrix's curvature,
-would pass for such a one; optimizers with those need a new start.
+States of their parameter's shape are carried over: momentum, running means of squares. A state of
+that shape whose rows and columns mean something else, such as the factors of a square matrix's
+curvature, would be cut wrongly; make a new optimizer if yours has such states.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CarryOverError(AdapterError):
 
 
 class CarryOver:
-    """One removal, from before to after: constructed before, :meth:`finish` ends it.
+    """One optimizer and one removal: construct it before the removal, call :meth:`finish` after.
 
     Args:
         model: before the removal.
@@ -43,10 +43,10 @@ class CarryOver:
         self._names: dict[Tensor, str] = {}
         for name, parameter in model.named_parameters():
             self._names[parameter] = name
-        held: set[Tensor] = {p for group in optimizer.param_groups for p in group["params"]}
+        optimized: set[Tensor] = {p for group in optimizer.param_groups for p in group["params"]}
         own = [(k, v) for group in optimizer.param_groups for k, v in group.items()]
         own = [kv for kv in [*own, *vars(optimizer).items()] if kv[0] not in _KNOWN]
-        hidden = {k for k, v in own if any(t in held or t.dim() for t in _tensors(v))}
+        hidden = {k for k, v in own if any(t in optimized or t.dim() for t in _tensors(v))}
         if hidden:
             raise CarryOverError(
                 f"{type(optimizer).__name__} keeps tensors of its own in {sorted(hidden)}, which "
@@ -65,8 +65,8 @@ class CarryOver:
             stays: by parameter and dimension, the positions that are left, (N,) on the host.
         """
         now = dict(self._model.named_parameters(remove_duplicate=False))
-        held = {p for group in self._optimizer.param_groups for p in group["params"]}
-        fresh = {p: now[name] for p, name in self._names.items() if p in held}
+        optimized = {p for group in self._optimizer.param_groups for p in group["params"]}
+        fresh = {p: now[name] for p, name in self._names.items() if p in optimized}
         states: dict[Tensor, dict[str, Any]] = {}
         for old, new in fresh.items():
             if new is not old and old in self._optimizer.state:
@@ -96,7 +96,7 @@ def exchange(optimizer: torch.optim.Optimizer, fresh: Mapping[Tensor, Tensor]) -
     """Put parameters in the place of others, in the same groups; their states are dropped.
 
     Args:
-        optimizer: that holds the others.
+        optimizer: with the others in its groups.
         fresh: the new parameter of each that is to go.
     """
     for group in optimizer.param_groups:

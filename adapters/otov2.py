@@ -90,10 +90,10 @@ class OTOv2(Adapter):
 
     @property
     def _needed(self) -> int:
-        """Steps from the last decision to the end: earlier rounds may hold hearings, too.
+        """Steps from the last decision to the end: earlier rounds may need hearings, too.
 
-        Rounds start a decay apart, all but the last. So the one before it still holds up to as many
-        hearings as there are waves, the one before that up to one less, and so on.
+        All rounds but the last start a decay apart. So the round before the last may still need as
+        many hearings as there are waves, the one before that one less, and so on.
         """
         if self.rectify is None:
             return self.decay_steps()
@@ -101,7 +101,7 @@ class OTOv2(Adapter):
         return self.decay_steps() + batches * waves * (waves + 1) // 2
 
     def check(self) -> None:
-        """Refuse too short a training, an impossible target, and groups removal contradicts."""
+        """Refuse too short a training, an impossible target, and groups that are not exact."""
         first = max(self._first + 1, self.options.warm_up_steps)
         if first + self._needed > self.training.steps:
             raise AdapterError(
@@ -241,16 +241,17 @@ class OTOv2(Adapter):
             self._decay_wanted(self.dpm)
 
     def _limit_releases(self) -> None:
-        """What was released never goes, and one structure of every component stays anyway."""
+        """Allow no more releases than leave enough structures to meet the target."""
         if self.dpm is not None and self.decided:
+            # What was released never goes, and one structure of every component stays anyway.
             spare = self._dhspg.structures() - self._goal - len(self.dpm.groups)
             self.dpm.release_limit = max(0, spare)
 
     def choose(self, group: str, count: int, free: Tensor) -> Tensor:
         """The next-ranked structures of the component.
 
-        Ours: they do not wait for the half-space. Theirs are the largest norms, and at the end of
-        a run the penalty would bring them down late, at a low learning rate.
+        Ours: they do not wait for the half-space. They have the largest norms, and the penalty
+        would bring them down only late in a run, at a low learning rate.
         """
         score = self._dhspg.scores[group].cpu().clone()
         # What is in G_p goes anyway: it is taken only where nothing else is left.
@@ -365,7 +366,7 @@ class OTOv2(Adapter):
     # ------------------------------------------------------------------ saving
 
     def state_dict(self) -> dict[str, Any]:
-        """With its own progress; the optimizer saves itself."""
+        """The base class's state, and its own progress; the optimizer saves itself."""
         return {**super().state_dict(), "goal": self._goal, "round": self._round}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -374,7 +375,7 @@ class OTOv2(Adapter):
         self._goal, self._round = state["goal"], state["round"]
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Attached with a state to go on from."""
+        """Go on from a saved state."""
         super().restore(state)
         if not self.complete:
             self._limit_releases()

@@ -1,7 +1,8 @@
 """Adapters by name, imported only when asked for: a new one adds a line here.
 
-One from outside is found by an entry point of the group ``decay_pruning.adapters``: a class derived
-from :class:`dpm_core.adapters.base.Adapter`, with ``Options`` and all that is abstract there.
+An installed package offers one by an entry point of the group ``decay_pruning.adapters``: a class
+derived from :class:`dpm_core.adapters.base.Adapter`, with ``Options`` and all that is abstract
+there.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def load(name: str) -> type[Adapter]:
             install.
     """
     offered = sorted(metadata.entry_points(group=GROUP), key=lambda e: (e.name, _package(e)))
-    found = [e for e in offered if e.name == name]
-    makers = [f"{e.value} of {_package(e)}" for e in found]
+    matching = [e for e in offered if e.name == name]
+    makers = [f"{e.value} of {_package(e)}" for e in matching]
     if name in ADAPTERS:
         makers.insert(0, f"{ADAPTERS[name]} of this repository")
     if not makers:
@@ -45,8 +46,8 @@ def load(name: str) -> type[Adapter]:
             f"the adapter {name!r} is offered more than once: {', '.join(makers)}. Records would "
             "not tell which of them ran: rename one, or uninstall its package"
         )
-    if found:
-        return _installed(found[0])
+    if matching:
+        return _installed(matching[0])
     module, attribute = ADAPTERS[name].split(":")
     built_in: type[Adapter] = getattr(import_module(module), attribute)
     return built_in
@@ -55,23 +56,24 @@ def load(name: str) -> type[Adapter]:
 def _installed(entry: metadata.EntryPoint) -> type[Adapter]:
     where = f"the adapter {entry.name!r} ({entry.value}) of the installed package {_package(entry)}"
     try:
-        found = entry.load()
+        adapter = entry.load()
     except (Exception, SystemExit) as cause:
         raise AdapterError(
             f"{where} cannot be loaded ({type(cause).__name__}: {cause}); repair or uninstall the "
             "package"
         ) from cause
-    if not (isclass(found) and issubclass(found, Adapter)):
+    if not (isclass(adapter) and issubclass(adapter, Adapter)):
         raise AdapterError(f"{where} is no class derived from dpm_core.adapters.base.Adapter")
-    missing = sorted({*getattr(found, "__abstractmethods__", ())} | ({"Options"} - {*dir(found)}))
+    abstract = {*getattr(adapter, "__abstractmethods__", ())}
+    missing = sorted(abstract | ({"Options"} - {*dir(adapter)}))
     if missing:
         raise AdapterError(f"{where} does not define {', '.join(missing)}; see adapters/base.py")
-    if not (isclass(found.Options) and is_dataclass(found.Options)):
+    if not (isclass(adapter.Options) and is_dataclass(adapter.Options)):
         raise AdapterError(f"{where} has Options that are no dataclass; see adapters/base.py")
     for name in ("complete", "due", "settled"):  # methods would be true always
-        if callable(getattr(found, name)):
+        if callable(getattr(adapter, name)):
             raise AdapterError(f"{where} has {name}() where a property belongs: add @property")
-    return found
+    return adapter
 
 
 def _package(entry: metadata.EntryPoint) -> str:

@@ -30,9 +30,9 @@ from .optimizer_state import CarryOver
 class Removal:
     """Channels of layers, in the order in which they go.
 
-    Layers that are named once go together, by their positions in the model as it is before. Where a
-    layer occurs again, a further removal begins: from there on positions count in the small model.
-    A layer that occurs again without any channels says just that.
+    Until a layer occurs a second time, all are removed together, and channels are counted in the
+    model before. A second occurrence begins a further removal: from there on channels are counted
+    in the model that the earlier ones leave. An occurrence without channels does nothing else.
 
     Attributes:
         items: (layer's name, its output channels), as modules are named in the dense model. Any
@@ -76,11 +76,11 @@ class Removal:
         return ((name, list(channels)) for name, channels in self.items)
 
     def __len__(self) -> int:
-        """How many items it has."""
+        """How many items it has; a layer counts again in each later removal."""
         return len(self.items)
 
     def __add__(self, later: Removal) -> Removal:
-        """This removal, and then another one, which counts positions as this one leaves them."""
+        """This removal, then another one, whose channels are counted in what this one leaves."""
         if not isinstance(later, Removal):
             return NotImplemented
         if not self.items:
@@ -105,8 +105,8 @@ class Removal:
             example: of its inputs, on its device.
             optimizer: of the model's parameters, or several, to go on with what stays of them and
                 of their own states: see :mod:`dpm_core.adapters.optimizer_state`.
-            cut: take out what is not zero, as from a dense model in which nothing is. The small
-                model is then compared with a copy in which all that goes is zero.
+            cut: whether what goes may be other than zero, as in a dense model. The small model is
+                then compared with a copy in which it is zero.
 
         Raises:
             RemovalError: the outputs would change by more than rounding.

@@ -40,7 +40,7 @@ VERSION = 1
 TEMPORARY = re.compile(
     r"\.(?P<name>.+\.(json|jsonl|pt|pt2|onnx|safetensors|png|html|md))\.[a-z0-9_]{8}\.tmp"
 )
-"""How :func:`write` calls a file that is not complete yet; others leave such names alone."""
+"""The names that :func:`write` gives to incomplete files; others leave such files alone."""
 
 
 class SavedModelError(DecayPruningError, ValueError):
@@ -61,7 +61,7 @@ class MismatchError(SavedModelError):
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         removal: what was removed from the dense model.
@@ -81,7 +81,7 @@ class Saved:
         trial = running.copied(model)
         try:
             self.removal.apply(trial, example, cut=True)
-        except Exception as cause:  # whatever upstream trips over in a model of another kind
+        except Exception as cause:  # whatever upstream fails on in a model of another kind
             raise MismatchError(
                 "what was removed from the saved model cannot be removed from this one "
                 f"({_first_line(cause)}); build the dense model with the same settings, and give "
@@ -128,9 +128,9 @@ def save_pruned(
 ) -> None:
     """Write a pruned model: parameters, persistent buffers, and what was removed.
 
-    The file appears whole or not at all; one of that name that was there is kept until then. Where
-    tensors are one and the same, one is written. Device and memory layout are not kept. What is
-    equal gives equal bytes.
+    The file appears whole or not at all; until then an older file of that name is kept. A tensor
+    with several names is written once. Device and memory layout are not kept. Equal models give
+    equal bytes.
 
     Args:
         path: of the file; missing folders are made.
@@ -182,7 +182,7 @@ def save_pruned(
 
 
 def read(path: Path) -> Saved:
-    """What a file holds, checked to be what was written.
+    """The content of a file, checked to be what was written.
 
     Raises:
         DamagedError: it is cut off, altered, or no such file at all.
@@ -194,12 +194,12 @@ def read(path: Path) -> Saved:
         length = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + length])["__metadata__"]
         if metadata["format"] != FORMAT:
-            raise ValueError(f"it says to be {metadata['format']!r}")
+            raise ValueError(f"its format is {metadata['format']!r}")
         version = int(metadata["version"])
         if version <= VERSION:
             tensors = safetensors.torch.load(content)
             if version < 1 or metadata["sha256"] != checksum(metadata["description"], tensors):
-                raise ValueError("its checksum is another one")
+                raise ValueError("its checksum does not fit its content")
             described = json.loads(metadata["description"])
             for name, other in described["same"].items():
                 tensors[name] = tensors[other]
@@ -278,10 +278,10 @@ def claim(handle: int, sure: bool = False) -> bool:
 
     Args:
         handle: of the open file.
-        sure: where there are no such locks, on this platform or file system, say no.
+        sure: return False where this platform or file system has no such locks, instead of True.
 
     Returns:
-        Whether no other process has it.
+        Whether no other process has the lock.
     """
     if fcntl is None:
         return not sure
@@ -294,16 +294,16 @@ def claim(handle: int, sure: bool = False) -> bool:
 
 def checksum(description: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of a description and of every tensor's name, type, shape and bytes, in hex digits."""
-    made = hashlib.sha256(json.dumps([FORMAT, VERSION, description]).encode())
+    digest = hashlib.sha256(json.dumps([FORMAT, VERSION, description]).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        made.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        made.update(_bytes(tensor).numpy().data)
-    return made.hexdigest()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(_bytes(tensor).numpy().data)
+    return digest.hexdigest()
 
 
 def _ordered(content: bytes) -> bytes:
-    """A safetensors file with its metadata in order: the library writes them in a drawn one."""
+    """A safetensors file with sorted metadata, which the library writes in random order."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -313,7 +313,7 @@ def _ordered(content: bytes) -> bytes:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """Its bytes in order, on the host: what makes NaNs equal, too."""
+    """A tensor's bytes in order, on the host; compared by these, NaNs are equal, too."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 

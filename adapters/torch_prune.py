@@ -1,7 +1,7 @@
 """torch.nn.utils.prune: ``ln_structured``, the structured pruning that comes with PyTorch.
 
-Upstream masks rows of one layer's weight. Ours is what becomes of its masks: layers whose channels
-are tied are ranked as one, and what is masked goes whole, with its bias and BatchNorm. ``base``
+Upstream masks rows of one layer's weight. What becomes of its masks is ours: layers whose channels
+are tied are ranked as one, and a masked structure goes whole, with its bias and BatchNorm. ``base``
 removes it at once; for ``sp`` and ``sr`` it decays and is removed at the end.
 docs/write-an-adapter.md builds this file step by step.
 """

@@ -24,7 +24,7 @@ from .training import Stopped
 
 STOPPED = 130
 MOST = 10**9
-"""No count is larger."""
+"""The largest count that is taken."""
 MOST_THREADS, MOST_SEEDS = 1024, 1000
 
 
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--until-eof",
         action="store_true",
-        help="save and stop when standard input ends, as it does with the process behind it",
+        help="save and stop when standard input ends, as it does with whoever started this",
     )
 
     many = commands.add_parser("compare", help="all variants over several seeds, and their table")
@@ -99,7 +99,7 @@ def seed(text: str) -> int:
 
 def seeds(text: str) -> list[int]:
     """``0-4`` or ``0,2,5`` as a list."""
-    found: list[int] = []
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if not _whole(first) or (dash and not _whole(last)):
@@ -109,12 +109,12 @@ def seeds(text: str) -> list[int]:
         start, end = seed(first), seed(last if dash else first)
         if end < start:
             raise argparse.ArgumentTypeError(f"{shown(text)!r} runs backwards; give 0-4 or 0,2,5")
-        if len(found) + end - start >= MOST_SEEDS:
+        if len(numbers) + end - start >= MOST_SEEDS:
             raise argparse.ArgumentTypeError(
                 f"{shown(text)!r} is more than {MOST_SEEDS} seeds; give fewer at a time"
             )
-        found += range(start, end + 1)
-    return sorted(set(found))
+        numbers += range(start, end + 1)
+    return sorted(set(numbers))
 
 
 def _whole(text: str) -> bool:
@@ -125,16 +125,16 @@ def _whole(text: str) -> bool:
 def pause(text: str) -> float:
     """Seconds, 0 or more; ``inf`` for never."""
     try:
-        found = float(text)
+        seconds = float(text)
     except ValueError:
-        found = -1.0
-    if not found >= 0:
+        seconds = -1.0
+    if not seconds >= 0:
         raise argparse.ArgumentTypeError(f"{shown(text)!r} are no seconds; give 0 or more")
-    return found
+    return seconds
 
 
 def folder(text: str) -> Path:
-    """A path that is not empty: nothing would be the current folder."""
+    """A path that is not empty: an empty one would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty; give a folder's")
     return Path(text)
@@ -182,19 +182,18 @@ def _compare(args: argparse.Namespace) -> None:
     ]
     check(args.out, ["table.json"])
     check(args.out / "plots")
-    records = compare(jobs, at_once=args.jobs)
-    runs = table.located(records)
-    made = [record for _, record in runs]
-    print(table.markdown(made), end="\n\n")
+    runs = table.located(compare(jobs, at_once=args.jobs))
+    records = [record for _, record in runs]
+    print(table.markdown(records), end="\n\n")
     _plots(runs, args.out)
-    print(_figures(made, args.out))
+    print(_figures(records, args.out))
 
 
 def _figures(records: list[table.Record], out: Path) -> Path:
     """Write the table's figures as JSON, in full precision."""
-    found = [{"title": t, "rows": table.rows(m)} for t, m in table.sections(records)]
+    content = [{"title": t, "rows": table.rows(m)} for t, m in table.sections(records)]
     clean(out)
-    save_json(out / "table.json", found)
+    save_json(out / "table.json", content)
     return out / "table.json"
 
 
@@ -202,8 +201,8 @@ def _plots(runs: list[tuple[Path, table.Record]], out: Path) -> None:
     from . import plot  # only now, as in other commands: matplotlib takes a second to load
 
     clean(out / "plots")
-    for made in plot.plot(runs, out / "plots"):
-        print(made)
+    for picture in plot.plot(runs, out / "plots"):
+        print(picture)
 
 
 def _show(command: str, runs: list[tuple[Path, table.Record]], out: Path) -> None:
@@ -242,18 +241,18 @@ def device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(name)
-        torch.ones(1, device=found).add(1).item()  # a device that can compute
+        chosen = torch.device(name)
+        torch.ones(1, device=chosen).add(1).item()  # a device that can compute
     except Exception as cause:  # every kind of device has errors of its own
         reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise RunError(f"there is no device {name!r} ({reason}); give auto, cpu or cuda") from cause
-    return found
+    return chosen
 
 
 def stop_at_eof() -> None:
     """Ask this process to stop, as by SIGTERM, when its standard input ends.
 
-    A pipe from whoever started it ends with that process, also where it was killed.
+    A pipe from the process that started it ends with that process, even if it is killed.
     """
 
     def wait() -> None:
@@ -265,7 +264,7 @@ def stop_at_eof() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Carry out one command; prints what it made, or one clear error."""
+    """Carry out one command; prints its results, or one clear error."""
     args = parser().parse_args(arguments)
     os.environ.setdefault("MPLBACKEND", "agg")  # files only, whatever the machine has for a screen
     if getattr(args, "threads", None):

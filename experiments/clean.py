@@ -1,4 +1,4 @@
-"""Remove what the project has made: ``python experiments/clean.py --out runs --venv .venv``.
+"""Remove what the project has written: ``python experiments/clean.py --out runs --venv .venv``.
 
 Of a folder of runs and of an environment only what is known to be the project's goes; whatever else
 lies there stays, and is named. Needs nothing but Python: the environment may be gone already.
@@ -43,11 +43,11 @@ def ours(path: str) -> bool:
 
 
 def files(folder: Path, deep: int = 4) -> Iterator[str]:
-    """All that is no folder, links to folders included, by its path in there.
+    """The paths of all files in a folder and below, links to folders among them.
 
     Args:
         folder: where to look.
-        deep: a folder so far down stands for all that is in it: runs lie higher.
+        deep: how many levels of folders to enter: a deeper one has no runs in it, and is listed.
     """
     for entry in os.scandir(folder):
         if deep and entry.is_dir(follow_symlinks=False):
@@ -63,8 +63,8 @@ def clean_runs(folder: Path) -> list[str]:
         folder: where runs are kept.
 
     Returns:
-        The paths in there that stay. Where it holds no run and no dense model, or holds the
-        project or the user's home, all do.
+        The paths in the folder that stay. All do if there is no run and no dense model among them,
+        or if the project or the user's home lies in the folder.
     """
     whole, home = folder.resolve(), Path(os.path.expanduser("~")).resolve()
     if any(whole in (place, *place.parents) for place in (ROOT, home)):
@@ -86,9 +86,9 @@ def clean_runs(folder: Path) -> list[str]:
 
 
 def clean_environment(folder: Path) -> bool:
-    """Remove an environment that ``make setup`` has made; says whether it was one.
+    """Remove an environment that ``make setup`` has made; returns whether it was one.
 
-    A link to one goes, and what it leads to stays.
+    Of a link to one only the link is removed.
     """
     if folder.is_symlink():
         folder.unlink()

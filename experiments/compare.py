@@ -56,8 +56,8 @@ def compare(jobs: Sequence[Job], *, at_once: int | None = None) -> list[Path]:
         The records, in the order of the jobs.
 
     Raises:
-        RunError: two configurations have one name; or a run failed, then its output is quoted and
-            the others are kept.
+        RunError: two configurations have one name; or a run failed: its output is quoted, and the
+            other runs are kept.
         BusyError: another process carries one of the runs out.
     """
     if at_once is None:
@@ -80,7 +80,7 @@ def compare(jobs: Sequence[Job], *, at_once: int | None = None) -> list[Path]:
                 f"another process is at work in {job.request.folder}; wait until it has ended, or "
                 "end it, or give another --out"
             )
-    # First the runs that train dense models; each is waited for by those that find its model.
+    # First the runs that train dense models; those that read a dense model wait for its run.
     leading = [job for job in waiting if job.dense is not None and job is first[job.dense]]
     queue = leading + [job for job in waiting if job.dense is None or first[job.dense] is not job]
     bar = tqdm(
@@ -92,7 +92,7 @@ def compare(jobs: Sequence[Job], *, at_once: int | None = None) -> list[Path]:
 
 
 def _work(queue: list[Job], leading: dict[str | None, Job], at_once: int, bar: tqdm[None]) -> None:
-    """Carry out a queue; ``leading`` names, by dense model, the run that has to be over first."""
+    """Carry out a queue; ``leading`` has, by dense model, the run that has to finish first."""
     running: list[tuple[Job, subprocess.Popen[bytes]]] = []
     try:
         while queue or running:

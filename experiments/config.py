@@ -206,9 +206,9 @@ class Config(_Table):
 
     @model_validator(mode="after")
     def _known(self) -> Config:
-        # What stands under [options] has no limits of its own, as other keys have.
-        if found := list(faults(self.model_dump())):
-            raise ValueError("; ".join(found))
+        # Values under [options] have no limits of their own, as other keys have.
+        if wrong := list(faults(self.model_dump())):
+            raise ValueError("; ".join(wrong))
         if self.model not in MODELS:
             raise ValueError(f"unknown model {self.model!r}; there are: {', '.join(MODELS)}")
         try:
@@ -232,7 +232,7 @@ class Config(_Table):
         return [(name, self.stages[name]) for name in ("sparse", "prune") if name in self.stages]
 
     def training(self, steps_per_epoch: Callable[[int], int]) -> Training:
-        """What an adapter has to know of the stages.
+        """The lengths of the stages, as an adapter has to know them.
 
         Args:
             steps_per_epoch: by the size of a batch.
@@ -256,7 +256,7 @@ class Config(_Table):
         return SmoothPruning(self.smooth.steps)
 
     def hash(self) -> str:
-        """Names the configuration's content: 16 hex digits."""
+        """A hash of the configuration's content: 16 hex digits."""
         content = self.model_dump(mode="json")
         if self.dense is not None and self.dense.seeds is None:
             del content["dense"]["seeds"]  # the hashes of older records go without it
@@ -273,10 +273,10 @@ class Config(_Table):
         return seed if shared is None else seed % shared
 
     def dense_hash(self, images: str) -> str:
-        """Names what the dense model depends on, so that variants and frameworks share it.
+        """A hash of all that the dense model depends on, so that variants and frameworks share it.
 
         Args:
-            images: names the training images' content.
+            images: a hash of the training images, or what stands for it.
         """
         parts = [
             self.model,
@@ -317,7 +317,7 @@ def _lines(error: ValidationError, prefix: str = "") -> list[str]:
 
 
 def _plain(value: object) -> dict[str, str]:
-    """TOML's dates and times, which no key takes: refused as what they are, under their key."""
+    """TOML's dates and times, which no key takes, in a form that is refused under their key."""
     return {type(value).__name__: str(value)}
 
 
@@ -350,8 +350,8 @@ def load(path: Path, *, data: str | None = None, validation: int | None = None) 
             table["name"] = data
         if validation is not None:
             table["validation"] = validation
-    if found := list(faults(raw)):  # not all of it can be written as JSON
-        raise ConfigError(f"{path}: " + "; ".join(found))
+    if wrong := list(faults(raw)):  # not all of it can be written as JSON
+        raise ConfigError(f"{path}: " + "; ".join(wrong))
     try:
         # Strict JSON mode takes lists for tuples and whole numbers for floats, and nothing else.
         return Config.model_validate_json(json.dumps(raw, default=_plain), strict=True)

@@ -4,11 +4,12 @@
 ``cifar100``: torchvision's downloads. ``folder:PATH``: any image folder with ``train`` and
 ``test`` (or ``val``) inside, one subfolder per class in each.
 
-In a class folder, and in folders within it, every file has to be an image that Pillow reads; what
-is not is counted and named in an error. Only files and folders whose names start with a dot are
-passed over. Colours are taken as 8-bit RGB, as torchvision takes them: transparency and colour
-profiles are ignored. 16 bits are rounded to 8, photographs are turned as their EXIF orientation
-says. What has no such reading (floating point, 32 bits, several frames) is refused by name.
+In a class folder, and in folders within it, every file has to be an image that Pillow reads; others
+are counted and named in an error. Only files and folders whose names start with a dot, and what
+file managers leave behind, are passed over. Colours are read as 8-bit RGB, as torchvision reads
+them: transparency and colour profiles are ignored. 16 bits are rounded to 8, photographs are turned
+as their EXIF orientation says. Images that cannot be read so (floating point, 32 bits, several
+frames) are refused by name.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHOWN = 3
-"""So many of the files that are wrong are named."""
+"""How many of the wrong files an error names."""
 UNWANTED = {"desktop.ini", "Thumbs.db"}
 """What file managers leave in folders, beside files with a dot in front."""
 
@@ -49,7 +50,7 @@ class Images:
     """A training and a test set on one device.
 
     Attributes:
-        label: how tables and plots call the data.
+        label: what tables and plots call the data.
         train, test: uint8, (N, C, H, W).
         train_labels, test_labels: int64, (N,).
         classes: number of classes.
@@ -99,20 +100,20 @@ class Images:
         return cached
 
     def digest(self) -> str:
-        """Names the content, images and labels of both sets: 16 hex digits."""
+        """A hash of the images and labels of both sets: 16 hex digits."""
         return self._named("digest", "train", "train_labels", "test", "test_labels")
 
     def training_digest(self) -> str:
-        """Names the training images and their labels, all that training sees: 16 hex digits."""
+        """A hash of the training images and their labels, all that training sees: 16 hex digits."""
         return self._named("training_digest", "train", "train_labels")
 
     def _named(self, digest: str, *tensors: str) -> str:
         cached: str | None = getattr(self, f"_cached_{digest}", None)
         if cached is None:
-            found = hashlib.blake2b(digest_size=8)
+            content = hashlib.blake2b(digest_size=8)
             for name in tensors:
-                found.update(getattr(self, name).cpu().contiguous().numpy().data)
-            cached = found.hexdigest()
+                content.update(getattr(self, name).cpu().contiguous().numpy().data)
+            cached = content.hexdigest()
             object.__setattr__(self, f"_cached_{digest}", cached)
         return cached
 
@@ -244,14 +245,14 @@ def _parted(whole: Images, train: int | None, validation: int | None) -> Images:
     if train < len(order):
         label += f", {train:,} training images"
     rows = order[:train]
-    made = replace(
+    part = replace(
         whole, label=label, train=whole.train[rows], train_labels=whole.train_labels[rows]
     )
     if not apart:
-        return made
+        return part
     rows = order[-apart:]
     return replace(
-        made,
+        part,
         label=f"{label}, {apart:,} for validation",
         test=whole.train[rows],
         test_labels=whole.train_labels[rows],
@@ -358,12 +359,12 @@ def _classes(folder: Path, seen: dict[str, Path]) -> Classes:
     """The files of a folder's classes, in the order of torchvision's ``ImageFolder``."""
     from PIL import Image
 
-    found = {}
+    classes = {}
     loose = []
     _once(folder, seen)
     for entry in _entries(folder):
         if _is_folder(entry):
-            found[entry.name] = sorted(_below(Path(entry.path), seen), key=_place)
+            classes[entry.name] = sorted(_below(Path(entry.path), seen), key=_place)
         elif Path(entry.name).suffix.lower() in Image.registered_extensions():
             loose.append(entry.name)
     if loose:
@@ -371,9 +372,9 @@ def _classes(folder: Path, seen: dict[str, Path]) -> Classes:
             f"{folder} has {len(loose)} images outside of its class folders "
             f"({_some(sorted(loose))}); put them into one, or remove them"
         )
-    if empty := [name for name, files in found.items() if not files]:
+    if empty := [name for name, files in classes.items() if not files]:
         raise DataError(f"{folder} has class folders without images ({_some(empty)}); remove them")
-    return found
+    return classes
 
 
 def _place(file: Path) -> tuple[str, str]:
@@ -394,7 +395,7 @@ def _below(folder: Path, seen: dict[str, Path]) -> Iterator[Path]:
 
 
 def _once(folder: Path, seen: dict[str, Path]) -> None:
-    """Refuse a folder that was met before: a link would multiply images, or lead in circles."""
+    """Refuse a folder that was read before: a link would multiply images, or lead in circles."""
     other = seen.setdefault(os.path.realpath(folder), folder)
     if other is not folder:
         raise DataError(
@@ -405,8 +406,8 @@ def _once(folder: Path, seen: dict[str, Path]) -> None:
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=lambda entry: entry.name)
     except OSError as cause:
         raise DataError(f"{folder} cannot be read ({cause.strerror})") from cause
     return [e for e in entries if not e.name.startswith(".") and e.name not in UNWANTED]
@@ -420,10 +421,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _stamp(path: Path, parts: Mapping[str, Classes], size: int) -> str:
-    """Names a folder's files as they are on disk.
+    """A hash of a folder's files as they are on disk.
 
-    The time of an inode's last change is in it, which no program can set: files of equal size and
-    an older date that take the others' place have another one.
+    It includes the time of each inode's last change, which no program can set. So it changes even
+    if files are replaced by others of equal size and an older date.
     """
     stamp = hashlib.sha256(os.fsencode(path.resolve()) + f" {size}\n".encode())
     for part in parts.values():
@@ -431,10 +432,10 @@ def _stamp(path: Path, parts: Mapping[str, Classes], size: int) -> str:
             for file in files:
                 try:
                     at = file.stat()
-                    told = f" {at.st_size} {at.st_mtime_ns} {at.st_ctime_ns} {label}\n"
+                    line = f" {at.st_size} {at.st_mtime_ns} {at.st_ctime_ns} {label}\n"
                 except OSError:  # such as a link to nothing, which decoding will name
-                    told = f" {label}\n"
-                stamp.update(os.fsencode(file.relative_to(path)) + told.encode())
+                    line = f" {label}\n"
+                stamp.update(os.fsencode(file.relative_to(path)) + line.encode())
     return stamp.hexdigest()
 
 
@@ -493,7 +494,7 @@ def _coloured(image: Image.Image) -> Image.Image:
     """An opened image as 8-bit RGB, the right way up.
 
     Raises:
-        ValueError: its pixels have no such reading.
+        ValueError: its pixels cannot be read so.
     """
     from PIL import Image, ImageOps
 
@@ -507,12 +508,12 @@ def _coloured(image: Image.Image) -> Image.Image:
     elif mode == "F":
         raise ValueError("has floating-point pixels (mode F), whose range it does not say")
     elif mode == "P" and "transparency" in image.info:
-        turned = turned.convert("RGBA")  # else Pillow warns of what is meant: it is ignored
+        turned = turned.convert("RGBA")  # else Pillow warns that it is ignored
     return turned.convert("RGB")
 
 
 def _eight_bits(image: Image.Image, pixels: np.ndarray) -> np.ndarray:
-    """Pixels of 16 bits, of which Pillow's own conversion keeps those up to 255 and clips others.
+    """Pixels of 16 bits, rounded to 8; Pillow's own conversion would clip them at 255.
 
     Raises:
         ValueError: the image has integers of another range.

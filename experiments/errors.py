@@ -1,4 +1,4 @@
-"""What ends a command in one line that says what to do; any other error keeps its traceback."""
+"""Errors that end a command in one line, with what to do; any other keeps its traceback."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class QuotingError(RunError):
     """A run of a comparison failed. The message quotes what it printed, on lines of its own."""
 
 
-def told(error: BaseException) -> str | None:
-    """One line about an error that a user can do something about; ``None`` for any other.
+def reported(error: BaseException) -> str | None:
+    """The line for an error that a user can do something about; ``None`` for any other.
 
     A :class:`QuotingError` keeps its lines.
     """
@@ -44,14 +44,14 @@ def carried_out(command: Callable[[], int], who: Callable[[], str] = str) -> int
 
     Args:
         command: gives the exit status.
-        who: what stands behind the word error, such as which of several processes it was.
+        who: gives what follows the word error, such as which of several processes it was.
 
     Returns:
-        The exit status: the command's, 2 for an error, 141 where whoever reads the output has gone.
+        The exit status: the command's, 2 for an error, 141 if nobody reads the output any more.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a path may hold what is no text
+            stream.reconfigure(errors="backslashreplace")  # a path may contain what is no text
     try:
         status = command()
         sys.stdout.flush()
@@ -59,7 +59,7 @@ def carried_out(command: Callable[[], int], who: Callable[[], str] = str) -> int
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing more is to fail on the way out
         return CUT_OFF
     except Exception as error:
-        line = told(error)
+        line = reported(error)
         if line is None:
             raise
         print(f"error{who()}: {line}", file=sys.stderr)

@@ -33,7 +33,7 @@ def onnx(model: nn.Module, example: Tensor, path: Path) -> float:
         RunError: the model has an operation that cannot be exported, or onnxruntime's outputs are
             not the model's.
     """
-    made = io.BytesIO()
+    buffer = io.BytesIO()
     expected = outputs(model, example).cpu()
     try:
         with evaluating(model), warnings.catch_warnings():
@@ -41,7 +41,7 @@ def onnx(model: nn.Module, example: Tensor, path: Path) -> float:
             torch.onnx.export(
                 model,
                 (example,),
-                made,  # type: ignore[arg-type]  # a file-like object will do
+                buffer,  # type: ignore[arg-type]  # a file-like object will do
                 dynamo=False,  # the other exporter needs one more package
                 input_names=["images"],
                 output_names=["logits"],
@@ -50,10 +50,10 @@ def onnx(model: nn.Module, example: Tensor, path: Path) -> float:
     except torch.onnx.errors.OnnxExporterError as cause:
         reason = str(cause).splitlines()[0]
         raise RunError(f"PyTorch cannot write this model as ONNX: {reason}") from cause
-    session = onnxruntime.InferenceSession(made.getvalue(), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"images": example.cpu().numpy()})
-    difference = _difference("ONNX", torch.from_numpy(found), expected, path)
-    write(path, lambda file: file.write(made.getvalue()))
+    session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"images": example.cpu().numpy()})
+    difference = _difference("ONNX", torch.from_numpy(logits), expected, path)
+    write(path, lambda file: file.write(buffer.getvalue()))
     return difference
 
 
@@ -62,27 +62,27 @@ def program(model: nn.Module, example: Tensor, path: Path) -> float:
 
     Args, returns and raises as :func:`onnx`; ``torch.export.load(path).module()`` reads it.
     """
-    expected, made = outputs(model, example), io.BytesIO()
+    expected, buffer = outputs(model, example), io.BytesIO()
     try:
         with evaluating(model):
-            found = torch.export.export(
+            exported = torch.export.export(
                 model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
             )
-            torch.export.save(found, made)
+            torch.export.save(exported, buffer)
     except Exception as cause:  # the exporter's own errors have no base in common
         reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise RunError(f"PyTorch cannot export this model: {reason}") from cause
-    made.seek(0)
+    buffer.seek(0)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns of a buffer that it only reads
-        again = torch.export.load(made).module()(example)
+        again = torch.export.load(buffer).module()(example)
     difference = _difference("the exported program", again.cpu(), expected.cpu(), path)
-    write(path, lambda file: file.write(made.getvalue()))
+    write(path, lambda file: file.write(buffer.getvalue()))
     return difference
 
 
-def _difference(what: str, found: Tensor, expected: Tensor, path: Path) -> float:
-    difference = float((found - expected).abs().max())
+def _difference(what: str, actual: Tensor, expected: Tensor, path: Path) -> float:
+    difference = float((actual - expected).abs().max())
     if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
         raise RunError(
             f"{what} gives outputs that are off by {difference:.1e}; {path} was not written. The "
@@ -102,7 +102,8 @@ def export(path: Path, kind: str = "onnx") -> Path:
         kind: one of :data:`KINDS`.
 
     Raises:
-        RunError: the file is no model, or what was exported does not give its outputs.
+        RunError: the file is no model of a run, or what was exported does not give its outputs.
+        DamagedError, VersionError: as :func:`experiments.run.load_model`.
     """
     maker, suffix = KINDS[kind]
     maker(*load_model(path), path.with_suffix(suffix))

@@ -1,4 +1,4 @@
-"""Atomic writing and checked reading: a file is what was written, whole, or it is refused."""
+"""Atomic writing and checked reading: a file that is not exactly what was written is refused."""
 
 from __future__ import annotations
 
@@ -52,29 +52,28 @@ def save_json(path: Path, content: Any, *, vouch: bool = False) -> None:
 def save_tensors(path: Path, content: Any, of: Mapping[str, Any]) -> None:
     """Write tensors and plain values, atomically, for :func:`load_tensors`.
 
-    Behind PyTorch's own format, which has no checksum that its reader looks at and ignores what
-    follows it, come what the file is of, the length of that, a SHA-256 of everything so far, and
-    :data:`MARK`.
+    PyTorch's own reader checks no checksum, and ignores whatever follows its own format. So behind
+    it come ``of`` as JSON, the length of that, a SHA-256 of all bytes so far, and :data:`MARK`.
 
     Args:
         path: of the file.
         content: tensors and plain values, nested.
-        of: what the file is of, as JSON: whoever reads it has to say the same.
+        of: what the file is of, such as which run, in JSON's values; a reader has to give the same.
     """
 
     def fill(file: BinaryIO) -> None:
         hashed = _Hashed(file)
         torch.save(content, hashed)  # type: ignore[arg-type]  # it only writes
-        told = _plain(of)
-        hashed.write(told)
-        hashed.write(len(told).to_bytes(_LENGTH, "big"))
+        label = _plain(of)
+        hashed.write(label)
+        hashed.write(len(label).to_bytes(_LENGTH, "big"))
         file.write(hashed.sha.digest() + MARK)
 
     write(path, fill)
 
 
 def load_tensors(path: Path, of: Mapping[str, Any], device: torch.device | None = None) -> Any:
-    """What :func:`save_tensors` wrote, if every byte of it is there and it is of the same.
+    """What :func:`save_tensors` wrote, after a check of every byte and of what the file is of.
 
     Args:
         path: of the file.
@@ -83,13 +82,13 @@ def load_tensors(path: Path, of: Mapping[str, Any], device: torch.device | None 
 
     Raises:
         FileError: the file cannot be read, is damaged, of something else or of an earlier release,
-            or holds what is no tensor or plain value.
+            or has something in it that is no tensor or plain value.
     """
     try:
         with path.open("rb") as file:
-            told = _checked(file)
-            if told != _plain(of):
-                raise FileError(f"it is of {told.decode()}, not of {_plain(of).decode()}")
+            label = _checked(file)
+            if label != _plain(of):
+                raise FileError(f"it is of {label.decode()}, not of {_plain(of).decode()}")
             file.seek(0)
             return torch.load(file, weights_only=True, map_location=device)
     except OSError as cause:
@@ -106,7 +105,7 @@ def load_tensors(path: Path, of: Mapping[str, Any], device: torch.device | None 
 
 
 def _checked(file: BinaryIO) -> bytes:
-    """What a file is of, after a look at all its bytes."""
+    """What a file is of, as JSON, after a check of all its bytes."""
     end = file.seek(0, 2) - len(MARK) - _SHA
     damaged = FileError("it is damaged, or was written by an earlier release")
     if end < _LENGTH:
@@ -144,7 +143,7 @@ class _Hashed:
         return self._file.write(content)
 
     def flush(self) -> None:
-        """Nothing is held back here; PyTorch asks for it."""
+        """Nothing is buffered here, but PyTorch asks for it."""
 
 
 # ---------------------------------------------------------------------- JSON
@@ -162,6 +161,6 @@ def vouches(content: Mapping[str, Any]) -> bool:
 
 
 def _plain(content: Mapping[str, Any]) -> bytes:
-    """JSON in one way of writing it, the same before it was written and after it was read."""
+    """JSON in one fixed layout, the same before writing and after reading."""
     read = json.loads(json.dumps(content, allow_nan=False))  # keys are text, tuples are lists
     return json.dumps(read, sort_keys=True, separators=(",", ":")).encode()

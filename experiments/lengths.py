@@ -1,4 +1,4 @@
-"""How long a decay should take: runs on validation images that differ in nothing else, as a table.
+"""How long a decay should take: a table of runs on validation images that differ in it alone.
 
 ``python -m experiments.lengths RUNS...`` adds their records to the kept ones in
 ``experiments/results/lengths.jsonl`` and prints the table. Their configurations are in the records
@@ -38,7 +38,7 @@ def keep(records: Sequence[Record], path: Path = KEPT) -> None:
 
     Args:
         records: of ``base`` and ``sp``, on validation images.
-        path: a line a record.
+        path: the file, with one record per line.
 
     Raises:
         RunError: before anything is written; a record is not of such a run, or the file is damaged.
@@ -68,7 +68,7 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     for record in sorted(records, key=_order):
         steps = None if record["variant"] == "base" else record["config"]["smooth"]["steps"]
         cells.setdefault(_fine_tuning(record), {}).setdefault(steps, []).append(record)
-    found = []
+    listed = []
     for tried in cells.values():
         base = _finals(tried.get(None, []))
         for steps in sorted(tried, key=lambda s: s or 0):
@@ -76,7 +76,7 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
             stage = members[0]["config"]["stages"]["prune"]
             start = {r["seed"]: network(r) for r in members}
             versus = None if steps is None else difference(final, base, start)
-            found.append(
+            listed.append(
                 {
                     "epochs": stage["epochs"],
                     "learning_rate": stage["learning_rate"],
@@ -87,7 +87,7 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
                     "difference": versus and asdict(versus),
                 }
             )
-    return found
+    return listed
 
 
 def markdown(records: Sequence[Record]) -> str:

@@ -1,7 +1,7 @@
-"""Names that become parts of paths, and texts that are shown: one rule for all that is read.
+"""Names that become parts of paths, and texts that are shown: one rule for all of them.
 
-Configurations and records come from elsewhere, and files and folders are named after what they
-say. Here is what they may say; nothing else builds a path from a name.
+Configurations and records come from elsewhere, and files and folders are named after what they say.
+This module says which names and texts they may have; no other builds a path from a name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def check_name(text: str) -> str:
     """The name of a configuration.
 
     Raises:
-        ValueError: it is not fit for a file's name, or one that the project takes itself.
+        ValueError: it is not fit for a file's name, or the project uses it itself.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) or len(text) > LONGEST:
         raise ValueError(
@@ -66,7 +66,7 @@ def _visible(text: str) -> bool:
 
 
 def shown(text: str) -> str:
-    """Text cut to a length that a message can bear."""
+    """Text, cut to a length that fits into a message."""
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 

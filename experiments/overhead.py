@@ -2,7 +2,7 @@
 
 Three arms take the same training step (forward, backward, the optimizer), in turns: `plain`;
 `idle`, DecayPruning attached and nothing decaying; `decaying`, half of every structure group
-decaying with Self-Rectifying on. So for each framework's own step: DepGraph's is SGD, OTOv2's is
+decaying with Self-Rectifying on. Each framework has its own step: DepGraph's is SGD, OTOv2's is
 DHSPG while it penalises, Gate-Decorator's is SGD with gates. Beside them: `optimizer.step()` alone,
 which shows the hooks without the noise of forward and backward; the floor, one read of the decaying
 slices and gradients and one read and write of the slices; and the decay of one group, done by the
@@ -56,7 +56,7 @@ RECORD_VERSION = 2
 ARMS = ("plain", "idle", "decaying")
 KIRIGAMI_FIGURES = ("decay_kirigami_ms", "decay_speed_up", "decay_norm_difference")
 TARGETS = {"idle": 1.01, "decaying": 1.03, "kirigami": 300.0}
-"""To reach: at most, at most (time of a step over plain), and at least (times faster)."""
+"""Time of a step over plain, at most; and how many times faster than torch-kirigami, at least."""
 CLASSES = 10
 WARM_UP = 1
 # So long that no decision falls and nothing ends while the clock runs.
@@ -134,11 +134,11 @@ def _depgraph(settings: Settings, _plain: bool) -> Parts:
 
 def _otov2(settings: Settings, plain: bool) -> Parts:
     model, _ = settings.build()
-    made = otov2.graph(model, settings.images()[:2])
+    oto = otov2.graph(model, settings.images()[:2])
     kind = otov2.DHSPG if plain else otov2.DeferringDHSPG
     # An epsilon of 0: at this learning rate the half-space is never left, and the penalty goes on.
     optimizer = kind(
-        made,
+        oto,
         variant="sgd",
         lr=RATE,
         first_momentum=MOMENTUM,
@@ -146,13 +146,13 @@ def _otov2(settings: Settings, plain: bool) -> Parts:
         target_group_sparsity=0.5,
         epsilon=0.0,
     )
-    return model, [structure_group(g) for g in otov2.groups(made, model)], optimizer
+    return model, [structure_group(g) for g in otov2.groups(oto, model)], optimizer
 
 
 def _gate_decorator(settings: Settings, _plain: bool) -> Parts:
     model, _ = settings.build()
-    made = gate_decorator.GateDecorator(model, settings.images()[:2], fraction=0.01)
-    groups = [gate_group(g, made.gates) for g in made.groups]
+    decorator = gate_decorator.GateDecorator(model, settings.images()[:2], fraction=0.01)
+    groups = [gate_group(g, decorator.gates) for g in decorator.groups]
     return model, groups, _sgd(model)
 
 
@@ -192,10 +192,10 @@ def interleave(
     device: torch.device,
     title: str,
 ) -> dict[str, list[float]]:
-    """Time some works in turns, so that what disturbs the machine meets all of them.
+    """Time several functions in turns, so that what disturbs the machine affects all of them.
 
     Args:
-        turns: works by name. Those of one turn are timed one after another, in their order; the
+        turns: functions by name. Those of one turn are timed one after another, in their order; the
             order of the turns rotates from round to round.
         repeats: how many rounds are timed, after :data:`WARM_UP` untimed ones.
         device: is waited for whenever the clock is read.
@@ -204,7 +204,7 @@ def interleave(
     Returns:
         Milliseconds by name, one figure per round.
     """
-    found: dict[str, list[float]] = {name: [] for turn in turns for name in turn}
+    times: dict[str, list[float]] = {name: [] for turn in turns for name in turn}
     for count in tqdm(range(-WARM_UP, repeats), desc=title, disable=None, leave=False):
         first = count % len(turns)
         for turn in [*turns[first:], *turns[:first]]:
@@ -214,8 +214,8 @@ def interleave(
                 work()
                 _wait_for(device)
                 if count >= 0:
-                    found[name].append(1e3 * (time.perf_counter() - start))
-    return found
+                    times[name].append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def _wait_for(device: torch.device) -> None:
@@ -233,10 +233,10 @@ def figure(values: Sequence[float], target: float | None = None, sign: int = 1) 
     """
     points = values if len(values) > 1 else [*values, *values]
     quartiles = statistics.quantiles(points, n=4, method="inclusive")
-    found: Figure = dict(zip(("lower", "median", "upper"), quartiles, strict=True))
+    summary: Figure = dict(zip(("lower", "median", "upper"), quartiles, strict=True))
     if target is not None:
-        found |= {"target": target, "met": sign * found["median"] <= sign * target}
-    return found
+        summary |= {"target": target, "met": sign * summary["median"] <= sign * target}
+    return summary
 
 
 # ---------------------------------------------------------------------- what is measured
@@ -284,20 +284,20 @@ def measure(settings: Settings) -> dict[str, Any]:
         if name == "decaying":
             over_floor = [ms / f for ms, f in zip(hooks, times["floor_ms"], strict=True)]
             figures["hooks_decaying_over_floor"] = figure(over_floor)
-    found = {
+    result = {
         "figures": figures,
         "structures": sum(g.size for g in dpms["idle"].groups.values()),
         "decaying": {name: dpm.count(Phase.DECAYING) for name, dpm in dpms.items()},
     }
     if settings.framework == "depgraph":  # the decay of one group is the same in all frameworks
         group, decay = _decay_of_one_group(settings)
-        found["figures"] = figures | decay
-        found["decayed_group"] = {
+        result["figures"] = figures | decay
+        result["decayed_group"] = {
             "name": group.name,
             "structures": group.size,
             "elements": _elements(group),
         }
-    return found
+    return result
 
 
 def decaying_slices(arm: Arm) -> tuple[list[Tensor], list[Tensor]]:
@@ -315,10 +315,10 @@ def decaying_slices(arm: Arm) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _decay_of_one_group(settings: Settings) -> tuple[StructureGroup, dict[str, Figure | None]]:
-    """All structures of the largest group are set to new norms: by the core, by torch-kirigami.
+    """Set all structures of the largest group to new norms, by the core and by torch-kirigami.
 
     Raises:
-        OverheadError: the two do not do the same.
+        OverheadError: the two leave different norms.
     """
     (_, groups), (their_model, their_groups) = settings.build(), settings.build()
     group, their_group = (max(some, key=lambda g: g.size) for some in (groups, their_groups))
@@ -345,12 +345,12 @@ def _decay_of_one_group(settings: Settings) -> tuple[StructureGroup, dict[str, F
     repeats = max(2, settings.repeats // 4)
     theirs_ms = interleave([{"kirigami": kirigami}], repeats, settings.device, title)["kirigami"]
     core_ms = statistics.median(times)
-    found = (
+    compared = (
         figure(theirs_ms),
         figure([ms / core_ms for ms in theirs_ms], TARGETS["kirigami"], sign=-1),
         figure([difference]),
     )
-    return group, figures | dict(zip(KIRIGAMI_FIGURES, found, strict=True))
+    return group, figures | dict(zip(KIRIGAMI_FIGURES, compared, strict=True))
 
 
 def kirigami_decay(
@@ -359,10 +359,10 @@ def kirigami_decay(
     """Torch-kirigami's way to set each structure of a group of ``model`` to its target norm.
 
     Returns:
-        What does it, or ``None`` where torch-kirigami is not installed.
+        A function that does it, or ``None`` where torch-kirigami is not installed.
 
     Raises:
-        OverheadError: its groups hold other elements than the structures.
+        OverheadError: its groups have other elements than the structures.
     """
     try:
         from torch_kirigami import DependencyGraph, IndexSet
@@ -397,7 +397,7 @@ def _elements(group: StructureGroup) -> int:
     )
 
 
-# ---------------------------------------------------------------------- what is told
+# ---------------------------------------------------------------------- output
 
 
 def table(figures: Mapping[str, Figure | None]) -> str:
@@ -491,25 +491,21 @@ def _measured(args: argparse.Namespace) -> int:
         "models": {},
     }
     print(", ".join(f"{key}: {value}" for key, value in content["machine"].items()))
-    try:
-        for name, framework in itertools.product(args.models, args.frameworks):
-            asked = Settings(name, device=device, framework=framework, **content["settings"])
-            found = measure(asked)
-            content["models"].setdefault(name, {})[framework] = found
-            decaying = found["decaying"]["decaying"]
-            print(
-                f"\n{name} in {framework}, batch {args.batch}: {decaying} of "
-                f"{found['structures']} structures decaying"
-            )
-            if "decayed_group" in found:
-                group = found["decayed_group"]
-                print(f"decay of one group: {group['structures']} structures of {group['name']}")
-            print(table(found["figures"]))
-            if found["figures"].get("decay_kirigami_ms", 0) is None:
-                print("torch-kirigami is not installed; pip install -e '.[dev]' brings it")
-    except OverheadError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for name, framework in itertools.product(args.models, args.frameworks):
+        asked = Settings(name, device=device, framework=framework, **content["settings"])
+        result = measure(asked)
+        content["models"].setdefault(name, {})[framework] = result
+        decaying = result["decaying"]["decaying"]
+        print(
+            f"\n{name} in {framework}, batch {args.batch}: {decaying} of "
+            f"{result['structures']} structures decaying"
+        )
+        if "decayed_group" in result:
+            group = result["decayed_group"]
+            print(f"decay of one group: {group['structures']} structures of {group['name']}")
+        print(table(result["figures"]))
+        if result["figures"].get("decay_kirigami_ms", 0) is None:
+            print("torch-kirigami is not installed; pip install -e '.[dev]' brings it")
     save_json(args.out, content)
     print(f"\n{args.out}")
     return 0

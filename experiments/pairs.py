@@ -70,14 +70,14 @@ def difference(
         return Difference(pairs, 1, mean, None, None, None, None)
     deviation = statistics.stdev(means)
     reach = _quantile(1 - LEVEL / 2, n) * deviation / math.sqrt(n)
-    found = detectable(n, deviation)
-    return Difference(pairs, n, mean, deviation, mean - reach, mean + reach, found)
+    smallest = detectable(n, deviation)
+    return Difference(pairs, n, mean, deviation, mean - reach, mean + reach, smallest)
 
 
 def detectable(networks: int, deviation: float) -> float:
-    """The smallest true difference that so many networks, or pairs with one each, find.
+    """The smallest true difference that can be detected with so many networks.
 
-    To find it is a two-sided paired t-test at 5% with a power of 80%:
+    What detects it is a two-sided paired t-test at 5% with a power of 80%:
     (t_{0.975, n-1} + t_{0.8, n-1}) s / sqrt(n), the usual approximation to the noncentral t. Its
     true power is 78.4% with 4 of them, 77% with 3 and 73% with 2.
 

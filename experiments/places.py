@@ -1,7 +1,7 @@
-"""Folders that are written to: whether they can be, by one process at a time, and what is left.
+"""Folders that are written to: locked for one process at a time, checked first, and cleaned up.
 
-A lock is the kernel's (``flock``): it ends with the process that holds it, however that ends. Where
-a file system or a platform has none, nothing is locked, and nothing is cleaned up.
+A lock is the kernel's (``flock``): it ends with its process, however that ends. Where a file system
+or a platform has no such locks, nothing is locked, and nothing is cleaned up.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class BusyError(DecayPruningError, RuntimeError):
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes, as long as the block lasts.
+    """Lock a folder for this process, as long as the block lasts.
 
-    The folder is made, if need be, and goes again where nothing was written into it. What others
-    left half-written is removed: nobody else writes there now.
+    The folder is created if need be, and removed again if nothing was written into it. Files that
+    other processes left half-written are removed: none of them writes there now.
 
     Raises:
-        BusyError: another process holds it.
-        OSError: the folder cannot be made, or not be written to.
+        BusyError: another process has locked it.
+        OSError: the folder cannot be created, or not be written to.
     """
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    created = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     handle = None
     try:
@@ -47,15 +47,15 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         if handle is not None:
-            (folder / LOCK).unlink(missing_ok=True)  # while it is held: see _lock
+            (folder / LOCK).unlink(missing_ok=True)  # while it is locked: see _lock
             os.close(handle)
-        for place in made:
+        for place in created:
             with suppress(OSError):  # it is not empty
                 place.rmdir()
 
 
 def _lock(folder: Path) -> int:
-    """An open file of the lock."""
+    """Lock a folder; returns the handle of the open lock file."""
     path, until = folder / LOCK, time.monotonic() + PATIENCE
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -69,7 +69,7 @@ def _lock(folder: Path) -> int:
                 )
             time.sleep(0.05)
             continue
-        # Who held it before may have removed it meanwhile; then the next one makes a new file.
+        # The last owner may have removed the file meanwhile; the next turn creates a new one.
         with suppress(OSError):
             if os.path.samestat(os.fstat(handle), path.stat()):
                 os.truncate(handle, 0)
@@ -79,7 +79,7 @@ def _lock(folder: Path) -> int:
 
 
 def busy(folder: Path) -> bool:
-    """Whether a process holds a folder right now."""
+    """Whether a process has locked a folder right now."""
     try:
         handle = os.open(folder / LOCK, os.O_RDWR)
     except OSError:
@@ -91,9 +91,9 @@ def busy(folder: Path) -> bool:
 
 
 def clean(folder: Path) -> None:
-    """Remove what was being written into a folder by processes that are no more.
+    """Remove the temporary files that ended processes have left in a folder.
 
-    Whoever writes a temporary file holds a lock on it, so one that can be locked is nobody's.
+    A process keeps the temporary file that it writes locked, so one that can be locked is nobody's.
     """
     try:
         names = [entry.name for entry in os.scandir(folder) if TEMPORARY.fullmatch(entry.name)]
@@ -113,9 +113,9 @@ def check(folder: Path, names: Iterable[str] = (), needed: int = 0) -> None:
     """Refuse, before any work, a folder that cannot take what is to be written in the end.
 
     Args:
-        folder: is made, if need be.
-        names: of files in it that are to be written; each is a file, or not there.
-        needed: bytes.
+        folder: created if need be.
+        names: of the files to be written; none of them may be a folder.
+        needed: bytes that have to be free.
 
     Raises:
         OSError: with the path.
@@ -168,7 +168,7 @@ def explained(error: OSError) -> str:
         return f"{reason}; {remedy}" if remedy else reason
     path = os.fsdecode(error.filename) if not isinstance(error.filename, int) else "a file"
     written = TEMPORARY.fullmatch(os.path.basename(path))
-    if written:  # the file that it was to become is what a reader knows
+    if written:  # a user knows the file that it was to become
         path = os.path.join(os.path.dirname(path), written["name"])
     if error.errno == errno.ENOENT:
         remedy = "it is not there; give a path that is"

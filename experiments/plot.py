@@ -77,7 +77,7 @@ def plot(
     Returns:
         The pictures' paths.
     """
-    made: list[Path] = []
+    pictures: list[Path] = []
     used: set[str] = set()
     for title, members in sections([record for _, record in runs]):
         name = f"{members[0]['config']['name']}-{slug(members[0]['data'])}"
@@ -87,12 +87,12 @@ def plot(
             name += "-more"
         used.add(name)
         if "accuracy" in kinds:
-            made.append(_save(draw_accuracy(members, title), out / f"{name}-accuracy.png"))
+            pictures.append(_save(draw_accuracy(members, title), out / f"{name}-accuracy.png"))
         if "channels" in kinds:
-            made.append(_save(draw_channels(members, title), out / f"{name}-channels.png"))
+            pictures.append(_save(draw_channels(members, title), out / f"{name}-channels.png"))
         if "norms" in kinds and (samples := find_norms(runs, members)):
-            made.append(_save(draw_norms(samples, title), out / f"{name}-norms.png"))
-    return made
+            pictures.append(_save(draw_norms(samples, title), out / f"{name}-norms.png"))
+    return pictures
 
 
 def _save(figure: Figure, path: Path) -> Path:
@@ -125,7 +125,7 @@ def sample_norms(saved: Mapping[str, Any], seed: int, variant: str) -> dict[str,
             key = (event["group"], k)
             if event["kind"] == "decay":
                 started[key] = (event["step"], norm)
-                released.pop(key, None)  # it was released before, and now goes after all
+                released.pop(key, None)  # it was released before, and decays again
                 (refilled.add if event["wave"] else refilled.discard)(key)
             elif event["kind"] == "release":
                 released[key] = event["step"]
@@ -199,7 +199,7 @@ def find_norms(
         RunError: a trace or a kept file is damaged.
     """
     paths = {id(record): path for path, record in runs}
-    found: dict[str, Mapping[str, Any]] = {}
+    samples: dict[str, Mapping[str, Any]] = {}
     for variant in ("sp", "sr"):
         mine = sorted((r for r in members if r["variant"] == variant), key=lambda r: r["seed"])
         for record in mine:
@@ -207,12 +207,12 @@ def find_norms(
             trace = path.with_name(TRACE)
             kept = path.with_name(f"{record['config']['name']}-norms.json")
             if path.name == RECORD and trace.exists():
-                found[variant] = _sampled(trace, record)
+                samples[variant] = _sampled(trace, record)
             elif kept.exists() and (sample := _kept(kept, record)) is not None:
-                found[variant] = sample
-            if variant in found:
+                samples[variant] = sample
+            if variant in samples:
                 break
-    return found
+    return samples
 
 
 class _Sample(BaseModel):
@@ -554,7 +554,7 @@ def draw_releases_by_group(
 
 
 def masked_latencies(runs: Sequence[Record]) -> list[float]:
-    """Those of the runs that had a masked model, and a record that says so."""
+    """Latencies of the masked models, of the runs whose records have one."""
     return [r["latency"]["masked"] for r in runs if r["latency"].get("masked") is not None]
 
 

@@ -24,7 +24,7 @@ class _Table(BaseModel):
 
 
 class Counterpart(_Table):
-    """What a published row is among this project's runs."""
+    """The runs of this project that a published row corresponds to."""
 
     framework: Text
     sparse: bool = False
@@ -56,12 +56,8 @@ class Benchmark(_Table):
     def top1(self, framework: str, sparse: bool, variant: Variant) -> float | None:
         """The accuracy of a variant, in percent; ``None`` where none is published."""
         for row in self.rows:
-            found = row.counterpart
-            if found and (found.framework, found.sparse, found.variant) == (
-                framework,
-                sparse,
-                variant,
-            ):
+            ours = row.counterpart
+            if ours and (ours.framework, ours.sparse, ours.variant) == (framework, sparse, variant):
                 return row.top1
         return None
 
@@ -111,7 +107,7 @@ def load(path: Path = PATH) -> Published:
         raise RunError(f"cannot read {path}: {cause.strerror}") from cause
     except ValidationError as cause:
         errors = cause.errors(include_url=False)
-        found = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in errors)
-        raise RunError(f"{path} has wrong figures: {'; '.join(found)}; correct them") from cause
+        lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in errors)
+        raise RunError(f"{path} has wrong figures: {'; '.join(lines)}; correct them") from cause
     except ValueError as cause:
         raise RunError(f"{path} is not TOML: {cause}; correct it") from cause

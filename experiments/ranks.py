@@ -1,6 +1,6 @@
 """The processes of one run, as ``torchrun`` starts them. One process alone is the same with one.
 
-All of them hold the same model and images and draw the same batches; each trains on its share, and
+All of them have the same model and images and draw the same batches; each trains on its share, and
 DistributedDataParallel averages the gradients. What is written and shown is rank 0's.
 """
 
@@ -75,7 +75,7 @@ class Ranks:
         return None if self.first else True
 
     def share(self, whole: Tensor) -> Tensor:
-        """This process's rows of what all have as a whole; ``count`` divides their number."""
+        """This process's rows of a tensor that all processes have; ``count`` divides its rows."""
         return whole.chunk(self.count)[self.number]
 
     def averaging(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -86,16 +86,16 @@ class Ranks:
         """Whether any process says so; every process has to ask."""
         if self.count == 1:
             return flag
-        said = torch.tensor(int(flag))
-        dist.all_reduce(said)
-        return bool(said)
+        flags = torch.tensor(int(flag))
+        dist.all_reduce(flags)
+        return bool(flags)
 
     def as_first(self, flag: bool) -> bool:
         """What rank 0 says; every process has to ask."""
         return self.any(flag and self.first)
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have come here."""
         self.any(False)
 
     @contextmanager
@@ -124,10 +124,10 @@ class Ranks:
 class Averaging:
     """A model's forward pass whose gradients come out averaged over all processes.
 
-    DistributedDataParallel serves the parameters that are trained when it is made. A new one is
-    made where these are others: after a removal, and where a framework freezes layers or thaws
-    them. It starts by giving all processes the parameters and buffers of rank 0, whose buffers
-    (BatchNorm's running statistics) also go to all of them before every forward pass.
+    DistributedDataParallel handles the parameters that are trained when it is constructed. A new
+    one is constructed when others are trained: after a removal, and when a framework freezes layers
+    or thaws them. It starts by sending the parameters and buffers of rank 0 to all processes. The
+    buffers (BatchNorm's running statistics) are sent again before every forward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from .table import NAMES, ORDER, Record, dense, left, summary
 TEMPLATE = Path(__file__).with_name("report.html")
 
 INK, LINE = "#111112", "#b0b0b1"
-"""Text and lines are drawn in these, in whose place the page puts its own colours."""
+"""Text and lines are drawn in these; the page puts its own colours in their place."""
 DARK = {
     "#6b6b6b": "#a8aeb5",
     "#0072b2": "#4aa3dd",
@@ -147,10 +147,10 @@ def from_markdown(text: str) -> str:
 
 def _spans(text: str) -> str:
     """Escaped text, with Markdown's bold, emphasis and code."""
-    found = _text(text)
+    marked = _text(text)
     for pattern, tag in ((r"`([^`]+)`", "code"), (r"\*\*(.+?)\*\*", "b"), (r"\*(.+?)\*", "em")):
-        found = re.sub(pattern, rf"<{tag}>\1</{tag}>", found)
-    return found
+        marked = re.sub(pattern, rf"<{tag}>\1</{tag}>", marked)
+    return marked
 
 
 def _table(header: Sequence[str], body: Sequence[Sequence[str]], caption: str = "") -> str:
@@ -197,7 +197,7 @@ class _Page:
         """A figure as inline SVG with its caption.
 
         Args:
-            drawn: is closed.
+            drawn: the figure.
             title: the caption's first words.
             caption: what is to be seen, as plain text.
             alt: what it shows, for those who do not see it.
@@ -226,7 +226,7 @@ def _svg(figure: Figure, name: str, alt: str, wide: bool) -> str:
     text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
     text = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{name}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
-    text = re.sub(r"#[0-9a-f]{6}\b", lambda found: _colour(found.group()), text)
+    text = re.sub(r"#[0-9a-f]{6}\b", lambda match: _colour(match.group()), text)
     (box,) = re.findall(r'viewBox="([^"]+)"', text)[:1]
     # A wide one keeps its size and scrolls; the others shrink with the page.
     size = f"width:{width}px" if wide else f"width:100%;max-width:{round(1.2 * width)}px"
@@ -455,12 +455,12 @@ def _channel_table(members: Sequence[Record]) -> str:
         ]
         for layer, (whole, _) in members[0]["channels"].items()
     ]
-    made = _table(
+    content = _table(
         ["layer", "dense", *(NAMES[v] for v in grouped)],
         body,
         "Output channels per layer, before and after pruning (mean over seeds)",
     )
-    return f"<details>\n<summary>All layers as a table</summary>\n{made}\n</details>"
+    return f"<details>\n<summary>All layers as a table</summary>\n{content}\n</details>"
 
 
 def _measured(members: Sequence[Record]) -> str:

@@ -36,11 +36,11 @@ def keep(runs: Sequence[tuple[Path, Record]], folder: Path = RECORDS) -> list[Pa
         plot.find_norms(members, [record for _, record in members])
     check(folder)
     clean(folder)
-    made = table.keep([record for _, record in runs], folder)
+    written = table.keep([record for _, record in runs], folder)
     for name, members in by_name.items():
         if norms := plot.keep_norms(members, folder / f"{name}-norms.json"):
-            made.append(norms)
-    return made
+            written.append(norms)
+    return written
 
 
 def renew(root: Path = ROOT) -> list[Path]:
@@ -60,7 +60,7 @@ def renew(root: Path = ROOT) -> list[Path]:
         )
         for title, members in table.sections(kept)
     }
-    links = {t: [p.relative_to(root).as_posix() for p in made] for t, made in pictures.items()}
+    links = {t: [p.relative_to(root).as_posix() for p in paths] for t, paths in pictures.items()}
     plan, tried = texts / "search.md", search.read(texts / "search.jsonl")
     decays = texts / "lengths.jsonl"
     text = results(
@@ -72,7 +72,7 @@ def renew(root: Path = ROOT) -> list[Path]:
         lengths.markdown(table.read([decays])) if decays.exists() else "",
     )
     save_text(root / "RESULTS.md", text)
-    return [root / "RESULTS.md", *(p for made in pictures.values() for p in made)]
+    return [root / "RESULTS.md", *(p for paths in pictures.values() for p in paths)]
 
 
 def results(
@@ -87,7 +87,7 @@ def results(
 
     Args:
         records: as :func:`experiments.table.read` returns them.
-        protocol_text: Markdown: how the runs were made. Its headings are of the third level.
+        protocol_text: Markdown: how the runs were carried out. Its headings are of the third level.
         reading_text: Markdown: what the figures say. As above.
         plots: links to pictures, relative to RESULTS.md, by the titles of
             :func:`experiments.table.sections`.
@@ -127,7 +127,7 @@ def published_tables(figures: Published) -> str:
 
 
 def machines(records: Sequence[Record]) -> str:
-    """What the runs were made on and with: devices, versions and revisions, with counts of runs."""
+    """What the runs ran on and with: devices, versions and revisions, with counts of runs."""
     lines = [["what", "which (runs)"]]
     lines.append(["runs", f"{len(records)}, {sum(r['seconds'] for r in records) / 3600:.1f} hours"])
     lines.append(["device", _counts(r["device"] for r in records)])

@@ -51,17 +51,17 @@ RECORD_VERSION = 3
 ANEW = "delete it to start anew"  # not --force: a comparison resumes, and knows none
 CHECKPOINT_VERSION = 6
 CHECKPOINT, DENSE_CHECKPOINT = "checkpoint.pt", "dense-checkpoint.pt"
-"""A run's, and that of a dense model that it has to train anew while it has gone beyond it."""
+"""A run's own, and one for its dense model, if that is lost later and has to be trained anew."""
 LATENCY_BATCH = 128
 MODEL, TRACE, RECORD = "model.safetensors", "trace.pt", "record.json"
 FORCED = ".forced"
-"""Says which record a run that was forced is to replace; the record stays until then."""
+"""A file that names the record which a forced run is to replace; the record stays until then."""
 ASKING = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
     if hasattr(signal, name)  # not all are on Windows
 ]
-"""Signals that ask to save and stop; what was started to ignore a terminal's end goes on."""
+"""Signals that ask to save and stop. A run that was started to outlive its terminal goes on."""
 
 
 class RunError(DecayPruningError, RuntimeError):
@@ -81,8 +81,8 @@ class Request:
         data_root: where downloads and decoded folders are kept.
         device: where to train.
         resume: go on from a checkpoint.
-        force: start anew; a record that is there is replaced when the new one is complete, a
-            checkpoint goes when the new run is known to be possible.
+        force: start anew; an old record is replaced when the new one is complete, an old checkpoint
+            is removed when the new run is known to be possible.
         save_every: seconds between checkpoints; 0 writes one after every step.
         ranks: this process among those that carry the run out together.
     """
@@ -118,12 +118,12 @@ def run(request: Request) -> Path:
         ``trace.pt``, the norms of the structures that decayed.
 
     Raises:
-        RunError: the folder holds another run, or there is nothing to resume.
+        RunError: another run is in the folder, or one that takes ``resume`` or ``force``.
         BusyError: another process carries this run out.
         Stopped: the run was asked to stop; ``resume`` goes on, with as many threads.
         DivergedError: training left the finite numbers; there is no record of such a network.
         ConfigError, DataError, AdapterError: before any work, with cause and remedy.
-        OSError: a file or folder cannot be written; before any work, where that can be known.
+        OSError: a file or folder cannot be written; before any work, if that can be known then.
         DisagreementError: in every process, where one of them has decided otherwise.
     """
     _check_seed(request)
@@ -141,8 +141,8 @@ def _there(request: Request) -> bool:
     """Whether the run is finished, and its record is what was asked for.
 
     Raises:
-        RunError: it is finished, or its model is gone, and nothing says what is to become of the
-            record; or the record is of another run.
+        RunError: it is finished, or its model is gone, and neither ``resume`` nor ``force`` says
+            what to do with the record; or the record is of another run.
     """
     record_path = request.folder / RECORD
     if request.force:
@@ -156,7 +156,7 @@ def _there(request: Request) -> bool:
         return False
     if not request.resume:
         raise RunError(f"{record_path} is there already; --force replaces it by a new run's")
-    if request.ranks.first:  # there, if it was killed right before this
+    if request.ranks.first:  # they are there if it was killed right before this
         for name in (DENSE_CHECKPOINT, CHECKPOINT, FORCED):
             (request.folder / name).unlink(missing_ok=True)
     return True
@@ -302,8 +302,8 @@ def finished(request: Request) -> bool:
     """Whether record and model of the run are there, and no forced run is to replace them.
 
     Raises:
-        RunError: a record is there, but damaged or of another run or configuration; or a model of a
-            later release is.
+        RunError: a record is there, but damaged or of another run or configuration.
+        VersionError: the model was saved by a later release.
     """
     path = request.folder / RECORD
     if not path.exists() or _to_be_replaced(request):
@@ -330,8 +330,6 @@ def finished(request: Request) -> bool:
         run_of = read(request.folder / MODEL).facts.get("run")
     except (OSError, DamagedError):
         return False
-    except SavedModelError as cause:
-        raise RunError(str(cause)) from cause
     if run_of is not None and run_of != run_of_record(record):
         raise RunError(
             f"{request.folder / MODEL} is of another run than {path.name} beside it ({run_of}); "
@@ -341,9 +339,9 @@ def finished(request: Request) -> bool:
 
 
 def sound(record: Mapping[str, Any]) -> bool:
-    """Whether a record is as it was written; those of earlier releases cannot tell.
+    """Whether a record is as it was written; in records of earlier releases it cannot be checked.
 
-    What names its images has a checksum and the reverse, so that neither can lose its name.
+    A record has both ``images`` and a checksum, or neither: so none can lose only one of them.
     """
     if "images" not in record and "sha256" not in record:
         return True
@@ -351,18 +349,18 @@ def sound(record: Mapping[str, Any]) -> bool:
 
 
 def run_of_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model and the trace beside a record say that they are of."""
+    """The run that the model and the trace beside a record have to name as theirs."""
     names = ("config_hash", "variant", "seed", "images")
     return {name: record.get(name) for name in names}
 
 
 def trace_of(run_of: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's ``trace.pt`` is of."""
+    """What a run's ``trace.pt`` names as its content."""
     return {"kind": "trace", "run": dict(run_of)}
 
 
 def _replaces(request: Request) -> str:
-    """What :data:`FORCED` says while the present record is to be replaced by the request's run."""
+    """The content of :data:`FORCED` while the request's run is to replace the present record."""
     path = request.folder / RECORD
     content = path.read_bytes() if path.is_file() else b""
     return f"{hashlib.sha256(content).hexdigest()} {request.config.hash()}\n"
@@ -370,21 +368,21 @@ def _replaces(request: Request) -> str:
 
 def _to_be_replaced(request: Request) -> bool:
     try:
-        said = (request.folder / FORCED).read_text(encoding="utf-8")
+        content = (request.folder / FORCED).read_text(encoding="utf-8")
     except (OSError, ValueError):
         return False
-    return said == _replaces(request)
+    return content == _replaces(request)
 
 
 def _start_anew(request: Request) -> None:
-    """What is there is to be replaced: from now on a checkpoint is the new run's."""
+    """Note that the old record is to be replaced, and remove the old checkpoint."""
     if (request.folder / RECORD).exists():
         save_text(request.folder / FORCED, _replaces(request))
     (request.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 class _Facts(BaseModel):
-    """What a run says of its model, for whoever builds it again."""
+    """What the file of a run's model says about it, to build it again."""
 
     model_config = ConfigDict(strict=True)
 
@@ -404,20 +402,22 @@ def load_model(path: Path) -> tuple[nn.Module, torch.Tensor]:
         The model, and an example of what it takes: random images, (4, C, H, W).
 
     Raises:
-        RunError: the file is not there, damaged, or of another version.
+        RunError: the file cannot be read, or is no model of a run.
+        DamagedError, VersionError: see :func:`dpm_core.adapters.saved.read`.
     """
     try:
         saved = read(path)
+    except OSError as cause:
+        raise RunError(f"{path} cannot be read ({cause.strerror})") from cause
+    try:
         facts = _Facts.model_validate(saved.facts)
         _check_facts(facts, saved)
         model = models.build(facts.model, facts.in_channels, facts.classes)
         shape = (4, facts.in_channels, facts.image_size, facts.image_size)
         example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         return saved.load_into(model, example).eval(), example
-    except OSError as cause:
-        raise RunError(f"{path} cannot be read ({cause.strerror})") from cause
     except SavedModelError as cause:
-        raise RunError(f"{path}: {cause}") from cause
+        raise RunError(f"{path} is no model of a run: {cause}") from cause
     except ValidationError as cause:
         first = cause.errors()[0]
         key = ".".join(map(str, first["loc"])) or "all"
@@ -425,7 +425,7 @@ def load_model(path: Path) -> tuple[nn.Module, torch.Tensor]:
 
 
 def _check_facts(facts: _Facts, saved: Saved) -> None:
-    """Refuse facts that do not go with the tensors, before a network of that size is built.
+    """Refuse facts that do not fit the tensors, before a network of that size is built.
 
     Raises:
         SavedModelError: with what differs.
@@ -439,7 +439,7 @@ def _check_facts(facts: _Facts, saved: Saved) -> None:
         with torch.device("meta"):
             dense = models.build(facts.model, facts.in_channels, facts.classes).state_dict()
     except (RuntimeError, OverflowError, TypeError) as cause:
-        raise SavedModelError("it says to be larger than any model can be") from cause
+        raise SavedModelError("its facts ask for a larger model than there can be") from cause
     if dense.keys() != saved.tensors.keys():
         raise SavedModelError(f"its tensors are not those of a {facts.model}; save the model anew")
     for name in sorted(dense):
@@ -476,10 +476,10 @@ def _check_seed(request: Request) -> None:
 
 
 def _check_places(request: Request, images: data.Images, model: nn.Module) -> None:
-    """Refuse what would fail only when all is trained.
+    """Refuse what would otherwise fail only after the training.
 
     Raises:
-        ConfigError: what the images are called cannot be shown.
+        ConfigError: the images' label cannot be shown.
         OSError: a folder cannot take what is to be written.
     """
     try:
@@ -513,10 +513,10 @@ def _check_shares(config: Config, processes: int) -> None:
 
 
 def _check_images(request: Request, images: data.Images, saved: Mapping[str, Any] | None) -> None:
-    """Refuse other images than those of the run's beginning, or of the runs beside it.
+    """Refuse images that are not those of the run's beginning, or not those of the runs beside it.
 
     Raises:
-        RunError: naming what is of other images.
+        RunError: naming the run, or the record, that is of other images.
     """
     digest = images.digest()
     if saved is not None and saved["images"] != digest:
@@ -530,7 +530,7 @@ def _check_images(request: Request, images: data.Images, saved: Mapping[str, Any
             record = json.loads(path.read_text(encoding="utf-8"))
             other, of = record.get("images"), record["config_hash"]
         except (OSError, ValueError, AttributeError, KeyError, RecursionError):
-            continue  # whoever reads it will say so
+            continue  # whatever reads the record reports it
         beside = path.parent != request.folder and of == request.config.hash()
         if beside and other not in (None, digest):
             raise RunError(
@@ -602,7 +602,7 @@ def _dense_model(
                 f"{path} cannot be read ({_first_line(cause)}); delete it, and it is trained anew"
             ) from cause
         return model
-    # What a run has done beyond its dense model is kept, also where that is trained anew.
+    # A run that is past its dense model keeps its checkpoint while that is trained anew.
     own, beside = CHECKPOINT, request.folder / DENSE_CHECKPOINT
     if saved is not None and saved["part"] == "framework":
         own, saved = DENSE_CHECKPOINT, _checkpoint(beside, request)
@@ -685,7 +685,7 @@ def _save(
             "run": _identity(request),
             "images": loop.images.digest(),
             "threads": torch.get_num_threads(),
-            "made_with": _made_with(request),
+            "made_with": _computed_with(request),
             "dense": dense,
             "part": part,
             "progress": asdict(loop.progress),
@@ -701,26 +701,27 @@ def _save(
     )
 
 
-def _made_with(request: Request) -> dict[str, str]:
+def _computed_with(request: Request) -> dict[str, str]:
     return {"torch": str(torch.__version__), "device": device_name(request.device)}
 
 
 def _go_on_alike(request: Request, saved: Mapping[str, Any]) -> None:
-    """Take what rounding depends on from a checkpoint, and say where that cannot be had."""
-    said = []
+    """Set what rounding depends on as in a checkpoint, and print what cannot be set."""
+    lines = []
     if saved["threads"] != torch.get_num_threads():  # sums are split among threads
         torch.set_num_threads(saved["threads"])
-        said.append(f"going on with --threads {saved['threads']}, as the run was started")
-    for name, now in _made_with(request).items():
+        lines.append(f"going on with --threads {saved['threads']}, as the run was started")
+    for name, now in _computed_with(request).items():
         if (before := saved["made_with"][name]) != now:
-            said.append(f"the run was started with {name} {before!r}: with {now!r} bits may differ")
+            started = f"the run was started with {name} {before!r}"
+            lines.append(f"{started}: with {now!r} bits may differ")
     if request.ranks.first:
-        for line in said:
+        for line in lines:
             tqdm.write(line, sys.stderr)
 
 
 def _restore(loop: Loop, saved: Mapping[str, Any]) -> None:
-    """Put a loop where :func:`_save` left it."""
+    """Bring a loop to the point where :func:`_save` saved it."""
     loop.progress = Progress(**saved["progress"])
     adapter = loop.adapter
     if adapter is not None:

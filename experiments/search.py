@@ -2,8 +2,8 @@
 
 A line of ``experiments/results/search.jsonl`` is one run: ``cell``, what was pruned and how;
 ``rectifier``, what was tried, and ``null`` where none is at work; ``variant``, ``seed``, ``final``
-(accuracy in %), ``macs`` (share that is left, in %) and ``released``. What did not pass is no
-longer in the code: its lines are what is left of it.
+(accuracy in %), ``macs`` (share that is left, in %) and ``released``. Rectifiers
+that did not pass are no longer in the code, only in these lines.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def _rows(lines: Sequence[Line]) -> Iterator[list[str]]:
         if variant != "sr":
             continue
         others = [runs.get((cell, "base", None), []), runs.get((cell, "random", rectifier), [])]
-        found = [difference(_finals(tried), _finals(other)) for other in others]
-        cells = [interval(asdict(d)) if d else "-" for d in found]
+        differences = [difference(_finals(tried), _finals(other)) for other in others]
+        cells = [interval(asdict(d)) if d else "-" for d in differences]
         released = statistics.fmean(line["released"] for line in tried)
-        pairs = max((d.pairs for d in found if d), default=0)
+        pairs = max((d.pairs for d in differences if d), default=0)
         yield [cell, str(rectifier), f"{released:.0f}", *cells, str(pairs)]
 
 

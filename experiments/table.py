@@ -120,7 +120,7 @@ class _Shape(_Table):
     latency: _Latency
     seconds: Amount
     loading: Amount
-    processes: Whole = 1  # what records say that were made before there could be several
+    processes: Whole = 1  # older records do not say it, and had one
     dense_seed: Seed | None = None  # older records do not say it: every seed had its own network
     images: Text | None = None  # names the images; not in records of earlier releases
 
@@ -140,18 +140,18 @@ def files(paths: Iterable[Path]) -> list[Path]:
     A run's own file, ``*record.json``, holds one record; a file of kept ones, ``*.jsonl``, one a
     line.
     """
-    found: list[Path] = []
+    listed: list[Path] = []
     for path in paths:
         if path.suffix in (".json", ".jsonl") and not path.is_dir():
-            found.append(path)
+            listed.append(path)
         else:
-            found += sorted([*path.rglob("*record.json"), *path.rglob("*.jsonl")])
-    return found
+            listed += sorted([*path.rglob("*record.json"), *path.rglob("*.jsonl")])
+    return listed
 
 
 def located(paths: Iterable[Path]) -> list[tuple[Path, Record]]:
     """What :func:`read` reads, each record with its file."""
-    found = []
+    runs = []
     for file in files(paths):
         try:
             text = file.read_text(encoding="utf-8")
@@ -162,10 +162,10 @@ def located(paths: Iterable[Path]) -> list[tuple[Path, Record]]:
             places = [f"{file}, line {number}," for number in range(1, len(lines) + 1)]
         else:
             lines, places = [text], [str(file)]
-        found += [(file, _record(line, at)) for line, at in zip(lines, places, strict=True)]
-    if not found:
+        runs += [(file, _record(line, at)) for line, at in zip(lines, places, strict=True)]
+    if not runs:
         raise RunError("no records were found; make some first: make demo, or make bench-depgraph")
-    return found
+    return runs
 
 
 def read(paths: Iterable[Path]) -> list[Record]:
@@ -227,7 +227,7 @@ def keep(records: Sequence[Record], folder: Path) -> list[Path]:
             configurations, or a file is damaged.
     """
     sections(records)
-    made = {}
+    texts = {}
     for name in sorted({r["config"]["name"] for r in records}):
         path = folder / f"{name}.jsonl"
         members = [r for r in records if r["config"]["name"] == name]
@@ -242,10 +242,10 @@ def keep(records: Sequence[Record], folder: Path) -> list[Path]:
         by_run = {(r["variant"], r["seed"]): r for r in kept + members}
         ordered = sorted(by_run.values(), key=lambda r: (ORDER.index(r["variant"]), r["seed"]))
         compact = (json.dumps(r, separators=(",", ":"), allow_nan=False) for r in ordered)
-        made[path] = "".join(f"{line}\n" for line in compact)
-    for path, text in made.items():
+        texts[path] = "".join(f"{line}\n" for line in compact)
+    for path, text in texts.items():
         save_text(path, text)
-    return list(made)
+    return list(texts)
 
 
 # ---------------------------------------------------------------------- figures
@@ -259,21 +259,21 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
             the dense network, so a table would mix them; or there are several of one variant and
             seed, and pairs would be ambiguous.
     """
-    found: dict[str, list[Record]] = {}
+    by_title: dict[str, list[Record]] = {}
     for record in records:
         title = f"{record['framework']}, {record['model']}, {record['data']}"
         title += f" ({record['config']['name']})"
         if processes(record) > 1:
             title += f", {processes(record)} processes"
-        found.setdefault(title, []).append(record)
-    for title, members in found.items():
+        by_title.setdefault(title, []).append(record)
+    for title, members in by_title.items():
         if len({m["config_hash"] for m in members}) > 1:
             raise RunError(
                 f"the records of {title} come from different configurations; delete the old runs, "
                 "or keep them in another --out"
             )
-        if len(found_images := _images(members)) > 1:
-            each = "; ".join(f"{digest}: {runs}" for digest, runs in found_images.items())
+        if len(by_images := _images(members)) > 1:
+            each = "; ".join(f"{digest}: {runs}" for digest, runs in by_images.items())
             raise RunError(
                 f"the records of {title} are of different images under one name ({each}); give "
                 "those of one kind, or carry the others out anew"
@@ -291,16 +291,16 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
             raise RunError(
                 f"{title} has {times} records of {variant}, seed {seed}; give only one of them"
             )
-    return list(found.items())
+    return list(by_title.items())
 
 
 def _images(records: Sequence[Record]) -> dict[str, str]:
     """The first run on each kind of images; records of earlier releases do not name theirs."""
-    found: dict[str, str] = {}
+    first_runs: dict[str, str] = {}
     for record in records:
         if (digest := record.get("images")) is not None:
-            found.setdefault(digest, f"{record['variant']}, seed {record['seed']}")
-    return found
+            first_runs.setdefault(digest, f"{record['variant']}, seed {record['seed']}")
+    return first_runs
 
 
 def summary(values: Sequence[float]) -> dict[str, float | None]:
@@ -309,27 +309,27 @@ def summary(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": statistics.fmean(values), "spread": spread}
 
 
-def figure(found: dict[str, float | None], digits: int) -> str:
+def figure(values: dict[str, float | None], digits: int) -> str:
     """A :func:`summary` as text: ``mean ± spread``."""
-    mean, spread = found["mean"], found["spread"]
+    mean, spread = values["mean"], values["spread"]
     text = f"{mean:.{digits}f}"
     return text if spread is None else f"{text} ± {spread:.{digits}f}"
 
 
 def dense(members: Sequence[Record]) -> list[float]:
     """Accuracies of a section's dense networks, each once, by seed."""
-    found = {network(m): d for m in members if (d := m["accuracy"]["dense"]) is not None}
-    return [found[seed] for seed in sorted(found)]
+    by_network = {network(m): d for m in members if (d := m["accuracy"]["dense"]) is not None}
+    return [by_network[seed] for seed in sorted(by_network)]
 
 
 def network(record: Record) -> int:
     """The seed of the dense network that a record started from, or of its initial weights."""
-    found = record.get("dense_seed")  # None without dense training; older records do not say it
-    return int(record["seed"] if found is None else found)
+    seed = record.get("dense_seed")  # None without dense training; older records do not say it
+    return int(record["seed"] if seed is None else seed)
 
 
 def processes(record: Record) -> int:
-    """How many processes made a record; older ones do not say so and were made by one."""
+    """How many processes a run had; older records do not say it, and had one."""
     return int(record.get("processes", 1))
 
 
@@ -363,8 +363,8 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
         }
         for name, values in columns.items():
             row[name] = summary(values)
-        found = None if variant == "base" else _minus(records, variant, "base")
-        row["difference"] = found and asdict(found)
+        versus = None if variant == "base" else _minus(records, variant, "base")
+        row["difference"] = versus and asdict(versus)
         row["published"] = benchmark and benchmark.top1(*_counterpart(records), variant)
         table.append(row)
     return table
@@ -376,8 +376,8 @@ def contrasts(records: Sequence[Record]) -> list[dict[str, Any]]:
     The fields are those of :class:`~experiments.pairs.Difference`, in points, and ``minus``.
     """
     others: tuple[Variant, ...] = (*CONTROLS, "sp")
-    found = {other: _minus(records, "sr", other) for other in others}
-    return [{"minus": other, **asdict(d)} for other, d in found.items() if d is not None]
+    differences = {other: _minus(records, "sr", other) for other in others}
+    return [{"minus": other, **asdict(d)} for other, d in differences.items() if d is not None]
 
 
 def _minus(records: Sequence[Record], one: Variant, other: Variant) -> Difference | None:
@@ -394,7 +394,7 @@ def _counterpart(records: Sequence[Record]) -> tuple[str, bool]:
 def _benchmark(records: Sequence[Record]) -> published.Benchmark | None:
     options = records[0]["config"].get("options", {})
     if options.get("importance", "magnitude") != "magnitude":
-        return None  # what is published ranks as upstream does
+        return None  # the published figures are of upstream's ranking
     return published.load().benchmark(*_counterpart(records))
 
 
@@ -417,7 +417,7 @@ HEADER = (
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """All sections as Markdown: a title, a table, and what else its pairs say."""
+    """All sections as Markdown: a title, a table, and further comparisons of its pairs."""
     parts = []
     for title, members in sections(records):
         parts.append(f"{title}; {_training(members)}")
@@ -429,10 +429,10 @@ def markdown(records: Sequence[Record]) -> str:
             header[at] = f"paper ({benchmark.network}, {benchmark.data}), %"
         start = None if benchmark is None else benchmark.top1(*_counterpart(members), "base")
         parts.append(grid([header, *(_cells(row, start) for row in table)]))
-        found = contrasts(members)
-        if found:
-            parts.append("\n".join(_contrast(d) for d in found))
-        if note := _small([*(row["difference"] for row in table if row["difference"]), *found]):
+        compared = contrasts(members)
+        if compared:
+            parts.append("\n".join(_contrast(d) for d in compared))
+        if note := _small([*(row["difference"] for row in table if row["difference"]), *compared]):
             parts.append(note)
     return "\n\n".join(parts)
 
@@ -460,15 +460,15 @@ def _training(members: Sequence[Record]) -> str:
 def _cells(row: dict[str, Any], start: float | None) -> list[str]:
     """A row's cells; ``start`` is the accuracy that is published for the framework alone."""
     released, decayed = row["released"]["mean"], row["decayed"]["mean"]
-    seeds, found = len(row["seeds"]), row["difference"]
-    pairs = seeds if row["variant"] == "base" else found["pairs"] if found else 0
+    seeds, versus = len(row["seeds"]), row["difference"]
+    pairs = seeds if row["variant"] == "base" else versus["pairs"] if versus else 0
     return [
         NAMES[row["variant"]],
         f"{row['macs']['mean']:.1f}",
         f"{row['parameters']['mean']:.1f}",
         figure(row["final"], 2),
-        interval(found) if found else "-",
-        _points(found["detectable"]) if found else "-",
+        interval(versus) if versus else "-",
+        _points(versus["detectable"]) if versus else "-",
         figure(row["at_removal"], 1),
         figure(row["at_removal_reestimated"], 1),
         f"{released:.1f} of {decayed:.0f}" if decayed else "-",
@@ -478,28 +478,28 @@ def _cells(row: dict[str, Any], start: float | None) -> list[str]:
 
 
 def _paper(row: dict[str, Any], start: float | None) -> str:
-    found = row["published"]
-    if found is None:
+    top1 = row["published"]
+    if top1 is None:
         return "-"
     if start is None or row["variant"] == "base":
-        return f"{found:g}"
-    return f"{found:g} ({round(found - start, 2):+g})"
+        return f"{top1:g}"
+    return f"{top1:g} ({round(top1 - start, 2):+g})"
 
 
-def _contrast(found: dict[str, Any]) -> str:
-    text = f"- {NAMES['sr']} minus {NAMES[found['minus']]}: {interval(found)} points"
-    text += f", {_counted(found)}"
-    if found["detectable"] is not None:
-        text += f", {found['detectable']:.2f} detectable"
+def _contrast(versus: dict[str, Any]) -> str:
+    text = f"- {NAMES['sr']} minus {NAMES[versus['minus']]}: {interval(versus)} points"
+    text += f", {_counted(versus)}"
+    if versus["detectable"] is not None:
+        text += f", {versus['detectable']:.2f} detectable"
     return text
 
 
-def _small(found: Sequence[dict[str, Any]]) -> str | None:
+def _small(differences: Sequence[dict[str, Any]]) -> str | None:
     """A sentence where the pairs of a section are too few to speak about a small effect."""
-    if not found:
+    if not differences:
         return None
-    fewest = min(found, key=lambda d: (d["networks"], d["pairs"]))
-    sizes = [d["detectable"] for d in found if d["detectable"] is not None]
+    fewest = min(differences, key=lambda d: (d["networks"], d["pairs"]))
+    sizes = [d["detectable"] for d in differences if d["detectable"] is not None]
     if fewest["networks"] >= ENOUGH and max(sizes) <= EFFECT:
         return None
     if fewest["pairs"] == 1:
@@ -511,18 +511,18 @@ def _small(found: Sequence[dict[str, Any]]) -> str | None:
     return f"{text} (detectable, by the spread of the {spread}: {max(sizes):.2f} points)."
 
 
-def _counted(found: dict[str, Any]) -> str:
+def _counted(versus: dict[str, Any]) -> str:
     """The pairs of a :class:`~experiments.pairs.Difference`, and their networks if shared."""
-    pairs, networks = found["pairs"], found["networks"]
+    pairs, networks = versus["pairs"], versus["networks"]
     text = f"{pairs} pair{'s' if pairs != 1 else ''}"
     if networks == pairs:
         return text
     return f"{text} of {networks} network{'s' if networks != 1 else ''}"
 
 
-def interval(found: dict[str, Any]) -> str:
+def interval(versus: dict[str, Any]) -> str:
     """A :class:`~experiments.pairs.Difference`, as a dictionary: its mean and 95% interval."""
-    mean, low, high = found["mean"], found["low"], found["high"]
+    mean, low, high = versus["mean"], versus["low"], versus["high"]
     return _signed(mean) if low is None else f"{_signed(mean)} [{_signed(low)}, {_signed(high)}]"
 
 

@@ -1,4 +1,4 @@
-"""The one training loop, and what it measures. It serves dense models and every framework."""
+"""The one training loop, for dense models and every framework, and what it measures."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from .ranks import Ranks
 EVALUATION_BATCH = 500
 POINTS = 40
 BETWEEN_CHECKS = 50
-"""Steps between looks at the loss where a look waits: for a GPU, or for other processes."""
+"""Steps between checks of the loss, if a check has to wait for a GPU or other processes."""
 
 
 def laid_out(model: nn.Module, channels_last: bool = True) -> nn.Module:
     """The model with its kernels in the layout that convolves fastest, in place.
 
     Channels-last on a GPU, and on a CPU as long as all widths are multiples of eight: with the odd
-    widths of a pruned model it is slower there. Contiguous, too, where ``channels_last`` says that
-    a framework cannot do with anything else.
+    widths of a pruned model it is slower there. Else, and without ``channels_last``, contiguous;
+    some frameworks can use nothing else.
     """
     kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     fits = channels_last and all(k.is_cuda or k.shape[0] % 8 == 0 for k in kernels)
@@ -110,18 +110,18 @@ class Progress:
         step: training steps done in the stage, hearings' batches among them.
         total: training steps done in all stages.
         decided_at: ``total`` when the framework began to take structures out; ``None`` before.
-        zero_at: ``total`` when nothing was left of what goes; ``None`` before.
+        zero_at: ``total`` when all that goes was zero, or removed; ``None`` before.
         removed_at: ``total`` at the latest removal; ``None`` before.
         seconds: spent so far.
-        found: figures measured when nothing was left, and at removals: of several, the largest
-            difference.
-        curve: (steps since the decision, test accuracy in %), one more when nothing is left.
-        events: what the core reported until the latest removal, structures by their numbers in the
+        found: the accuracies at ``zero_at``, and the largest difference of outputs that a removal
+            made.
+        curve: (steps since the decision, test accuracy in %), with a point at ``zero_at``.
+        events: what the core reported until the latest removal, with structures numbered as in the
             dense model.
         heard: batches that hearings used up until then.
-        trace: norms of the structures that ever decayed, or since the latest removal did, by the
-            core's clock, group and number in the dense model; :data:`POINTS` or more in the time
-            that a decay takes.
+        trace: norms of the structures that have decayed so far, in rounds since the latest removal:
+            by the core's clock, by group and by number in the dense model. A decay gets
+            :data:`POINTS` of them or more.
     """
 
     stage: int = 0
@@ -218,8 +218,8 @@ class Loop:
     def next_loss(self) -> Tensor:
         """Mean loss of the model on the next training batch, or this process's share of it.
 
-        Uses up a step. For hearings, which make no gradient of a parameter: there is nothing to
-        average.
+        Uses up a step. It is for hearings, which leave no gradients of parameters, so there is
+        nothing to average between processes.
         """
         return self._loss(self.model)
 
@@ -285,7 +285,7 @@ class Loop:
                 self._save_or_stop()
 
     def new_optimizer(self) -> torch.optim.Optimizer:
-        """Of the present stage, for the model as it is."""
+        """The present stage's optimizer, of the model as it is."""
         stage = self.stages[self.progress.stage][1]
         settings = stage.optimizer, stage.learning_rate, stage.momentum, stage.weight_decay
         if self.adapter is None:
@@ -297,8 +297,8 @@ class Loop:
 
         Hearings keep the plain one: they hook modules, which compiled code would not see.
         """
-        made: Any = torch.compile(self.model) if self.compute.compile else self.model
-        return self.ranks.averaging(made)
+        compiled: Any = torch.compile(self.model) if self.compute.compile else self.model
+        return self.ranks.averaging(compiled)
 
     def _begin(self) -> None:
         self.optimizer = self.new_optimizer()
@@ -354,10 +354,10 @@ class Loop:
         assert adapter.removed is not None
         self.ranks.require_same("what was removed", list(adapter.removed))
         p.removed_at = p.total
-        found = p.found.get("output_difference")
+        largest = p.found.get("output_difference")
         if zero:
-            found = max(float((outputs(self.model, probe) - before).abs().max()), found or 0.0)
-        p.found["output_difference"] = found
+            largest = max(float((outputs(self.model, probe) - before).abs().max()), largest or 0.0)
+        p.found["output_difference"] = largest
 
     def _follow_norms(self, adapter: Adapter) -> None:
         p, dpm = self.progress, adapter.dpm
@@ -373,17 +373,17 @@ class Loop:
         p.trace.append((clock, renumbered))
 
     def _watch(self, loss: Tensor) -> None:
-        """Note a step's loss, and look at it where that waits for nothing, or now and then."""
-        # A sum holds every NaN and infinity.
+        """Note a step's loss; check it at once where that waits for nothing, else now and then."""
+        # A sum keeps every NaN and infinity.
         self._losses = loss if self._losses is None else self._losses + loss
         waits = loss.is_cuda or self.ranks.count > 1
         if not waits or self.progress.step % BETWEEN_CHECKS == 0:
             self._require_finite_loss()
 
     def _require_finite_loss(self) -> None:
-        found, self._losses = self._losses, None
+        losses, self._losses = self._losses, None
         # One process's share may be finite still, and all have to end together.
-        if self.ranks.any(found is not None and not bool(found.isfinite())):
+        if self.ranks.any(losses is not None and not bool(losses.isfinite())):
             raise self._diverged("the loss")
 
     def _require_finite_model(self) -> None:
@@ -426,7 +426,7 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
 def latency(
     models: Mapping[str, nn.Module | None], images: Tensor, rounds: int = 15
 ) -> dict[str, float]:
-    """Median time of a forward pass in milliseconds, by model; nothing of those that are ``None``.
+    """Median time of a forward pass in milliseconds, by model, without those that are ``None``.
 
     Each gets its fastest layout (:func:`laid_out`). They take turns, so that a busy machine slows
     all alike: their ratio is the figure to trust.

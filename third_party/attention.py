@@ -25,8 +25,8 @@ class SplitAttention(nn.Module):
         bias: whether the linear layers have biases.
         dropout: of the attention weights, in training.
 
-    How many heads are left is read off the layers, so that whoever makes them smaller by whole
-    heads has nothing else to do.
+    The number of heads is read off the layers, so nothing else has to change when whole heads are
+    removed from them.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class SplitAttention(nn.Module):
 
     @classmethod
     def of(cls, layer: nn.MultiheadAttention, name: str = "layer") -> SplitAttention:
-        """What computes the same as ``layer`` does, with parameters of its own.
+        """A layer that computes what ``layer`` does, with parameters of its own.
 
         Raises:
-            UnsupportedLayerError: the layer has a setting that is not served here.
+            UnsupportedLayerError: the layer has a setting that is not supported here.
         """
         odd = [
             what
@@ -68,7 +68,7 @@ class SplitAttention(nn.Module):
                 "apart here; leave it out"
             )
         weight, bias = layer.in_proj_weight, layer.in_proj_bias
-        made = cls(
+        split = cls(
             layer.embed_dim,
             layer.num_heads,
             layer.head_dim,
@@ -76,15 +76,15 @@ class SplitAttention(nn.Module):
             dropout=layer.dropout,
         ).to(weight.device, weight.dtype)
         with torch.no_grad():
-            for part, rows in zip((made.query, made.key, made.value), weight.chunk(3), strict=True):
+            parts = (split.query, split.key, split.value)
+            for part, rows in zip(parts, weight.chunk(3), strict=True):
                 part.weight.copy_(rows)
-            made.out.weight.copy_(layer.out_proj.weight)
+            split.out.weight.copy_(layer.out_proj.weight)
             if bias is not None:
-                parts = (made.query, made.key, made.value)
                 for part, values in zip(parts, bias.chunk(3), strict=True):
                     part.bias.copy_(values)
-                made.out.bias.copy_(layer.out_proj.bias)
-        return made.train(layer.training)
+                split.out.bias.copy_(layer.out_proj.bias)
+        return split.train(layer.training)
 
     def forward(
         self,
@@ -97,7 +97,7 @@ class SplitAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """As that of ``nn.MultiheadAttention``, for inputs (batch, length, embed_dim).
+        """Like that of ``nn.MultiheadAttention``, for inputs (batch, length, embed_dim).
 
         Raises:
             UnsupportedLayerError: attention weights are wanted, or a mask is given.
@@ -128,9 +128,9 @@ def split_attention(model: nn.Module) -> list[str]:
     Raises:
         UnsupportedLayerError: naming a layer that cannot be taken apart; nothing was changed.
     """
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    made = [(name, SplitAttention.of(layer, name)) for name, layer in found]
-    for name, layer in made:
+    whole = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    split = [(name, SplitAttention.of(layer, name)) for name, layer in whole]
+    for name, layer in split:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
-    return [name for name, _ in made]
+    return [name for name, _ in split]

@@ -1,8 +1,8 @@
-"""Removing channels from a model, by torch-pruning's dependency graph, whatever chose them.
+"""Removing channels from a model by torch-pruning's dependency graph, whoever chose them.
 
 All channels of one removal go at once: the graph is read before anything is small, so that no step
-depends on what an earlier one left behind. Nothing is removed before the same removal of a copy has
-left its outputs as they were.
+depends on what an earlier one left behind. A removal is tried on a copy first, and takes place only
+if the copy's outputs stay what they were.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RemovalError(UnsupportedLayerError):
 def remove(model: nn.Module, example: Any, plan: Plan) -> None:
     """Make a model physically smaller, in place; parameters become new objects.
 
-    What goes has to be zero: the outputs for the example stay what they were, to rounding.
+    The channels have to be zero already: the outputs for the example stay the same, to rounding.
 
     Args:
         model: whose channels go.
@@ -43,9 +43,9 @@ def remove(model: nn.Module, example: Any, plan: Plan) -> None:
 
 
 def cut(model: nn.Module, example: Any, plan: Plan) -> None:
-    """:func:`remove` from a model in which what goes is not zero, as a freshly built one.
+    """Like :func:`remove`, for channels that are not zero, as in a freshly built model.
 
-    The small model is that which is left where all that goes is set to zero first.
+    The small model computes what the large one would with these channels set to zero.
 
     Raises:
         RemovalError: it would compute something else; the model is as it was.
@@ -62,10 +62,10 @@ def cut(model: nn.Module, example: Any, plan: Plan) -> None:
 
 
 def compare(before: nn.Module, after: nn.Module, example: Any, plan: Plan) -> None:
-    """Refuse a removal after which a model's outputs are not what they were, to rounding.
+    """Refuse a removal that changes a model's outputs by more than rounding.
 
-    They are compared in double precision, where the model runs so, in evaluation, and in training
-    mode where the example can be run in it and nothing is drawn.
+    They are compared in double precision if the model runs in it; in evaluation mode, and also in
+    training mode if the example can be run in it and the pass draws no random numbers.
 
     Args:
         before: the large model; stays as it is.
@@ -76,7 +76,7 @@ def compare(before: nn.Module, after: nn.Module, example: Any, plan: Plan) -> No
     Raises:
         RemovalError: saying how far the outputs are off.
     """
-    example = running.shortened(before, running.telling(example), 8)
+    example = running.shortened(before, running.informative(example), 8)
     precision = running.Precision(before, example)
     model, given = precision.of(before, example)
     first = running.outputs(model, given)
@@ -99,7 +99,7 @@ def compare(before: nn.Module, after: nn.Module, example: Any, plan: Plan) -> No
 
 
 def _in_training(before: nn.Module, after: nn.Module, example: Any) -> str:
-    """What is wrong in training mode, where other parts of a model may run, or nothing."""
+    """How outputs differ in training mode, in which other parts may run; "" if they do not."""
     first = running.outputs_in_training(before, example)
     if first is None:
         return ""
@@ -114,7 +114,7 @@ def _in_training(before: nn.Module, after: nn.Module, example: Any) -> str:
 
 
 def set_to_zero(model: nn.Module, example: Any, plan: Plan) -> None:
-    """Set all that makes up some channels to zero, in place; of one removal."""
+    """Set the channels of one removal to zero, in place, with all that has to go with them."""
     for name, table in graph.tables(model, example, [name for name, _ in plan]).items():
         zero(table, table.structures_of(dict(plan)[name]))
 
@@ -123,7 +123,7 @@ def set_to_zero(model: nn.Module, example: Any, plan: Plan) -> None:
 def zero(
     table: UpstreamGroup, structures: Sequence[int], of: Callable[[Tensor], Tensor] = lambda p: p
 ) -> None:
-    """Set some structures of a group to zero, in the parameters that ``of`` gives for its own."""
+    """Set some structures to zero, in the parameters that ``of`` gives for the group's own."""
     for share in table.shares:
         positions = torch.tensor([p for k in structures for p in share.index[k]], dtype=torch.int64)
         parameter = of(share.parameter)
@@ -131,7 +131,7 @@ def zero(
 
 
 def separate(plan: Plan) -> Iterator[Plan]:
-    """The removals that stand one after the other in a plan: in each a layer occurs once.
+    """Split a plan into successive removals, in each of which a layer occurs once.
 
     A layer that occurs again begins the next one; without any channels, it does nothing else.
     """
@@ -147,7 +147,7 @@ def separate(plan: Plan) -> Iterator[Plan]:
 
 
 def take_out(model: nn.Module, example: Any, plan: Plan) -> None:
-    """Remove channels from a model, in place, without asking what that does to its outputs.
+    """Remove channels from a model, in place, without comparing its outputs.
 
     Raises:
         UnsupportedLayerError: upstream cannot remove this; the model is as it was.
@@ -159,7 +159,7 @@ def take_out(model: nn.Module, example: Any, plan: Plan) -> None:
             with graph.upstream(model):
                 _apply_whole(built, model, part)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(trained[name])  # new ones train
+        parameter.requires_grad_(trained[name])  # upstream makes new ones that train
 
 
 def _apply_whole(built: Any, model: nn.Module, part: Plan) -> None:
@@ -177,7 +177,7 @@ def _apply_whole(built: Any, model: nn.Module, part: Plan) -> None:
 
 
 def gathered(built: Any, model: nn.Module, plan: Plan) -> list[tuple[Any, list[int]]]:
-    """By the graph of a model, all that one removal takes: (dependency, positions), each once."""
+    """All that one removal takes, by a model's graph: each dependency, with its positions."""
     taken: dict[tuple[Any, Any], tuple[Any, set[int]]] = {}
     for name, channels in plan:
         layer = model.get_submodule(name)
@@ -187,7 +187,7 @@ def gathered(built: Any, model: nn.Module, plan: Plan) -> list[tuple[Any, list[i
 
 
 def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) -> None:
-    """Take positions out of a model's layers; the graph keeps to the model as it was.
+    """Take positions out of a model's layers; the graph still describes the model as it was.
 
     Raises:
         UnsupportedLayerError: layers that share a parameter would lose different parts of it.
@@ -206,7 +206,7 @@ def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) 
 
 
 def shared_parameters(model: nn.Module) -> list[list[str]]:
-    """Names of each parameter that has several, as of layers that share it."""
+    """The names of every parameter that has several, because layers share it."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -214,7 +214,7 @@ def shared_parameters(model: nn.Module) -> list[list[str]]:
 
 
 def _tie(model: nn.Module, names: Sequence[str]) -> None:
-    """Let layers share a parameter again, of which each has lost the same."""
+    """Let layers share a parameter again after each has lost the same part of it."""
     parameter = model.get_parameter(names[0])
     for name in names[1:]:
         other = model.get_parameter(name)
@@ -230,7 +230,7 @@ def _tie(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def one_by_one(model: nn.Module, example: Any, plan: Plan) -> Iterator[str]:
-    """Each item of a plan alone: tells its layer's name while only its channels are gone."""
+    """Remove each item of a plan alone, yield its layer's name, and put the model back."""
     built = graph.build(model, example)
     for item in plan:
         kept = running.parts(model)
@@ -244,7 +244,7 @@ def one_by_one(model: nn.Module, example: Any, plan: Plan) -> Iterator[str]:
 
 @contextmanager
 def _whole_or_not(model: nn.Module) -> Iterator[None]:
-    """Put a model back to what it was if what happens inside fails."""
+    """Put a model back to what it was if the code inside fails."""
     kept = running.parts(model)
     try:
         yield
@@ -260,9 +260,10 @@ def _whole_or_not(model: nn.Module) -> Iterator[None]:
 
 
 def survivors(model: nn.Module, example: Any, plan: Plan) -> dict[str, list[Tensor]]:
-    """What :func:`take_out` would leave of every parameter, whatever upstream does inside.
+    """Which positions of every parameter :func:`take_out` would leave.
 
-    It is tried on a copy in which every element of a parameter is its own position.
+    It is tried on a copy in which the value of every element is its own position, so the answer
+    holds whatever upstream does inside.
 
     Args:
         model: left as it is.
@@ -285,7 +286,7 @@ def survivors(model: nn.Module, example: Any, plan: Plan) -> dict[str, list[Tens
     dtypes = {n: p.dtype for n, p in parameters().items()}
     codes = {n: torch.arange(shape.numel()).view(shape).double() for n, shape in shapes.items()}
     for part in separate(plan):
-        for name, parameter in parameters().items():  # with positions for weights a pass overflows
+        for name, parameter in parameters().items():  # positions as weights would overflow
             parameter.grad = None
             parameter.data = torch.zeros_like(codes[name], dtype=dtypes[name]).to(parameter.device)
         built = graph.build(trial, example)
@@ -298,7 +299,7 @@ def survivors(model: nn.Module, example: Any, plan: Plan) -> dict[str, list[Tens
 
 
 def _positions(name: str, codes: Tensor, shape: torch.Size) -> list[Tensor]:
-    """Positions along each dimension, of positions in the flattened tensor."""
+    """Positions in the flattened tensor as positions along each of its dimensions."""
     if codes.dim() == len(shape) and codes.numel():
         strides = [shape[d + 1 :].numel() for d in range(len(shape))]
         index = []

@@ -1,15 +1,19 @@
 """The touch points in torch-pruning 1.6.1: its dependency graph, and its groups as index tables.
 
-Facts this file answers, all of them of that version. Building a graph leaves the model in eval
-mode, follows gradients and silently misses frozen layers, so all train while it is built; it
-unpacks an example of one sample into the model's arguments, so the forward pass is given; it fails
-at outputs that are no tensors (``graph._trace``). A layer whose output is returned *and* used
-further does not look like an output. GRU and RNN are taken for operations element by element, an
-LSTM is entered, so each is traced as one piece. The raw form of a group says which channels go
-together; the merged one does not (``Group.add_and_merge``). A walk over the graph need not end, as
-with grouped-query attention (``get_pruning_group``). Index maps are worked out anew for every group
-(``index_mapping``), though nothing but a removal changes them; after one, a split keeps the offsets
-it had before (``SplitPruner``).
+What this file works around, all of it in that version:
+
+- Building a graph leaves the model in eval mode. It follows gradients, and silently misses frozen
+  layers, so all layers train while it is built. It unpacks an example of one sample into the
+  model's arguments, so it is given a forward pass of ours. It fails at outputs that are no tensors
+  (``graph._trace``).
+- A layer whose output is returned *and* used further does not look like an output.
+- GRU and RNN are taken for operations element by element, and an LSTM is traced inside; here each
+  of them is traced as one piece.
+- The raw form of a group says which channels go together; the merged one does not
+  (``Group.add_and_merge``).
+- A walk over the graph need not end, as with grouped-query attention (``get_pruning_group``).
+- Index maps are worked out anew for every group (``index_mapping``), though only a removal changes
+  them. After a removal a split keeps its old offsets (``SplitPruner``).
 """
 
 from __future__ import annotations
@@ -47,11 +51,11 @@ from torch_pruning.dependency import index_mapping as _index_mapping  # noqa: E4
 
 ROOTS = [tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR]
 WALK = 20
-"""How many times as many steps as the graph has edges a walk may take; ours. Most take one each."""
+"""A walk may take this many steps for every edge of the graph; ours. Most take one."""
 
 
 Meeting = tuple[Tensor, Tensor]
-"""Places in a layer, and the root's channel at each: both int64 (N,)."""
+"""Positions in a layer, and the root's channel at each: both int64 (N,)."""
 
 
 class TraceError(UnsupportedLayerError):
@@ -62,10 +66,10 @@ class TraceError(UnsupportedLayerError):
 
 
 class _Group(_graph_module.Group):  # type: ignore[misc]
-    """Upstream's group, with what merging loses, and an end to every walk.
+    """Upstream's group, which keeps what merging loses, and ends every walk.
 
     Attributes:
-        raw: (dependency, indices) of every step of the walk; an index knows its root's.
+        raw: (dependency, indices) of every step of the walk; an index knows the root's channel.
     """
 
     bound: ClassVar[int] = 0
@@ -77,17 +81,17 @@ class _Group(_graph_module.Group):  # type: ignore[misc]
         self._meetings: dict[int, Meeting] = {}
 
     def meeting(self, idxs: Any) -> Meeting:
-        """Indices of :attr:`raw` as two tensors; many steps share one list.
+        """Indices of :attr:`raw` as two tensors, kept because many steps share one list.
 
         Raises:
-            UnsupportedLayerError: upstream does not say which channels of the root they are.
+            UnsupportedLayerError: upstream does not say which channels of the root they belong to.
         """
         if id(idxs) not in self._meetings:
             channels = [i.root_idx for i in idxs]
             if None in channels:
                 raise UnsupportedLayerError(
-                    "shares channels in a way that torch-pruning does not tell, as attention heads "
-                    "may"
+                    "shares channels in a way that torch-pruning does not report, as attention "
+                    "heads may"
                 )
             self._meetings[id(idxs)] = torch.tensor([i.idx for i in idxs]), torch.tensor(channels)
         return self._meetings[id(idxs)]
@@ -107,7 +111,7 @@ class _Group(_graph_module.Group):  # type: ignore[misc]
 
     def prune(self, idxs: Any = None, record_history: bool = True) -> None:
         super().prune(idxs, record_history)
-        self._DG.maps_stand = False
+        self._DG.maps_valid = False
         for module in self._DG.module2node:
             if isinstance(module, tp.ops._SplitOp) and None not in (module.split_sizes or [None]):
                 module.offsets = list(accumulate([0, *module.split_sizes]))
@@ -124,27 +128,27 @@ _MAPS = {
 
 
 def _update_maps(graph: Any) -> None:
-    """Upstream's index maps, worked out only where a removal has changed something.
+    """Work out upstream's index maps, unless nothing was removed since the last time.
 
-    An operation whose sizes upstream cannot tell keeps none; a group that passes through it is
+    An operation whose sizes upstream does not know gets none; a group that passes through it is
     refused when it is tried.
     """
-    if not getattr(graph, "maps_stand", False):
+    if not getattr(graph, "maps_valid", False):
         for node in list(graph.module2node.values()):
             if node.type in _MAPS:
                 with contextlib.suppress(AttributeError, IndexError, TypeError, ZeroDivisionError):
                     _MAPS[node.type](graph, node)
-        graph.maps_stand = bool(getattr(graph, "module2node", None))
+        graph.maps_valid = bool(getattr(graph, "module2node", None))
     edges = sum(len(node.dependencies) for node in graph.module2node.values())
     _Group.bound = max(200, WALK * edges)
 
 
 @contextmanager
 def upstream(model: nn.Module) -> Iterator[None]:
-    """While upstream reads or prunes a model: its facts are answered, and its errors explained.
+    """Let upstream read or prune a model inside, with this file's workarounds; explain its errors.
 
-    It takes reshapes for flattens by the number of channels it guesses behind them. Where that
-    goes wrong it fails at some later place, or multiplies positions for hours; so there is a bound.
+    Upstream guesses from the number of channels which reshapes are flattens. After a wrong guess it
+    fails at some later place, or multiplies positions for hours; so their number is bounded.
 
     Raises:
         TraceError: upstream fails; the message says where.
@@ -228,7 +232,7 @@ class Tracing:
         self._put_out: list[Any] = []
 
     def settings(self) -> dict[str, Any]:
-        """Upstream's arguments, of its graph and of its pruners alike."""
+        """Upstream's arguments, the same for its graph and for its pruners."""
         return {
             "forward_fn": self._forward,
             "output_transform": self._traceable,
@@ -236,7 +240,7 @@ class Tracing:
         }
 
     def finish(self, built: Any) -> Any:
-        """Let the graph know its outputs."""
+        """Note on the graph which tensors are its outputs."""
         built.put_out = set(self._put_out)
         return built
 
@@ -268,7 +272,7 @@ class Tracing:
 
 
 class _Piece(torch.autograd.Function):
-    """One node of autograd's graph for whatever runs inside."""
+    """Makes one node of autograd's graph of whatever runs inside."""
 
     @staticmethod
     def forward(_ctx: Any, run: Callable[..., Any], given: Tensor) -> tuple[Tensor, ...]:
@@ -280,7 +284,7 @@ class _Piece(torch.autograd.Function):
 
 
 def _in_one_piece(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A recurrent layer's forward pass, whose outputs all come of one node."""
+    """A recurrent layer's forward pass, with all outputs coming from one node."""
 
     def run(given: Any, state: Any = None) -> Any:
         if isinstance(given, PackedSequence):
@@ -319,7 +323,7 @@ class _RecurrentPruner(tp.BasePruningFunc):  # type: ignore[misc]
 
 
 def _place(cause: Exception, model: nn.Module) -> str | None:
-    """Where in the graph upstream was: at a layer, or at an operation behind some."""
+    """Where in the graph upstream failed: at a layer, or at an operation behind layers."""
     names = _names(model)
     nodes: list[Any] = []
     for frame, _ in traceback.walk_tb(cause.__traceback__):
@@ -410,19 +414,19 @@ class Reading:
 
 
 def known_layers(model: nn.Module, ignored: Collection[str | nn.Module]) -> list[str]:
-    """Names of the layers to ignore, that may be given as the layers themselves.
+    """The names of the layers to ignore, which are given as names or as layers.
 
     Raises:
         UnsupportedLayerError: one is no layer of the model.
     """
     layers = dict(model.named_modules(remove_duplicate=False))
     names = _names(model)
-    found = [names.get(i, i) if isinstance(i, nn.Module) else i for i in ignored]
-    for name in found:
+    listed = [names.get(i, i) if isinstance(i, nn.Module) else i for i in ignored]
+    for name in listed:
         if name not in layers:
             what = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
             raise UnsupportedLayerError(f"ignored names {what}, which is no layer of the model")
-    return [str(name) for name in found]
+    return [str(name) for name in listed]
 
 
 def read(model: nn.Module, example: Any, ignored: Collection[str | nn.Module] = ()) -> Reading:
@@ -445,7 +449,7 @@ def read(model: nn.Module, example: Any, ignored: Collection[str | nn.Module] = 
 
 
 def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> Reading:
-    """What a graph of a model holds, without the groups of the layers ``inside``."""
+    """The groups in a graph of a model, without those of the layers ``inside``."""
     reading = Reading(built)
     names = _names(model)
     heads = attentions(model)
@@ -483,12 +487,12 @@ def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> R
 
 
 def _overlapping(groups: Sequence[UpstreamGroup]) -> dict[str, str]:
-    """Groups that hold the same part of one parameter, as layers that share it do; and why not."""
-    held: dict[Tensor, list[tuple[UpstreamGroup, Share]]] = {}
-    found: dict[str, str] = {}
+    """Groups that have the same part of a shared parameter: by root, why they are refused."""
+    shares_of: dict[Tensor, list[tuple[UpstreamGroup, Share]]] = {}
+    refused: dict[str, str] = {}
     for group in groups:
         for share in group.shares:
-            here = held.setdefault(share.parameter, [])
+            here = shares_of.setdefault(share.parameter, [])
             mine = {p for positions in share.index for p in positions}
             for other, theirs in here:
                 taken = {p for positions in theirs.index for p in positions}
@@ -496,16 +500,16 @@ def _overlapping(groups: Sequence[UpstreamGroup]) -> dict[str, str]:
                 if other is group or apart:
                     continue
                 for one, with_whom in ((group, other), (other, group)):
-                    found[one.root] = (
+                    refused[one.root] = (
                         f"shares {share.name!r} with the group of {with_whom.root!r}, so it cannot "
                         "be decayed or removed by itself"
                     )
             here.append((group, share))
-    return found
+    return refused
 
 
 def tables(model: nn.Module, example: Any, roots: Iterable[str]) -> dict[str, UpstreamGroup]:
-    """The groups of some layers, whichever layer :func:`read` would root them in, by these.
+    """The groups that some layers belong to, by the layers' names, whatever their root is.
 
     Raises:
         UnsupportedLayerError: naming a layer whose group cannot be read, and why.
@@ -532,10 +536,10 @@ def _table_of(built: Any, model: nn.Module, name: str) -> UpstreamGroup:
 
 
 def require_whole(built: Any, model: nn.Module, name: str, channels: Sequence[int]) -> None:
-    """Refuse channels of a layer that are not all that their removal takes.
+    """Refuse channels of a layer that cannot be removed without others.
 
     Raises:
-        UnsupportedLayerError: naming the layer, and what goes with them.
+        UnsupportedLayerError: naming the layer, and the missing channels.
     """
     _table_of(built, model, name).structures_of(channels)
 
@@ -545,7 +549,7 @@ def _names(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _walks(built: Any, inside: Collection[nn.Module]) -> Iterator[tuple[nn.Module, Any, Any]]:
-    """Upstream's groups with all their channels: root, group, and what upstream stumbled over."""
+    """Upstream's groups with all their channels: (root, group, None) or (root, None, error)."""
     visited: set[nn.Module] = set()
     modules: list[nn.Module] = list(built.module2node)
     for module in modules:
@@ -565,7 +569,7 @@ def _walks(built: Any, inside: Collection[nn.Module]) -> Iterator[tuple[nn.Modul
 
 
 def _leaves(built: Any, node: Any) -> bool:
-    """Whether what a node puts out leaves the network."""
+    """Whether a node's output is one of the network's."""
     return bool(
         not node.outputs or node.type == tp.ops.OPTYPE.OUTPUT or node.grad_fn in built.put_out
     )
@@ -577,7 +581,7 @@ def attentions(model: nn.Module) -> list[SplitAttention]:
 
 
 def attention_of(built: Any, group: Any, among: Sequence[SplitAttention]) -> SplitAttention | None:
-    """The attention whose heads a group holds, if it holds any."""
+    """The attention whose heads are the group's structures, if there is one."""
     values = {a.value: a for a in among}
     for item in group.items if values else ():
         module, produced = item.dep.target.module, item.dep.handler
@@ -647,14 +651,14 @@ def _table(
             )
         last = isinstance(module, (nn.Linear, nn.Embedding))
         (norms if norm else producers).append((module, -1 if last else 1, index))
-    if attention is not None:  # without its values a head says nothing, whatever it looks at
+    if attention is not None:  # a head without values adds nothing
         producers = [p for p in producers if p[0] is attention.value]
     table.owners = norms or producers
     return table
 
 
 def members(built: Any, group: Any) -> list[list[int]]:
-    """The root's channels by structure: those of which the removal of one takes the others.
+    """The root's channels by structure: those that can only be removed together.
 
     Two channels belong together where they meet in one position of some layer, or lie in the same
     place of a grouped convolution's parts.
@@ -678,7 +682,7 @@ def members(built: Any, group: Any) -> list[list[int]]:
                     "concatenation"
                 )
             places = places % (size // parts)
-        if len(places) != count or not torch.equal(places, channels):  # else each meets itself
+        if len(places) != count or not torch.equal(places, channels):  # else each meets only itself
             pairs.append((places, channels))
     while True:
         before = label.clone()
@@ -695,7 +699,7 @@ def members(built: Any, group: Any) -> list[list[int]]:
 
 
 def _parts(built: Any, node: Any, handler: Any) -> tuple[int, int]:
-    """In how many parts a layer works on these channels, and on how many channels."""
+    """How many parts a layer divides these channels into, and how many channels it has."""
     module = node.module
     if not isinstance(module, nn.Module) or not any(True for _ in module.parameters()):
         return 1, 0
@@ -718,10 +722,10 @@ def _depthwise(module: nn.Module) -> bool:
 def _by_structure(
     meetings: Iterable[Meeting], of: Tensor, structures: int, layer: str
 ) -> list[list[int]]:
-    """A layer's positions by structure, of which each has equally many, in ascending order.
+    """A layer's positions by structure, equally many for each, in ascending order.
 
     Raises:
-        UnsupportedLayerError: they have not.
+        UnsupportedLayerError: structures have unequal numbers of positions.
     """
     places, channels = (torch.cat(t) for t in zip(*meetings, strict=True))
     size = int(places.max()) + 1
@@ -740,7 +744,7 @@ def _uneven(layer: str) -> UnsupportedLayerError:
 
 
 def _share(name: str, parameter: Tensor, dim: int, norm: bool, index: list[list[int]]) -> Share:
-    """One parameter's part in a group, whose positions have to be there."""
+    """One parameter's part in a group, after a check that the parameter has the positions."""
     if not parameter.is_floating_point():
         raise UnsupportedLayerError(
             f"holds {name!r}, which is {parameter.dtype}: only real numbers decay"
@@ -755,7 +759,7 @@ def _share(name: str, parameter: Tensor, dim: int, norm: bool, index: list[list[
 
 
 def _add(table: UpstreamGroup, share: Share) -> None:
-    """A further share of a group; of a parameter that two layers share, it is the same one."""
+    """Add a share to a group; a parameter that two layers share is added once."""
     for other in table.shares:
         if other.parameter is share.parameter:
             if (other.dim, other.index) == (share.dim, share.index):
@@ -768,7 +772,7 @@ def _add(table: UpstreamGroup, share: Share) -> None:
 
 
 def _kind(module: nn.Module, name: str) -> tuple[dict[str, int], bool] | None:
-    """Dimensions of the output positions by attribute, and whether it normalises by channel.
+    """By attribute the dimension of the output positions; and whether the layer is a norm.
 
     ``None`` where nothing has to be zero for the output to be zero.
 
@@ -808,8 +812,8 @@ def _kind(module: nn.Module, name: str) -> tuple[dict[str, int], bool] | None:
 def heard_without_norm(reading: Reading, model: nn.Module) -> set[str]:
     """Roots of the groups that BatchNorms alone cannot silence.
 
-    In these some layer's output comes to a layer that reads it, or leaves the network, without a
-    BatchNorm on the way. Operations between layers are taken to answer zeros with zeros.
+    In these, some layer's output reaches another layer, or leaves the network, without a BatchNorm
+    on the way. Operations between layers are assumed to answer zeros with zeros.
     """
     built, heard = reading.graph, set()
     for table in reading.groups:
@@ -834,7 +838,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _passes_channels(module: nn.Module) -> bool:
-    """Whether each channel of the output comes of the same channel of the input alone."""
+    """Whether each channel of the output depends on the same channel of the input alone."""
     if isinstance(module, _ConvNd):
         return 1 < module.groups == module.in_channels == module.out_channels
     bare = not isinstance(module, nn.Parameter) and not any(True for _ in module.parameters())
@@ -842,5 +846,5 @@ def _passes_channels(module: nn.Module) -> bool:
 
 
 def _passes_zeros(module: nn.Module) -> bool:
-    """Whether, besides, zeros come out where zeros go in."""
+    """The same, and zeros come out where zeros go in."""
     return _passes_channels(module) and getattr(module, "bias", None) is None

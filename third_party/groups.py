@@ -37,9 +37,9 @@ class UpstreamGroup:
 
     Attributes:
         root: the name of the layer that the group is named after.
-        members: by structure, the root's output channels that make it up, in ascending order. They
-            are what the removal of any one of them takes: two halves that are multiplied, say, or
-            the channels in the same place of every part of a grouped convolution.
+        members: by structure, the root's output channels that make it up, in ascending order. None
+            of them can be removed without the others: two halves that are multiplied, say, or the
+            channels in the same place of every part of a grouped convolution.
         heads: whether a structure is an attention head, and the root the layer of its values.
         shares: parameters whose output positions belong to the structures.
         owners: (module, dim, index): modules whose output carries the structures.
@@ -58,7 +58,7 @@ class UpstreamGroup:
 
     @property
     def structures(self) -> int:
-        """How many structures the group holds."""
+        """How many structures the group has."""
         return len(self.members)
 
     @property
@@ -98,5 +98,5 @@ class UpstreamGroup:
 
 
 def named(root: str, why: str) -> str:
-    """What a refusal says of a group, with the remedy."""
+    """The message of a refusal: which group, why, and the remedy."""
     return f"the group of {root!r} {why}. Name {root!r} in `ignored` to leave it unpruned"

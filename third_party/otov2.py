@@ -1,6 +1,6 @@
 """The touch points in only_train_once 2.0.16 (OTOv2): its graph, its groups, its DHSPG optimizer.
 
-Facts this file answers, all of them of that version, with the place they stand at:
+What this file works around, all of it in that version, with the place in upstream's code:
 
 - ``imp`` and ``distutils`` are imported (``__init__``, ``graph/graph``, ``transform/transforms``);
   Python 3.12 has neither. Stand-ins are there while upstream is imported.
@@ -12,11 +12,11 @@ Facts this file answers, all of them of that version, with the place they stand 
 - It prints (``graph/graph``, ``zig/zig``, ``optimizer/dhspg``); here that is logging.
 - Operators it does not know are written into a global table (``graph/graph``, ``build``), which is
   put back; a flatten and a mean over all positions are among the unknown ones, so that the
-  component before them is never pruned. They are told to it.
+  component before them is never pruned. Here upstream is given them as known.
 - Parameters of a component are a set (``graph/connected_component``), components are sorted by an
   id that depends on memory addresses (``zig/zig``, ``merge_connected_components``), and momentum
-  is saved by position: another process would end in other bits. Both are put into the model's
-  order, and the state goes by names.
+  is saved by position: another process would end in other bits. Here both are put into the model's
+  order, and the state is saved by names.
 - ``OTO`` leaves the model in eval mode.
 """
 
@@ -55,14 +55,14 @@ STRAY = ("assets", "graph", "operation", "optimizer", "transform")
 
 def _stand_ins() -> dict[str, types.ModuleType]:
     names = ("imp", "distutils", "distutils.version")
-    made = {name: types.ModuleType(name) for name in names}
-    made["distutils.version"].LooseVersion = Version  # type: ignore[attr-defined]
-    return made
+    modules = {name: types.ModuleType(name) for name in names}
+    modules["distutils.version"].LooseVersion = Version  # type: ignore[attr-defined]
+    return modules
 
 
 @contextmanager
 def _importable() -> Iterator[None]:
-    """While upstream is imported; afterwards ``sys`` is as before, but for ``only_train_once``."""
+    """Import upstream inside; afterwards ``sys`` is as before, except for ``only_train_once``."""
     spec = importlib.util.find_spec("only_train_once")
     assert spec is not None
     assert spec.origin is not None
@@ -90,10 +90,10 @@ with _importable():
 
 OPERATORS: dict[str, Any] = _graph_module.OP_DICT
 _DHSPG: Any = _dhspg_module.DHSPG
-# PyTorch wraps the step of a class once one of it was made; inside ours it would run hooks twice.
+# PyTorch wraps a class's step once it has an instance; called inside ours, hooks would run twice.
 _STEP = inspect.unwrap(_DHSPG.step)
 _LINEAR = _dhspg_module.GROUP_TYPE["linear"]
-"""Components of this type and above hold zero-invariant groups."""
+"""Components of this type and above have zero-invariant groups."""
 
 
 class _Log(io.TextIOBase):
@@ -108,9 +108,9 @@ class _Log(io.TextIOBase):
 def _optimize_graph() -> Any:
     for place in ("torch.onnx._internal.torchscript_exporter.utils", "torch.onnx.utils"):
         with contextlib.suppress(ImportError):
-            found = getattr(importlib.import_module(place), "_optimize_graph", None)
-            if found is not None:
-                return found
+            function = getattr(importlib.import_module(place), "_optimize_graph", None)
+            if function is not None:
+                return function
     raise ImportError(
         f"torch {torch.__version__} has no _optimize_graph where only_train_once needs it; install "
         "a version that pyproject.toml asks for"
@@ -119,7 +119,7 @@ def _optimize_graph() -> Any:
 
 @contextmanager
 def running(device: torch.device) -> Iterator[None]:
-    """While upstream runs: its prints are logged, and ``.cuda()`` means ``device``.
+    """Run upstream inside: its prints are logged, and ``.cuda()`` means ``device``.
 
     Patches the whole process, so that upstream must not run in two threads at once.
     """
@@ -149,29 +149,29 @@ def graph(model: nn.Module, example: Any) -> Any:
     operators, had = dict(OPERATORS), hasattr(torch.onnx, "_optimize_graph")
     if not had:
         torch.onnx._optimize_graph = _optimize_graph()  # type: ignore[attr-defined]
-    made = only_train_once.OTO()
+    oto = only_train_once.OTO()
     try:
         with evaluating(model), running(device_of(example, model)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made.initialize(model, tuple(example) if isinstance(example, list) else example)
-            for node in made._graph.nodes.values():
+            oto.initialize(model, tuple(example) if isinstance(example, list) else example)
+            for node in oto._graph.nodes.values():
                 if _keeps_channels(node):
                     node.op = _graph_module.Operator(name=node.op.name, zero_invariant=True)
-            made.partition_zigs()
+            oto.partition_zigs()
     finally:
         OPERATORS.clear()
         OPERATORS.update(operators)
         if not had:
             del torch.onnx._optimize_graph  # type: ignore[attr-defined]
-    _put_in_order(made, model)
-    return made
+    _put_in_order(oto, model)
+    return oto
 
 
 def _keeps_channels(node: Any) -> bool:
     """Whether a flatten or mean that upstream does not know leaves channels apart, in dimension 1.
 
-    A mean's axes are not in the node, so its shapes have to tell. Where they mislead, removal is
-    found out by the trial that precedes every run.
+    A mean's axes are not in the node, so its shapes decide. Where they mislead, the trial that
+    precedes every run refuses the model.
     """
     shape, given = node.output_shape, node.input_shape[0] if node.input_shape else None
     if not shape or not given:
@@ -184,18 +184,18 @@ def _keeps_channels(node: Any) -> bool:
     return bool(shape == [*given[:2], *[1] * rest])
 
 
-def _put_in_order(made: Any, model: nn.Module) -> None:
-    """Let upstream hand out its parameter groups in the model's order."""
+def _put_in_order(oto: Any, model: nn.Module) -> None:
+    """Make upstream return its parameter groups in the model's order."""
     order = {name: i for i, (name, _) in enumerate(model.named_parameters())}
     stems = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    upstream = made._graph.params_groups
+    upstream = oto._graph.params_groups
 
     def params_groups(epsilon: Any = ()) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = list(upstream(epsilon=epsilon))
         first: dict[str, int] = {}
         for group in groups:
             group["names"] = sorted(group["names"], key=order.__getitem__)
-            group["params"] = [made._graph.params_grad[name] for name in group["names"]]
+            group["params"] = [oto._graph.params_grad[name] for name in group["names"]]
             group["shapes"] = [p.shape for p in group["params"]]
             first[group["cc_id"]] = order[group["names"][0]]
             layers = [name.rpartition(".")[0] for name in group["names"]]
@@ -205,31 +205,31 @@ def _put_in_order(made: Any, model: nn.Module) -> None:
             group["auxiliary_ccs"].sort(key=lambda entry: (first[entry[0]], entry[1]))
         return sorted(groups, key=lambda group: first[group["cc_id"]])
 
-    made._graph.params_groups = params_groups
+    oto._graph.params_groups = params_groups
 
 
 # ---------------------------------------------------------------------- groups
 
 
-def groups(made: Any, model: nn.Module) -> list[UpstreamGroup]:
+def groups(oto: Any, model: nn.Module) -> list[UpstreamGroup]:
     """The zero-invariant groups of each connected component that upstream may prune.
 
     Args:
-        made: what :func:`graph` gave.
-        model: the model that it was made of.
+        oto: what :func:`graph` returned.
+        model: the model that it was given.
 
     Raises:
         UnsupportedLayerError: a component's parameters disagree on its number of structures.
     """
-    listed = made._graph.params_groups()
+    listed = oto._graph.params_groups()
     names = {group["cc_id"]: group["names"] for group in listed}
     parameters = dict(model.named_parameters())
-    found = []
+    tables = []
     for group in listed:
         if group["group_type"] < _LINEAR:
             continue
         size, root = group["num_groups"], group["root"]
-        made_group = UpstreamGroup(root, [[k] for k in range(size)])
+        table = UpstreamGroup(root, [[k] for k in range(size)])
         norms: dict[tuple[str, int], None] = {}
         producers: dict[tuple[str, int], None] = {}
         places = [(name, 0) for name in group["names"]]
@@ -243,19 +243,19 @@ def groups(made: Any, model: nn.Module) -> list[UpstreamGroup]:
                     f"{parameter.shape[0]} rows: its groups do not fit this model"
                 )
             index = [[offset + k] for k in range(size)]
-            made_group.shares.append(Share(name, parameter, 0, norm, index))
+            table.shares.append(Share(name, parameter, 0, norm, index))
             (norms if norm else producers)[layer, offset] = None
         for layer, offset in norms or producers:
             module = model.get_submodule(layer)
             index = [[offset + k] for k in range(size)]
-            made_group.owners.append((module, -1 if isinstance(module, nn.Linear) else 1, index))
-        found.append(made_group)
-    return found
+            table.owners.append((module, -1 if isinstance(module, nn.Linear) else 1, index))
+        tables.append(table)
+    return tables
 
 
-def unpruned(made: Any) -> dict[str, str]:
+def unpruned(oto: Any) -> dict[str, str]:
     """Layers that upstream leaves whole, by name, and why."""
-    graph, found = made._graph, {}
+    graph, reasons = oto._graph, {}
     for component in graph.connected_components.values():
         if component.type >= _LINEAR or not component.params:
             continue
@@ -269,8 +269,8 @@ def unpruned(made: Any) -> dict[str, str]:
         else:
             why = "is frozen"
         for name in sorted(component.params):
-            found[name.rpartition(".")[0]] = why
-    return found
+            reasons[name.rpartition(".")[0]] = why
+    return reasons
 
 
 # ---------------------------------------------------------------------- the optimizer
@@ -280,12 +280,12 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
     """Upstream's optimizer as it is, on any device, and saved by names.
 
     Args:
-        made: what :func:`graph` gave.
+        oto: what :func:`graph` returned.
         settings: upstream's own, by upstream's own names.
     """
 
-    def __init__(self, made: Any, **settings: Any) -> None:
-        given = made._graph.params_groups(epsilon=settings.get("epsilon", 0.0))
+    def __init__(self, oto: Any, **settings: Any) -> None:
+        given = oto._graph.params_groups(epsilon=settings.get("epsilon", 0.0))
         self.device = given[0]["params"][0].device
         with running(self.device):
             super().__init__(given, **settings)
@@ -302,7 +302,7 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
 
     @property
     def zero_invariant(self) -> dict[str, dict[str, Any]]:
-        """The parameter groups that hold zero-invariant groups, by their root layer's name."""
+        """The parameter groups with zero-invariant groups, by their root layer's name."""
         return {g["root"]: g for g in self.param_groups if g["group_type"] >= _LINEAR}
 
     def structures(self) -> int:
@@ -310,7 +310,7 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
         return sum(group["num_groups"] for group in self.zero_invariant.values())
 
     def penalised(self) -> int:
-        """How many structures G_p holds."""
+        """How many structures are in G_p."""
         return sum(group["num_groups_g_p"] for group in self.zero_invariant.values())
 
     def zeros(self) -> int:
@@ -367,7 +367,7 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
                         group[key] = entry[kind][name].to(like.device, like.dtype).clone()
 
     def _fits(self, state: Mapping[str, Any]) -> bool:
-        """Whether a state has what this optimizer's would have; else it may raise, too."""
+        """Whether a state has the entries of this optimizer's own. It may raise if not."""
         groups = {group["root"]: group for group in self.param_groups}
         entries = state["groups"]
         return (
@@ -398,7 +398,7 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
 
     @staticmethod
     def _set_mask(group: dict[str, Any], mask: Tensor) -> None:
-        """Choose which structures of a component are in G_p; all of upstream's entries follow."""
+        """Put some structures of a component into G_p; all of upstream's entries follow."""
         group["magnitude_penalize_bool"] = mask
         group["magnitude_penalize"] = mask.nonzero()[:, 0].cpu().numpy()
         group["not_magnitude_penalize"] = (~mask).nonzero()[:, 0].cpu().numpy()
@@ -407,27 +407,27 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
 
 
 class DeferringDHSPG(DHSPG):
-    """Says which structures upstream would zero in a step, and leaves them as they are.
+    """Reports which structures upstream would zero in a step, and leaves them as they are.
 
     Attributes:
         reached: whether enough structures are zero or on their way; upstream's penalty then ends.
         wanted: after a step, for each component whose projection ran: which of its structures
             upstream would have zeroed, (K,) bool, and their <x_hat, x> / ||x||^2, (K,).
-        scores: the saliency by which G_p was chosen, (K,) for each component, high goes first.
+        scores: the saliency by which G_p was chosen, (K,) for each component; the highest go first.
     """
 
-    def __init__(self, made: Any, **settings: Any) -> None:
-        super().__init__(made, **settings)
+    def __init__(self, oto: Any, **settings: Any) -> None:
+        super().__init__(oto, **settings)
         self.reached = False
         self.wanted: dict[str, tuple[Tensor, Tensor]] = {}
         self.scores: dict[str, Tensor] = {}
-        self._found: tuple[Tensor, Tensor] | None = None
+        self._projected: tuple[Tensor, Tensor] | None = None
 
     def compute_grad_variant(self) -> None:
         """Upstream's first act in a step.
 
-        The step itself is left to the base class: PyTorch wraps the step of each class that it
-        makes an optimizer of, so that a step inside a step would run every hook twice.
+        The step itself is left to the base class: PyTorch wraps the step of every optimizer class,
+        so a step that calls its base's step would run every hook twice.
         """
         self.wanted = {}
         super().compute_grad_variant()
@@ -439,10 +439,10 @@ class DeferringDHSPG(DHSPG):
     def half_space_project(
         self, hat_x: Tensor, x: Tensor, epsilon: float, upper_group_sparsity: float
     ) -> Tensor:
-        """Let upstream project in one dimension, and look at what it zeroed.
+        """Let upstream project in one dimension, and note what it zeroed.
 
-        It reads nothing of a row but <x_hat, x> and ||x||, so a row of one number with the same two
-        stands for it, and no copy of all rows is made.
+        It uses nothing of a row but <x_hat, x> and ||x||. A row of a single number with the same
+        two values gives the same decision, without a copy of all rows.
         """
         norm = torch.linalg.vector_norm(x, dim=1)
         there = norm > 0
@@ -451,18 +451,19 @@ class DeferringDHSPG(DHSPG):
         projected = super().half_space_project(
             short, norm.unsqueeze(1), epsilon, upper_group_sparsity
         )
-        self._found = (projected[:, 0] == 0) & there, torch.where(there, along / norm, torch.inf)
+        zeroed = (projected[:, 0] == 0) & there
+        self._projected = zeroed, torch.where(there, along / norm, torch.inf)
         return hat_x
 
     def update_xs(self, group: dict[str, Any], xs: list[Tensor], new: Tensor) -> None:
-        """Upstream's update; here it is known which component the projection was of."""
-        if self._found is not None:
+        """Upstream's update, which knows the component that was projected."""
+        if self._projected is not None:
             mask = group["magnitude_penalize_bool"]
             wanted = torch.zeros_like(mask)
             ratio = torch.full(mask.shape, torch.inf, device=mask.device)
-            wanted[mask], ratio[mask] = self._found[0], self._found[1].to(ratio.dtype)
+            wanted[mask], ratio[mask] = self._projected[0], self._projected[1].to(ratio.dtype)
             self.wanted[group["root"]] = wanted, ratio
-            self._found = None
+            self._projected = None
         super().update_xs(group, xs, new)
 
     def partition_groups(self) -> None:
@@ -496,15 +497,15 @@ class DeferringDHSPG(DHSPG):
         self._set_mask(group, mask)
 
     def state_dict(self) -> dict[str, Any]:
-        """As its base has it, with the scores."""
+        """The base class's state, and the scores."""
         return {**super().state_dict(), "scores": dict(self.scores)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As its base has it, with the scores."""
+        """The base class's state, and the scores."""
         super().load_state_dict(state)
         self.scores = {name: s.to(self.device) for name, s in state["scores"].items()}
 
     def _fits(self, state: Mapping[str, Any]) -> bool:
         sizes = {name: (group["num_groups"],) for name, group in self.zero_invariant.items()}
-        found = {name: tuple(score.shape) for name, score in state["scores"].items()}
-        return found in ({}, sizes) and super()._fits(state)
+        shapes = {name: tuple(score.shape) for name, score in state["scores"].items()}
+        return shapes in ({}, sizes) and super()._fits(state)

@@ -1,13 +1,16 @@
 """The touch points in torch-pruning 1.6.1's pruners: its ranking, its runs, its sparse learning.
 
-Facts this file answers, all of that version. Pruners share dictionaries given as mutable defaults
-(``BasePruner.__init__``), so fresh ones are passed. Channels are counted and ranked one by one, but
-for grouped layers and heads, though the removal of one may take others (``BasePruner._prune``): so
-what goes together is ranked together here. A layer that would lose all its channels loses none
-(``DependencyGraph.check_pruning_group``). Groups kept across a removal go stale, so they are kept
-as (root, indices) and fetched anew. A group of attention heads is handed out rooted at the inputs
-of the layer behind; a step in which global ranking has no head to remove fails; heads are counted
-as removed even where the removal is then refused, as that of a layer's last ones is.
+What this file works around, all of it in that version:
+
+- Pruners share dictionaries given as mutable defaults (``BasePruner.__init__``), so fresh ones are
+  passed.
+- Channels are counted and ranked one by one, except in grouped layers and heads, though removing
+  one may take others along (``BasePruner._prune``). Here what goes together is ranked together.
+- A layer that would lose all its channels loses none (``DependencyGraph.check_pruning_group``).
+- Groups kept across a removal go stale, so they are kept as (root, indices) and fetched anew.
+- A group of attention heads has the inputs of the next layer as its root. A step in which global
+  ranking has no head to remove fails. Heads are counted as removed even if the removal is then
+  refused, as it is for the last heads of a layer.
 """
 
 from __future__ import annotations
@@ -31,8 +34,8 @@ import torch_pruning as tp  # noqa: E402  (only after its version is known)
 class Pruner:
     """Upstream's GroupNormPruner with the group magnitude (p = 2), free of shared defaults.
 
-    The attentions that are :class:`~dpm_core.third_party.attention.SplitAttention` lose whole
-    heads, as large a share as ``ratio``; they are ranked among one another.
+    A :class:`~dpm_core.third_party.attention.SplitAttention` loses whole heads, the share ``ratio``
+    of them; heads are ranked among one another.
 
     Args:
         model: what to prune; it stays as it is until :meth:`run`.
@@ -115,7 +118,7 @@ class Pruner:
         return True
 
     def _by_structure(self, group: Any, **settings: Any) -> Any:
-        """Upstream's importance; all channels of a structure have the mean of theirs."""
+        """Upstream's importance, in which all channels of a structure get their mean."""
         scores = self._importance(_rankable(group), **settings)
         if group[0].dep.target.module in self._tied:
             for members in graph.members(self._graph, group):
@@ -123,7 +126,7 @@ class Pruner:
         return scores
 
     def _checked(self, group: Any) -> bool:
-        """Upstream's check that a group keeps something, which drops the group without a word."""
+        """Upstream's check that a group keeps something; groups it drops silently are noted."""
         enough: bool = self._enough(group)
         if not enough:
             self.left_whole.append(self._graph._module2name[group[0].dep.target.module])
@@ -140,8 +143,8 @@ class Pruner:
     def counts(self) -> dict[str, int]:
         """How many structures there are in each of upstream's scopes of ranking.
 
-        Upstream counts them in a pruner's first step. Here that is one of a ratio of zero, which
-        removes nothing.
+        Upstream counts them in a pruner's first step, which has a ratio of zero here and removes
+        nothing.
         """
         with graph.upstream(self._model):
             for _ in self.upstream._prune():
@@ -149,7 +152,7 @@ class Pruner:
         return dict(self.upstream._scope_initial_channels)
 
     def count_from(self, before: Mapping[str, int]) -> None:
-        """Let the ratio be one of what :meth:`counts` gave for the model before it was pruned."""
+        """Let the ratio refer to the :meth:`counts` of the model before it was pruned."""
         self.upstream._scope_initial_channels.update(before)
 
     def run(self, reached: Callable[[], bool], progress: Callable[[str], object]) -> Plan:
@@ -184,7 +187,7 @@ class Pruner:
         return [(name, sorted(channels)) for name, channels in removed.items() if channels]
 
     def _count_heads(self) -> None:
-        """Tell upstream how many heads there are, and not to ask for none in the next step."""
+        """Give upstream the present numbers of heads, and keep it from asking for none."""
         up, left = self.upstream, 0
         for attention in self._attentions:
             for part in (attention.query, attention.key, attention.value):
@@ -206,13 +209,13 @@ class Pruner:
 
 
 def _rankable(group: Any) -> Any:
-    """A group without what upstream's importance stumbles over.
+    """A group without the items that upstream's importance fails on.
 
     It looks for rows of a convolution with one input channel to each part and several output
     channels; the same weights are in the group as that layer's output.
     """
-    found = copy.copy(group)
-    found._group = [
+    rankable = copy.copy(group)
+    rankable._group = [
         item
         for item in group._group
         if not (
@@ -220,16 +223,16 @@ def _rankable(group: Any) -> Any:
             and 1 < item.dep.target.module.groups == item.dep.target.module.in_channels
         )
     ]
-    return found
+    return rankable
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """By all their names: upstream unties what layers share."""
+    """Parameters by all their names: upstream unties those that layers share."""
     return list(model.named_parameters(remove_duplicate=False))
 
 
 def _drawn(model: nn.Module, seed: int) -> Callable[..., Tensor]:
-    """An importance that knows nothing: always the same for a layer, a channel and a seed."""
+    """A random importance, always the same for a layer, a channel and a seed."""
     names = {m: n for n, m in model.named_modules()}
 
     def importance(group: Any, **_: object) -> Tensor:

@@ -1,8 +1,8 @@
-"""Running somebody's model on an example, so that two of its runs can be compared to rounding.
+"""Running a user's model on an example, so that the outputs of two runs can be compared.
 
-Whoever removes channels has to know that outputs stay what they were. That takes care: inputs may
-be several, outputs may be anything that holds tensors, a forward pass may draw random numbers, and
-what rounding does to the outputs depends on the network and has to be measured.
+A removal must not change the outputs by more than rounding. Comparing them takes care: there may be
+several inputs, outputs may be anything that contains tensors, a forward pass may draw random
+numbers, and what rounding does to the outputs depends on the network and has to be measured.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TIMES = 10.0
-"""How many times the measured rounding outputs may differ: by how removal regroups sums, ours."""
+"""Outputs may differ by this times the measured rounding: a removal regroups sums. Ours."""
 FLOOR = 1e-8
-"""What they may differ at least, as a share of their size, in double precision; ours."""
+"""Outputs may always differ by this share of their size, in double precision. Ours."""
 HOPELESS = 0.1
-"""Where rounding alone may move outputs so far, nothing can be told from them; ours."""
+"""If rounding alone may move outputs by this share, comparing them says nothing. Ours."""
 
 
 def call(model: nn.Module, example: Any) -> Any:
-    """A model's outputs for an example: one tensor, several in a tuple or list, or by their names.
+    """A model's outputs for an example.
 
     Args:
         model: as it is.
@@ -44,7 +44,7 @@ def call(model: nn.Module, example: Any) -> Any:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """An example with every tensor in it changed."""
+    """A copy of an example with ``change`` applied to every tensor in it."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -56,13 +56,13 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def first(example: Any, samples: int = 1) -> Any:
-    """An example's first samples: of all tensors with as many rows as its first tensor."""
+    """An example's first samples, taken from all tensors with as many rows as its first one."""
     rows = next((t.shape[0] for t in tensors(example) if t.dim()), 0)
     return map_tensors(example, lambda t: t[:samples] if t.dim() and t.shape[0] == rows else t)
 
 
-def telling(example: Any) -> Any:
-    """An example; a single tensor of one value, as of zeros, tells little and is drawn anew."""
+def informative(example: Any) -> Any:
+    """The example, or random numbers for a tensor of one repeated value, such as zeros."""
     if not (isinstance(example, Tensor) and example.is_floating_point() and example.numel() > 1):
         return example
     if bool((example != example.flatten()[0]).any()):
@@ -81,7 +81,7 @@ def shortened(model: nn.Module, example: Any, samples: int) -> Any:
 
 
 def device_of(example: Any, model: nn.Module) -> torch.device:
-    """The device that an example is on, or else the model."""
+    """The device that an example is on; if it has no tensors, the model's."""
     for tensor in tensors(example):
         return tensor.device
     for parameter in model.parameters():
@@ -92,8 +92,8 @@ def device_of(example: Any, model: nn.Module) -> torch.device:
 def tensors(outputs: Any) -> list[Tensor]:
     """Every tensor in a model's outputs, in order, with floats and arrays as tensors.
 
-    Looked into are sequences, mappings (transformers' outputs are such), dataclasses and plain
-    objects.
+    They are looked for in sequences, mappings (such as transformers' outputs), dataclasses and
+    plain objects.
     """
     return list(_tensors(outputs, set()))
 
@@ -136,11 +136,11 @@ def probe(
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy of a model; what its modules keep of a pass comes without its history.
+    """A deep copy of a model; tensors kept from a forward pass are copied without their history.
 
     Args:
         model: of any kind.
-        memo: as of :func:`copy.deepcopy`: filled with the copies by the ids of what was copied.
+        memo: as for :func:`copy.deepcopy`; it is filled with the copies, by the originals' ids.
     """
     memo = {} if memo is None else memo
     for module in model.modules():
@@ -150,12 +150,12 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-Held = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
-"""Modules, their attributes, and what those of them held that are collections."""
+Attributes = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
+"""For each module its attributes, and the contents of those that are collections."""
 
 
-def parts(model: nn.Module) -> Held:
-    """Everything that the layers of a model hold, but not its values."""
+def parts(model: nn.Module) -> Attributes:
+    """The attributes of all modules of a model, without copies of its tensors."""
     kinds = (dict, OrderedDict, list, set)
     return [
         (m, dict(vars(m)), {k: copy.copy(v) for k, v in vars(m).items() if type(v) in kinds})
@@ -163,22 +163,22 @@ def parts(model: nn.Module) -> Held:
     ]
 
 
-def put_back(kept: Held) -> None:
-    """Let layers hold what they held when :func:`parts` was called, in the same collections."""
-    for module, held, contents in kept:
+def put_back(kept: Attributes) -> None:
+    """Give modules the attributes back that they had in :func:`parts`, in the same collections."""
+    for module, attributes, contents in kept:
         vars(module).clear()
-        vars(module).update(held)
+        vars(module).update(attributes)
         for name, content in contents.items():
-            held[name].clear()
+            attributes[name].clear()
             if isinstance(content, list):
-                held[name].extend(content)
+                attributes[name].extend(content)
             else:
-                held[name].update(content)
+                attributes[name].update(content)
 
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever a pass changes of a model's attributes and buffers is put back."""
+    """Put back whatever a forward pass changes in a model's attributes and buffers."""
     kept, buffers = parts(model), [(b, b.clone()) for b in model.buffers()]
     try:
         yield
@@ -209,13 +209,13 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 class Watched(TorchDispatchMode):
-    """Gives every random draw of a pass a seed of its own place, and notes what the pass does.
+    """Seeds every random draw of a forward pass by its number, and notes what the pass does.
 
     A draw then depends on how many came before it, not on their sizes.
 
     Attributes:
         draws: shapes of what was drawn, in order.
-        eps: of the coarsest precision that something was computed in.
+        eps: machine epsilon of the coarsest precision that something was computed in.
     """
 
     def __init__(self) -> None:
@@ -267,12 +267,12 @@ def same_draws() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a pass gave.
+    """The outputs of a forward pass.
 
     Attributes:
         values: all output tensors, detached.
-        draws: shapes of what it drew.
-        eps: of the coarsest precision it computed in.
+        draws: shapes of what the pass drew.
+        eps: machine epsilon of the coarsest precision that it computed in.
     """
 
     values: list[Tensor]
@@ -282,7 +282,7 @@ class Outputs:
 
 @torch.no_grad()
 def outputs(model: nn.Module, example: Any, *, training: bool = False) -> Outputs:
-    """A model's outputs, with the same draws each time; it stays as it is."""
+    """A model's outputs, with the same random draws each time; the model stays as it is."""
     watched = Watched()
     given = tensors(probe(model, example, training=training, watched=watched))
     values = [t.detach().to_dense() if t.layout != torch.strided else t.detach() for t in given]
@@ -299,7 +299,7 @@ def outputs_in_training(model: nn.Module, example: Any) -> Outputs | None:
 
 @contextmanager
 def fast_path_off() -> Iterator[None]:
-    """Attention's fast path is another computation than the one that is trained."""
+    """Without attention's fast path, which computes otherwise than the one that is trained."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -309,7 +309,7 @@ def fast_path_off() -> Iterator[None]:
 
 
 class Precision:
-    """The precision that a model's outputs are compared in: double where it runs so, else its own.
+    """The precision that a model's outputs are compared in: double if it runs in it, else its own.
 
     Args:
         model: stays as it is.
@@ -383,13 +383,13 @@ def rounding(
 def unlike(
     before: Outputs, after: Outputs, rounding: Sequence[float], *, doubts: bool
 ) -> str | None:
-    """How outputs differ by more than rounding makes them, to follow "its removal"; or ``None``.
+    """How outputs differ by more than rounding, in words that follow "its removal"; or ``None``.
 
     Args:
         before: of the model as it was.
         after: of what should be the same.
         rounding: what rounding does to each of ``before``.
-        doubts: say so, too, where rounding alone does so much that nothing can be told.
+        doubts: whether to report, too, that rounding alone does too much for a comparison.
     """
     shapes = [[tuple(t.shape) for t in o.values] for o in (before, after)]
     if shapes[0] != shapes[1]:
@@ -397,7 +397,7 @@ def unlike(
         return f"changes the shape of an output, from {odd[0]} to {odd[1]}"
     numbers = [t for t in before.values if _real(t)]
     if numbers and not any(bool(t.isfinite().any()) for t in numbers):
-        return "cannot be judged: no output of the model is finite"
+        return "cannot be checked: no output of the model is finite"
     for one, other, moved in zip(before.values, after.values, rounding, strict=True):
         if not _real(one):
             if before.eps < 1e-12 and not torch.equal(one, other):  # else rounding may decide
@@ -413,8 +413,8 @@ def unlike(
             return f"changes the outputs by {share}{draws}"
         if doubts and allowed > HOPELESS * large:
             return (
-                f"cannot be judged: rounding alone may move the outputs by {allowed:.0e}, and they "
-                f"are no larger than {large:.0e}"
+                f"cannot be checked: rounding alone may move the outputs by {allowed:.0e}, and "
+                f"they are no larger than {large:.0e}"
             )
     return None
 
@@ -431,7 +431,7 @@ def _apart(one: Tensor, other: Tensor) -> float:
 
 
 def size(tensor: Tensor) -> float:
-    """The largest finite value of a tensor, either way; 0 if there is none."""
+    """The largest magnitude among a tensor's finite values; 0 if there are none."""
     if not _real(tensor):
         return 0.0
     finite = tensor[tensor.isfinite()]

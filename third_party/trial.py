@@ -1,9 +1,9 @@
 """Trying a removal before anything decays: are structures at zero the same as structures removed?
 
-That is not so where the graph loses track of channels, or where something answers zeros with more
-than zeros. It is tried on a copy with weights drawn at random, so that nothing hides behind what a
-network has not learnt yet, for several draws of structures, which take unequal shares of halves and
-thirds, so that no two mistakes cancel. All of this is ours.
+They are not where the graph loses track of channels, or where something answers zeros with more
+than zeros. The trial is on a copy with random weights, because weights that have not learnt
+anything yet may hide a difference. It takes several draws of structures, with unequal shares of
+halves and thirds, so that no two mistakes cancel. All of this is ours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .groups import UnsupportedLayerError, UpstreamGroup, named
 ROWS = 2
 """How many samples of the example are enough; ours."""
 Subset = Callable[[int, torch.Generator], list[int]]
-"""Draws some of so many structures: never none, never all."""
+"""Draws some of a number of structures: at least one, never all."""
 REASONS = (
     ": the dependency graph takes its channels for others on their way, as behind a flatten of "
     "permuted axes, or something answers their zeros with more than zeros"
@@ -40,18 +40,18 @@ def exact_groups(
     tried: bool = False,
     progress: Callable[[str], object] = str,
 ) -> tuple[graph.Reading, dict[str, str]]:
-    """A network's groups, each tried out, and why others are left out, by their root.
+    """A network's groups, all tried out, and why the others are left out, by their root.
 
     Args:
         model: stays as it is, in its mode.
         example: of its inputs, on its device.
         ignored: layers, or their names, to leave out besides those that make the output.
-        skip_unsupported: leave out what would be refused.
-        tried: whether that was done before, and all was well.
+        skip_unsupported: leave out groups that would be refused.
+        tried: whether they were tried out before, and none was at fault.
         progress: called now and then with what is going on.
 
     Raises:
-        UnsupportedLayerError: a group is not the same at zero and removed; it is named, and why.
+        UnsupportedLayerError: naming a group that is not the same at zero and removed, and why.
     """
     reading = graph.read(model, example, ignored)
     if not skip_unsupported:
@@ -65,7 +65,7 @@ def exact_groups(
 
 
 def require_exact(odd: dict[str, str]) -> None:
-    """Refuse what :func:`inexact` says.
+    """Refuse the groups that :func:`inexact` reports.
 
     Raises:
         UnsupportedLayerError: naming the first such group, why, and the remedy.
@@ -80,24 +80,24 @@ def inexact(
     groups: Sequence[UpstreamGroup],
     progress: Callable[[str], object] = str,
 ) -> dict[str, str]:
-    """Groups whose structures, removed, leave another network than at zero.
+    """The groups for which removing structures is not the same as setting them to zero.
 
     Args:
         model: what the groups are of; left as it is.
         example: of its inputs, on its device.
-        groups: as of :func:`dpm_core.third_party.graph.read`, or another upstream's.
+        groups: those of :func:`dpm_core.third_party.graph.read`, or another upstream's.
         progress: called now and then with what is going on.
 
     Returns:
-        Why, by the group's root, to follow its name; nothing if all is well.
+        By the group's root why, in words that follow its name; empty if none is at fault.
     """
-    # Layers of one kind side by side: they are mostly at fault together, or not at all.
+    # Layers of one kind side by side: mostly all of them are at fault, or none.
     groups = sorted((g for g in groups if g.structures > 1), key=lambda g: _kind(g.root))
     if not groups:
         return {}
     trial = Trial(model, example, groups)
-    found = {g.root: trial.unfelt(g) or trial.parts_ties(g) for g in groups}
-    odd = {root: why for root, why in found.items() if why is not None}
+    faults = {g.root: trial.unfelt(g) or trial.parts_ties(g) for g in groups}
+    odd = {root: why for root, why in faults.items() if why is not None}
     while left := [g for g in groups if g.root not in odd]:
         progress(f"trying out {len(left)} groups of channels")
         for subset in _SUBSETS:
@@ -121,7 +121,7 @@ def _culprits(
     subset: Subset,
     progress: Callable[[str], object],
 ) -> Iterator[tuple[str, str]]:
-    """Those of some groups that are at fault by themselves, by halves."""
+    """Which of some groups are at fault by themselves, searched by halving."""
     half = len(groups) // 2
     for part in (groups[:half], groups[half:]) if half else (groups,):
         progress(f"trying out {part[0].root!r}" + (f" to {part[-1].root!r}" if part[1:] else ""))
@@ -145,7 +145,7 @@ class Trial:
 
     def __init__(self, model: nn.Module, example: Any, groups: Sequence[UpstreamGroup]) -> None:
         graph.require_plain_weights(model)
-        example = running.shortened(model, running.telling(example), ROWS)
+        example = running.shortened(model, running.informative(example), ROWS)
         precision = running.Precision(model, example)
         copies: dict[int, Any] = {}
         self._model = running.copied(model, copies).eval()
@@ -161,7 +161,7 @@ class Trial:
         if differs is not None and "finite" not in differs:
             raise UnsupportedLayerError(
                 f"the model is not the same from pass to pass: running it again {differs}. Nothing "
-                "can be told of a removal; give it in a state in which it answers the same example "
+                "can be said of a removal; give it in a state in which it answers the same example "
                 "alike"
             )
         self._rounding = running.rounding(self._model, self._example, dense)
@@ -175,7 +175,7 @@ class Trial:
         self._silent = self._without_effect()
 
     def _without_effect(self) -> set[nn.Module]:
-        """Layers whose weights change no output for the example, as the gradients say."""
+        """Layers whose weights have no effect on any output for the example, by the gradients."""
         own = [p for p in self._model.parameters() if p.is_floating_point()]
         try:
             with graph.upstream(self._model):
@@ -194,7 +194,7 @@ class Trial:
         return {m for m, ps in layers if ps and felt.isdisjoint(ps)}
 
     def unfelt(self, group: UpstreamGroup) -> str | None:
-        """Why a group cannot be judged: a layer that it passes through has no effect."""
+        """Why a group cannot be checked, if a layer that it passes through has no effect."""
         with graph.upstream(self._model):
             plan = [(group.root, group.channels_of(range(group.structures)))]
             touched = dependency.gathered(self._graph, self._model, plan)
@@ -202,7 +202,7 @@ class Trial:
         for dep, _ in touched:
             if dep.target.module in self._silent:
                 return (
-                    f"cannot be judged: {names[dep.target.module]!r}, which it passes through, "
+                    f"cannot be checked: {names[dep.target.module]!r}, which it passes through, "
                     "changes no output for the example. Give an example, or the model in a state, "
                     "in which it does"
                 )
@@ -210,9 +210,9 @@ class Trial:
 
     @torch.no_grad()
     def unlike(self, groups: Sequence[UpstreamGroup], subset: Subset) -> str | None:
-        """What is wrong with the removal of a subset of some groups' structures, if anything.
+        """What is wrong with removing a subset of some groups' structures, or ``None``.
 
-        To follow the groups' names.
+        The words follow the groups' names.
         """
         chosen = {g.root: subset(g.structures, _seeded(g.root)) for g in groups}
         kept = running.parts(self._model)
@@ -236,14 +236,14 @@ class Trial:
                 other = running.outputs(self._model, self._example, training=True)
                 why = running.unlike(other, in_training, self._rounding_in_training, doubts=False)
                 why = f"{why}, in training mode" if why else None
-        if why is None or why.startswith("cannot be judged"):
+        if why is None or why.startswith("cannot be checked"):
             return why
         return f"gives different outputs at zero and removed: its removal {why}{REASONS}"
 
     def parts_ties(self, group: UpstreamGroup) -> str | None:
-        """Why a group cannot go alone from layers that share a parameter, if so.
+        """Why a group cannot be removed alone from layers that share a parameter, or ``None``.
 
-        Together with other groups it may look well: both layers happen to lose the same.
+        Removed with other groups it may seem exact, if both layers happen to lose the same part.
         """
         if not dependency.shared_parameters(self._model):
             return None
@@ -255,7 +255,7 @@ class Trial:
                 dependency.apply(self._graph, self._model, taken)
         except UnsupportedLayerError as why:
             return f"cannot be removed alone: {why}"
-        except Exception:  # as the trial with all others will say
+        except Exception:  # the trial with all others will report it
             return None
         finally:
             running.put_back(kept)
@@ -278,7 +278,7 @@ class Trial:
 
 
 def _seeded(root: str) -> torch.Generator:
-    """Each group has draws of its own, the same whatever else is tried."""
+    """A group's own random draws, which do not depend on what else is tried."""
     return torch.Generator().manual_seed(zlib.crc32(root.encode()))
 
 
@@ -289,21 +289,21 @@ def _some(count: int, share: float, draw: torch.Generator) -> list[int]:
 
 
 def _anywhere(count: int, draw: torch.Generator) -> list[int]:
-    """Some in between: where only the ends went, all that are left would keep their neighbours."""
+    """Some between the ends: if only the ends went, all the others would keep their neighbours."""
     share = float(torch.empty(()).uniform_(0.3, 0.7, generator=draw))
     ends = 1 if count > 2 else 0
     return [ends + k for k in _some(count - 2 * ends, share, draw)]
 
 
 def _early(count: int, draw: torch.Generator) -> list[int]:
-    """Of the first two fifths, most: more of the first half, and of the first third."""
+    """Most of the first two fifths: more of one half, and of one third, than of the others."""
     part = max(1, round(0.4 * count))
     order = torch.rand(part, generator=draw).argsort()
     return order[: max(1, round(0.8 * part))].sort().values.tolist()
 
 
 def _late(count: int, draw: torch.Generator) -> list[int]:
-    """All kinds of places where there are many, but more and more towards the end."""
+    """Most of them near the end, and a few elsewhere where there are many."""
     part = max(1, round(0.3 * count))
     last = [count - 1 - k for k in (_some(part, 0.7, draw) if part > 1 else [0])]
     first = _some(count - part, 0.1, draw) if count >= 10 else []
@@ -311,7 +311,7 @@ def _late(count: int, draw: torch.Generator) -> list[int]:
 
 
 def _most(count: int, draw: torch.Generator) -> list[int]:
-    """All but one: what is left may be fewer channels than the forward pass takes apart."""
+    """All but one: what is left may be fewer channels than the forward pass splits."""
     return _some(count, 1.0, draw)
 
 
@@ -321,8 +321,8 @@ _SUBSETS = (_anywhere, _early, _late, _most)
 def _draw(model: nn.Module, example: Any) -> None:
     """Draw a model's weights by He's rule and its vectors from 0.5 to 1.5.
 
-    Norms with running statistics get those of the example, but lower means: one that reads zeros
-    speaks up, and no ReLU silences it.
+    Norms with running statistics get those of the example, but lower means: a norm that reads
+    zeros then puts out positive values, which no ReLU hides.
     """
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():

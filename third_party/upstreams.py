@@ -36,7 +36,7 @@ def require(package: str) -> str:
         raise UpstreamError(f"{package} is not installed; run: {remedy}") from None
     if installed != pin["version"]:
         raise UpstreamError(
-            f"{package} {installed} is installed, but its facts here are those of "
+            f"{package} {installed} is installed, but this project is written for "
             f"{pin['version']}; run: {remedy}"
         )
     return installed

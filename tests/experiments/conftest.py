@@ -18,7 +18,7 @@ from tests.support import tiny
 
 @dataclass
 class TinyRuns:
-    """Finished runs of all variants, seed 0. Look, but do not touch.
+    """Finished runs of all variants, seed 0. Tests read them, and change nothing.
 
     Attributes:
         out: the folder they share.
@@ -36,7 +36,7 @@ class TinyRuns:
 
 @pytest.fixture(scope="session")
 def tiny_runs(tmp_path_factory: pytest.TempPathFactory) -> TinyRuns:
-    # The processes of a parallel test run share them: the first one that asks carries them out.
+    # Shared by the processes of a parallel test run: the first that needs them carries them out.
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     out, done = shared / "tiny-runs", shared / "tiny-runs.json"

@@ -1,4 +1,4 @@
-"""The table of torchvision's networks: what is measured of one, and how rows come together."""
+"""The table of torchvision's networks: what is measured of one, and how rows are collected."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_a_network_that_works_meets_its_target_with_equal_outputs(row):
     assert sp["pruned"] == sp["decayed"] == sr["pruned"] == sr["decayed"] > 10
     assert sp["macs"] == sr["macs"] < row["macs"]
     assert (sp["released"], sr["released"] > 0) == (0, True)
-    for found in (sp, sr):
-        assert found["difference"] < rounding.EXACT
-        assert found["moved"] > 1e-3
+    for figures in (sp, sr):
+        assert figures["difference"] < rounding.EXACT
+        assert figures["moved"] > 1e-3
     assert row["skipped"] == {}
     assert row["parameters"] == sum(p.numel() for p in Mixed().parameters())
 
 
-def test_what_makes_a_network_hard_is_found_in_it(row):
+def test_what_makes_a_network_hard_is_listed(row):
     expected = ["grouped", "depthwise", "concatenation", "flatten of several positions"]
     assert row["traits"] == [*expected, "shared modules"]
 
@@ -182,7 +182,7 @@ def test_a_row_that_is_measured_anew_stays_until_the_new_one_is_there(tmp_path):
     assert again == names
 
 
-def test_a_process_that_takes_too_long_or_ends_is_told_as_that(capfd):
+def test_a_process_that_takes_too_long_or_ends_is_reported_as_that(capfd):
     row = in_process("squeezenet1_1", 0.01)
     assert (row["outcome"], row["message"]) == ("not run", "not done within 0.01 seconds")
     row = in_process("no such network", 300)

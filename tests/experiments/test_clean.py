@@ -1,4 +1,4 @@
-"""``make clean`` removes what the project has made, and nothing else, whatever it is told."""
+"""``make clean`` removes what the project has written, and nothing else, whatever it is given."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fill(folder: Path, paths) -> None:
         (folder / path).write_text(path)
 
 
-def found(folder: Path) -> list[str]:
+def files_in(folder: Path) -> list[str]:
     return sorted(
         str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()
     )
@@ -92,8 +92,8 @@ def test_a_folder_of_runs_goes_and_its_neighbours_stay(project, name):
     assert done.returncode == 0, done.stderr
     assert not (project / name).exists()
     for neighbour in beside:
-        assert found(project / neighbour) == sorted(["precious.txt", *OURS])
-    assert found(project) == sorted(
+        assert files_in(project / neighbour) == sorted(["precious.txt", *OURS])
+    assert files_in(project) == sorted(
         [f"{n}/{p}" for n in beside for p in ["precious.txt", *OURS]]
         + ["Makefile", "README.md", "data/digits.pt", "experiments/clean.py"]
     )
@@ -103,11 +103,11 @@ def test_a_folder_of_runs_goes_and_its_neighbours_stay(project, name):
 def test_what_is_no_folder_of_runs_stays(project, out):
     fill(project.parent, ["report.html", "table.json", "plots/a-norms.png"])
     place = Path(os.path.join(project, out))
-    before = found(project.parent), sorted(p.name for p in place.iterdir()) if out == "/" else []
+    before = files_in(project.parent), sorted(p.name for p in place.iterdir()) if out == "/" else []
     done = make_clean(project, f"OUT={out}")
     assert done.returncode == 0, done.stderr
     gone = {"the project/build/x", "the project/experiments/__pycache__/x.pyc"}
-    assert found(project.parent) == [p for p in before[0] if p not in gone]
+    assert files_in(project.parent) == [p for p in before[0] if p not in gone]
     if out == "/":
         assert sorted(p.name for p in place.iterdir()) == before[1]
 
@@ -117,11 +117,11 @@ def test_what_is_no_folder_of_runs_stays(project, out):
 )
 def test_what_names_no_folder_is_refused_and_removes_nothing(project, words):
     fill(project / "runs", OURS)
-    before = found(project)
+    before = files_in(project)
     done = make_clean(project, *words)
     assert done.returncode == 2
     assert words[0].partition("=")[0] in done.stderr
-    assert found(project) == before
+    assert files_in(project) == before
 
 
 def test_of_a_folder_of_runs_what_is_not_the_projects_stays_and_is_named(project):
@@ -132,7 +132,7 @@ def test_of_a_folder_of_runs_what_is_not_the_projects_stays_and_is_named(project
     os.symlink(project / "elsewhere", project / "runs" / "depgraph-digits" / "link")
     done = make_clean(project)
     links = ["dense/link", "depgraph-digits/link"]
-    assert found(project / "runs") == sorted(OTHERS + links)
+    assert files_in(project / "runs") == sorted(OTHERS + links)
     assert (project / "elsewhere" / "precious").exists()
     assert "runs stays" in done.stdout
     assert done.stdout.count("\n") == 2
@@ -148,8 +148,8 @@ def test_an_environment_goes_only_where_setup_has_made_it(project):
         assert make_clean(project, f"VENV={venv}").returncode == 0
     assert not own.exists()
     assert not linked.is_symlink()
-    assert found(foreign) == ["lib/x.py", "pyvenv.cfg"]
-    assert found(project / "target") == [".installed", "pyvenv.cfg"]
+    assert files_in(foreign) == ["lib/x.py", "pyvenv.cfg"]
+    assert files_in(project / "target") == [".installed", "pyvenv.cfg"]
     assert (project / "data" / "digits.pt").exists()
     (foreign / ".installed").touch()
     assert make_clean(project, "VENV=foreign").returncode == 0
@@ -173,4 +173,4 @@ def test_a_file_is_taken_for_the_projects_only_where_it_puts_such_files(path):
 
 
 def test_every_file_of_a_run_is_known(tiny_runs):
-    assert all(clean.ours(p) for p in found(tiny_runs.out))
+    assert all(clean.ours(p) for p in files_in(tiny_runs.out))

@@ -1,4 +1,4 @@
-"""Comparisons: which processes are started, in which order, and what comes of their failing."""
+"""Comparisons: which processes are started, in which order, and what happens if one fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.records import record
 
 @dataclass
 class Started:
-    """A process that was not started: its command, and what is told of it."""
+    """A process that was not started: its command, and its state as the test sets it."""
 
     command: list[str]
     ends_after: int
@@ -40,7 +40,7 @@ class Started:
 
     @property
     def path(self) -> str:
-        """Of the configuration's file."""
+        """The configuration's file."""
         return self.command[self.command.index("run") + 1]
 
     @property
@@ -94,8 +94,8 @@ class Machine:
         variant, seed = process.option("variant"), int(process.option("seed"))
         config = self.configs[process.path]
         folder = Request(config, variant, seed, out=Path(process.option("out"))).folder
-        made = record(variant, seed, config={"name": config.name}, config_hash=config.hash())
-        (folder / "record.json").write_text(json.dumps(made))
+        content = record(variant, seed, config={"name": config.name}, config_hash=config.hash())
+        (folder / "record.json").write_text(json.dumps(content))
         save_pruned(folder / MODEL, torch.nn.Linear(1, 1), [])
 
     def sleep(self, seconds):
@@ -108,15 +108,15 @@ class Machine:
 
 @pytest.fixture
 def machine(monkeypatch) -> Machine:
-    made = Machine()
-    monkeypatch.setattr(compare_module.subprocess, "Popen", made.popen)
-    monkeypatch.setattr(compare_module.time, "sleep", made.sleep)
-    return made
+    pretended = Machine()
+    monkeypatch.setattr(compare_module.subprocess, "Popen", pretended.popen)
+    monkeypatch.setattr(compare_module.time, "sleep", pretended.sleep)
+    return pretended
 
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
-    """Comparisons take signals; these tests give them back."""
+    """Comparisons install signal handlers; these tests restore the old ones."""
     before = {number: signal.getsignal(number) for number in ASKING}
     yield
     for number, handler in before.items():
@@ -137,8 +137,8 @@ def names(started) -> list[str]:
 
 def test_every_run_is_carried_out_and_its_record_returned_in_order(tmp_path, machine):
     wanted = jobs(tmp_path)
-    found = compare(wanted, at_once=2)
-    assert found == records_of(wanted)
+    records = compare(wanted, at_once=2)
+    assert records == records_of(wanted)
     runs = sorted(f"{j.request.variant} {j.request.seed}" for j in wanted)
     assert sorted(names(machine.started)) == runs
 
@@ -183,15 +183,15 @@ OTHER_DENSE = {"name": "other-dense", "dense.epochs": 2}
 
 def files(tmp_path, machine, *changes) -> list[str]:
     """Changed tiny configurations as files; the first is the tiny one itself."""
-    found = [str(tiny.PATH)]
+    paths = [str(tiny.PATH)]
     for change in changes:
         path = str(tiny.write(tmp_path / f"{change['name']}.toml", change))
         machine.configs[path] = tiny.config(change)
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
-def told(process) -> str:
+def label(process) -> str:
     return f"{Path(process.path).stem} {process.name}"
 
 
@@ -200,11 +200,11 @@ def begins_and_ends(machine, monkeypatch) -> tuple[dict[str, int], dict[str, int
     begins: dict[str, int] = {}
     ends: dict[str, int] = {}
     finish, popen = machine.finish, machine.popen
-    machine.finish = lambda process: (ends.update({told(process): machine.ticks}), finish(process))
+    machine.finish = lambda process: (ends.update({label(process): machine.ticks}), finish(process))
 
     def start(command, **settings):
         process = popen(command, **settings)
-        begins[told(process)] = machine.ticks
+        begins[label(process)] = machine.ticks
         return process
 
     monkeypatch.setattr(compare_module.subprocess, "Popen", start)
@@ -227,7 +227,7 @@ def test_configurations_share_a_dense_model_that_one_run_trains(
     more = ["--seeds", "0-1", "--variants", "base,sp", "--jobs", "8"]
     assert compared(tmp_path, monkeypatch, paths, *more) == 0
     # One run of each seed trains; all others, of both configurations, wait for it.
-    assert [told(p) for p in machine.started[:2]] == ["tiny base 0", "tiny base 1"]
+    assert [label(p) for p in machine.started[:2]] == ["tiny base 0", "tiny base 1"]
     assert len(begins) == 8
     for name, tick in begins.items():
         leader = f"tiny base {name[-1]}"
@@ -243,7 +243,7 @@ def test_configurations_of_different_dense_models_train_each_their_own(
     begins, ends = begins_and_ends(machine, monkeypatch)
     machine.durations = {"base 0": 3}
     assert compared(tmp_path, monkeypatch, paths, "--seeds", "0", "--jobs", "8") == 0
-    assert [told(p) for p in machine.started[:2]] == ["tiny base 0", "other-dense base 0"]
+    assert [label(p) for p in machine.started[:2]] == ["tiny base 0", "other-dense base 0"]
     for name in ("tiny sp 0", "tiny sr 0", "other-dense sp 0", "other-dense sr 0"):
         assert begins[name] >= ends[f"{name.split()[0]} base 0"]
     assert {n for n in begins if n.startswith("scratch")} == {
@@ -424,8 +424,8 @@ def test_no_jobs_are_refused_instead_of_waiting_forever(tmp_path, machine, capsy
 def test_a_record_of_another_configuration_is_refused_before_any_run(tmp_path, machine, capsys):
     other = tiny.request(tmp_path / "out", "sr", {"smooth.steps": 6}, seed=1)
     other.folder.mkdir(parents=True)
-    made = record("sr", 1, config_hash=other.config.hash())
-    (other.folder / "record.json").write_text(json.dumps(made))
+    content = record("sr", 1, config_hash=other.config.hash())
+    (other.folder / "record.json").write_text(json.dumps(content))
     assert main(command(tmp_path, "--seeds", "0-1")) == 2
     assert "another configuration" in capsys.readouterr().err
     assert machine.started == []

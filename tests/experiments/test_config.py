@@ -1,4 +1,4 @@
-"""Configurations: what is wrong is refused before any work, naming the key; what they are named."""
+"""Configurations: wrong ones are refused before any work, naming the key; hashes name the rest."""
 
 from __future__ import annotations
 
@@ -422,9 +422,9 @@ def test_a_configuration_survives_its_own_json():
 
 def test_settings_reach_the_core():
     rectify = tiny.config({"rectify.at": 0.8, "rectify.waves": 2, "rectify.restore": "keep"})
-    made = rectify.rectify.build()
-    assert (made.criterion.rate, made.criterion.length) == (-1.0, -1000.0)
-    assert (made.at, made.max_share, made.restore, made.waves) == (0.8, 0.3, "keep", 2)
+    built = rectify.rectify.build()
+    assert (built.criterion.rate, built.criterion.length) == (-1.0, -1000.0)
+    assert (built.at, built.max_share, built.restore, built.waves) == (0.8, 0.3, "keep", 2)
     heard = tiny.config({**HEARING, **HEARING_OTHERS}).rectify.build().criterion
     assert (heard.batches, heard.threshold) == (3, 0.3)
     drawn = tiny.config().rectify.build("random", seed=3).criterion

@@ -43,7 +43,7 @@ SAMPLE = {
 
 
 def places(value: Any, at: tuple = ()) -> Iterator[tuple]:
-    """Where something stands in nested lists and tables."""
+    """The paths of all values in nested lists and tables."""
     if at:
         yield at
     if isinstance(value, dict):
@@ -63,15 +63,15 @@ ODD = [
 
 
 def changed(content: Any, at: tuple, value: Any) -> Any:
-    made = copy.deepcopy(content)
-    inside = made
+    copied = copy.deepcopy(content)
+    inside = copied
     for key in at[:-1]:
         inside = inside[key]
     if value is GONE:
         del inside[at[-1]]
     else:
         inside[at[-1]] = value
-    return made
+    return copied
 
 
 def tree(folder: Path) -> set[str]:
@@ -79,7 +79,7 @@ def tree(folder: Path) -> set[str]:
 
 
 def refused_or_shown(folder: Path, command: str, path: Path) -> bool:
-    """Carry a command out; whether it was refused, which takes one line that names the file."""
+    """Carry a command out; returns whether it was refused, in one line that names the file."""
     out, said = folder / "out", io.StringIO()
     before = tree(folder)
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
@@ -113,8 +113,8 @@ def test_a_record_with_any_field_changed_is_refused_or_shown_in_a_table(tmp_path
         folder.mkdir()
         if not refused_or_shown(folder, "table", path):
             runs = table.located([path])
-            for made in keep(runs, folder / "kept"):
-                assert made.parent == folder / "kept"
+            for kept in keep(runs, folder / "kept"):
+                assert kept.parent == folder / "kept"
             assert table.read([folder / "kept"]) == [record for _, record in runs]
 
 
@@ -189,14 +189,14 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_records_of_other_layers_under_one_configuration_are_refused(tmp_path):
-    made = [record("base", 0), record("base", 1, channels={"first": [16, 8], "other": [3, 2]})]
+    records = [record("base", 0), record("base", 1, channels={"first": [16, 8], "other": [3, 2]})]
     with pytest.raises(RunError, match=r"different networks.*base, seed 1"):
-        table.sections(made)
+        table.sections(records)
 
 
 def test_pictures_of_two_sections_never_take_one_anothers_place(tmp_path):
-    made = [record("base", 0, data="Pets (1)"), record("base", 0, data="Pets [1]")]
-    runs = [(tmp_path / "record.json", m) for m in made]
+    records = [record("base", 0, data="Pets (1)"), record("base", 0, data="Pets [1]")]
+    runs = [(tmp_path / "record.json", m) for m in records]
     pictures = plot.plot(runs, tmp_path)
     assert len(pictures) == len(set(pictures)) == 4
 
@@ -216,22 +216,22 @@ def test_kept_norms_with_any_field_changed_are_refused_or_drawn(tmp_path):
             except (ValueError, UnicodeEncodeError):
                 continue
             try:
-                found = plot.find_norms(
+                norms = plot.find_norms(
                     runs := table.located([tmp_path / "made-up.jsonl"]), [r for _, r in runs]
                 )
-                outcomes.add(bool(found))
+                outcomes.add(bool(norms))
             except RunError as refused:
                 assert str(path) in str(refused)  # noqa: PT017
                 assert "\n" not in str(refused)  # noqa: PT017
                 outcomes.add("refused")
             else:
-                if found:
-                    plot.draw_norms(found)
+                if norms:
+                    plot.draw_norms(norms)
     assert outcomes == {True, False, "refused"}
 
 
 def saved(path: Path, content: Any) -> None:
-    """A trace with a checksum that is sound, of the run of the record."""
+    """A trace with a sound checksum, of the same run as the record."""
     save_tensors(path, content, trace_of(run_of_record(GOOD)))
 
 

@@ -1,4 +1,4 @@
-"""Images: what is loaded, what a training batch is made of, and what is refused."""
+"""Images: what is loaded, what a training batch consists of, and what is refused."""
 
 from __future__ import annotations
 
@@ -196,8 +196,8 @@ def test_test_images_are_normalised_like_training_images():
     images.test[:] = 255
     pixels = images.train.double() / 255
     expected = (1 - pixels.mean((0, 2, 3))) / pixels.std((0, 2, 3))
-    found = images.normalize(images.test)[0, :, 0, 0].double()
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    normalised = images.normalize(images.test)[0, :, 0, 0].double()
+    torch.testing.assert_close(normalised, expected, atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------- mixup
@@ -266,8 +266,8 @@ def test_training_images_are_crops_of_the_zero_padded_image(flip):
         for top in range(5):
             for left in range(5):
                 for mirror in (False, True):
-                    made = images.normalize(slow_crop(image, 2, top, left, mirror)[None])[0]
-                    kinds[label, tuple(made.flatten().tolist())] = (top, left, mirror)
+                    cropped = images.normalize(slow_crop(image, 2, top, left, mirror)[None])[0]
+                    kinds[label, tuple(cropped.flatten().tolist())] = (top, left, mirror)
     assert len(kinds) == 2 * 5 * 5 * 2
     drawn = Counter()
     for position in range(500):
@@ -425,10 +425,10 @@ def test_a_changed_folder_is_decoded_anew(tmp_path, change):
     folder = make_folder(tmp_path / "pets", kind="bmp")
     load_folder(folder, tmp_path)
     change(folder)
-    found = load_folder(folder, tmp_path)
+    images = load_folder(folder, tmp_path)
     fresh = load(f"folder:{folder}", tmp_path / "another root", size=16)
     for name in ("train", "train_labels", "test", "test_labels"):
-        assert torch.equal(getattr(found, name), getattr(fresh, name))
+        assert torch.equal(getattr(images, name), getattr(fresh, name))
 
 
 def test_two_folders_of_one_name_are_not_mixed_up(tmp_path):
@@ -462,7 +462,7 @@ def test_a_broken_image_is_refused_by_name(tmp_path, kind, share):
 def png(
     pixels: np.ndarray, bits: int, palette: np.ndarray | None = None, side: int | None = None
 ) -> bytes:
-    """A PNG file, grey or coloured, with alpha, or with a palette; ``side`` is what it says."""
+    """A PNG file, grey or coloured, with alpha or a palette; its header claims ``side`` as size."""
     height, width = pixels.shape[:2]
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
     colour = 3 if palette is not None else {1: 0, 2: 4, 3: 2, 4: 6}[channels]
@@ -481,11 +481,11 @@ def png(
 
     sides = [(side or n).to_bytes(4, "big") for n in (width, height)]
     header = b"".join(sides) + bytes([bits, colour, 0, 0, 0])
-    made = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
     if palette is not None:
-        made += chunk(b"PLTE", palette.astype(np.uint8).tobytes())
+        file += chunk(b"PLTE", palette.astype(np.uint8).tobytes())
     lines = b"".join(b"\0" + row.tobytes() for row in packed)
-    return made + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return file + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
 def only(content: bytes, tmp_path: Path, name: str = "x.png", size: int = 8) -> torch.Tensor:
@@ -514,13 +514,13 @@ def test_drawn_images_of_all_depths_are_what_an_independent_decoding_says(
     if channels == "palette":
         palette = draw.integers(0, 256, (2**bits, 3))
         pixels = draw.integers(0, 2**bits, (8, 8))
-        found, expected = only(png(pixels, bits, palette), tmp_path), palette[pixels]
+        decoded, expected = only(png(pixels, bits, palette), tmp_path), palette[pixels]
     else:
         pixels = draw.integers(0, max(1, int(highest * most)) + 1, (8, 8, channels))
-        found = only(png(pixels[..., 0] if channels == 1 else pixels, bits), tmp_path)
+        decoded = only(png(pixels[..., 0] if channels == 1 else pixels, bits), tmp_path)
         colours = pixels[..., [0, 0, 0]] if channels < 3 else pixels[..., :3]  # without alpha
         expected = colours * 255 / most
-    distance = (found.permute(1, 2, 0).numpy() - expected).__abs__().max()
+    distance = (decoded.permute(1, 2, 0).numpy() - expected).__abs__().max()
     # Pillow drops the lower 8 of 16 bits of colours; what is ours is rounded.
     assert distance <= (0.5 if channels == 1 or bits < 16 else 1.0)
 
@@ -534,9 +534,9 @@ def saved_as(image: Image.Image, kind: str, **how) -> bytes:
 @pytest.mark.parametrize("kind", ["TIFF", "PPM", "JPEG2000", "PNG"])
 def test_sixteen_bits_are_rounded_to_eight_in_every_format(tmp_path, kind):
     grey = np.random.default_rng(0).integers(0, 65536, (8, 8)).astype(np.uint16)
-    found = only(saved_as(Image.fromarray(grey), kind), tmp_path)
+    decoded = only(saved_as(Image.fromarray(grey), kind), tmp_path)
     expected = np.round(grey / 257)
-    assert all(np.array_equal(channel.numpy(), expected) for channel in found)
+    assert all(np.array_equal(channel.numpy(), expected) for channel in decoded)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -578,9 +578,9 @@ def grey_of(mode: str) -> Image.Image:
 def test_other_modes_are_converted_to_colour(tmp_path, mode, kind):
     image = grey_of(mode)
     how = {"lossless": True} if kind == "WEBP" else {}
-    found = only(saved_as(image, kind, **how), tmp_path)
+    decoded = only(saved_as(image, kind, **how), tmp_path)
     expected = (grey_of("1") if mode == "1" else grey_of("L")).convert("L")
-    assert np.array_equal(found[1].numpy(), np.asarray(expected))
+    assert np.array_equal(decoded[1].numpy(), np.asarray(expected))
 
 
 def frames(kind: str) -> bytes:
@@ -633,8 +633,8 @@ def test_images_are_known_by_their_content_and_hidden_files_are_passed_over(tmp_
         (folder / at).write_bytes(b"?")
     (folder / "train" / ".ipynb_checkpoints").mkdir()
     (folder / "train" / "notes.txt").write_text("beside the classes nothing is read")
-    found = load_folder(folder, tmp_path)
-    assert found.digest() == plain.digest()
+    images = load_folder(folder, tmp_path)
+    assert images.digest() == plain.digest()
 
 
 def test_images_beside_the_class_folders_are_refused_by_name(tmp_path):
@@ -715,10 +715,10 @@ def test_images_that_change_while_they_are_decoded_are_refused(tmp_path, monkeyp
     folder, decode = make_folder(tmp_path / "pets"), data._decoded
 
     def slow(path, parts, size):
-        found = decode(path, parts, size)
+        decoded = decode(path, parts, size)
         one_more_image = folder / "train" / "cat" / "0.png"
         picture(9, (9, 9), "RGB").save(one_more_image)
-        return found
+        return decoded
 
     monkeypatch.setattr(data, "_decoded", slow)
     with pytest.raises(DataError, match=r"changed while it was read; run again"):
@@ -748,10 +748,10 @@ def test_the_order_is_that_of_torchvisions_image_folders(tmp_path):
         file = folder / "train" / "cat" / at
         file.parent.mkdir(parents=True, exist_ok=True)
         picture(len(at), (8, 8), "RGB").save(file)
-    found = data._classes(folder / "train", {})
+    classes = data._classes(folder / "train", {})
     expected = torchvision.datasets.ImageFolder(str(folder / "train"))
-    assert list(found) == expected.classes
-    listed = [(str(f), i) for i, of in enumerate(found.values()) for f in of]
+    assert list(classes) == expected.classes
+    listed = [(str(f), i) for i, of in enumerate(classes.values()) for f in of]
     assert listed == expected.samples
 
 
@@ -831,18 +831,18 @@ def test_cifar_is_taken_over_pixel_by_pixel(tmp_path, monkeypatch, name, kind, l
     assert sorted(asked) == [(str(tmp_path), False, True), (str(tmp_path), True, True)]
     assert (images.label, images.classes, images.channels) == (label, 10, 3)
     assert (images.pad, images.flip) == (4, True)
-    for found, labels, train in (
+    for pixels, labels, train in (
         (images.train, images.train_labels, True),
         (images.test, images.test_labels, False),
     ):
         fake = Fake("", train, False)
-        assert found.dtype == torch.uint8
-        assert found.shape == (len(fake.data), 3, 32, 32)
+        assert pixels.dtype == torch.uint8
+        assert pixels.shape == (len(fake.data), 3, 32, 32)
         assert labels.tolist() == fake.targets
         draw = random.Random(0)
         for _ in range(50):
             i, y, x, c = (draw.randrange(n) for n in fake.data.shape)
-            assert found[i, c, y, x] == fake.data[i, y, x, c]
+            assert pixels[i, c, y, x] == fake.data[i, y, x, c]
 
 
 # ---------------------------------------------------------------------- parts of the training set
@@ -859,23 +859,23 @@ def test_a_part_of_the_training_images_is_fixed_balanced_and_named(digits):
 
 
 def test_validation_images_are_training_images_that_are_not_trained_on(digits):
-    made = load("digits", Path("unused"), train=900, validation=300)
-    assert made.label == "digits, 900 training images, 300 for validation"
-    assert (len(made.train), len(made.test)) == (900, 300)
+    parted = load("digits", Path("unused"), train=900, validation=300)
+    assert parted.label == "digits, 900 training images, 300 for validation"
+    assert (len(parted.train), len(parted.test)) == (900, 300)
 
     def names(images):
         return [image.numpy().tobytes() for image in images]
 
-    known, held, tested = (Counter(names(i)) for i in (digits.train, made.test, digits.test))
-    assert not Counter(names(made.train)) + held - known
-    assert not held & (tested - known)
-    assert made.test_labels.bincount().tolist() == pytest.approx([30] * 10, abs=2)
+    known, apart, tested = (Counter(names(i)) for i in (digits.train, parted.test, digits.test))
+    assert not Counter(names(parted.train)) + apart - known
+    assert not apart & (tested - known)
+    assert parted.test_labels.bincount().tolist() == pytest.approx([30] * 10, abs=2)
 
 
 def test_without_a_number_all_other_images_are_trained_on(digits):
-    made = load("digits", Path("unused"), validation=297)
-    assert (len(made.train), len(made.test)) == (1000, 297)
-    assert made.label == "digits, 1,000 training images, 297 for validation"
+    images = load("digits", Path("unused"), validation=297)
+    assert (len(images.train), len(images.test)) == (1000, 297)
+    assert images.label == "digits, 1,000 training images, 297 for validation"
 
 
 @pytest.mark.parametrize(("train", "validation"), [(1298, None), (1000, 298), (None, 1297)])

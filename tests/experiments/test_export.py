@@ -61,9 +61,9 @@ def check(model: nn.Module, size: int, path) -> None:
     rounding.assert_exact(exact_outputs(small, example), expected)
     export.onnx(small, example, path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    # A batch of another size than the one it was made with.
-    (found,) = session.run(None, {"images": example[:1].numpy()})
-    rounding.assert_rounded(torch.from_numpy(found), outputs(zeroed, example[:1]), expected[:1])
+    # A batch of another size than the one it was exported with.
+    (logits,) = session.run(None, {"images": example[:1].numpy()})
+    rounding.assert_rounded(torch.from_numpy(logits), outputs(zeroed, example[:1]), expected[:1])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -108,10 +108,10 @@ def test_a_runs_model_is_exported_beside_it(tmp_path, monkeypatch):
     tiny.miniature(monkeypatch)
     with tiny.one_thread():
         record = run(tiny.request(tmp_path, "sp", tiny.MINIATURE))
-        made = export.export(record.parent / MODEL)
+        exported = export.export(record.parent / MODEL)
         program = export.export(record.parent / MODEL, "torch")
-    assert (made, program) == (record.parent / "model.onnx", record.parent / "model.pt2")
-    session = onnxruntime.InferenceSession(str(made), providers=["CPUExecutionProvider"])
+    assert (exported, program) == (record.parent / "model.onnx", record.parent / "model.pt2")
+    session = onnxruntime.InferenceSession(str(exported), providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape[1:] == [1, 8, 8]
 
 

@@ -106,10 +106,10 @@ def test_tensors_are_read_back_as_they_were_without_running_code(tmp_path):
     files.save_tensors(tmp_path / "a.pt", CONTENT, OF)
     # PyTorch reads it, too, and does not look at what follows its own part.
     plain = torch.load(tmp_path / "a.pt", weights_only=True)
-    for found in (files.load_tensors(tmp_path / "a.pt", OF), plain):
-        assert torch.equal(found["state"]["weight"], CONTENT["state"]["weight"])
-        assert found["plan"] == CONTENT["plan"]
-        assert found["n"] is None
+    for read in (files.load_tensors(tmp_path / "a.pt", OF), plain):
+        assert torch.equal(read["state"]["weight"], CONTENT["state"]["weight"])
+        assert read["plan"] == CONTENT["plan"]
+        assert read["n"] is None
     assert files.load_tensors(tmp_path / "a.pt", {"n": 1, "kind": "test"})["n"] is None
 
 
@@ -130,7 +130,7 @@ def refused(path: Path) -> str:
 
 def test_every_flipped_bit_and_every_cut_is_refused(written):
     content, path = written
-    with path.open("r+b") as file:  # in place: the disk would make it slow
+    with path.open("r+b") as file:  # not on disk, which would be slow
         file.write(content)
         for bit in range(8 * len(content)):
             place, old = bit // 8, content[bit // 8]
@@ -218,9 +218,9 @@ JSON = st.recursive(
 @given(content=st.dictionaries(st.text().filter(lambda t: t != "sha256"), JSON, max_size=5))
 @settings(max_examples=50)
 def test_json_vouches_for_itself_in_any_layout(content):
-    made = files.vouched(content)
-    assert files.vouches(made)
+    vouched = files.vouched(content)
+    assert files.vouches(vouched)
     for layout in ({"indent": 1}, {"separators": (",", ":"), "sort_keys": True}):
-        assert files.vouches(json.loads(json.dumps(made, **layout)))
-    assert not files.vouches({**made, "one more": 1})
+        assert files.vouches(json.loads(json.dumps(vouched, **layout)))
+    assert not files.vouches({**vouched, "one more": 1})
     assert not files.vouches(content)

@@ -1,4 +1,4 @@
-"""Every file that is read again is what was written, and of what it is said to be."""
+"""Every file that is read again is what was written, and belongs where it lies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def finished_runs(tmp_path_factory):
     """A stopped run of sp beside a finished one of sr, in a folder to be copied."""
     out = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch, tiny.one_thread():
@@ -58,7 +58,7 @@ def rebuilt(out: Path) -> None:
     run_module.load_model(tiny.request(out, "sr", MINIATURE).folder / MODEL)
 
 
-# By kind: which file, and who reads it. A checkpoint of nothing is a dense model alone.
+# By kind: which file, and what reads it.
 KINDS = {
     "dense model": ("dense/*.pt", lambda out: carried_out(out, "base")),
     "checkpoint": (f"**/sp-seed0/{CHECKPOINT}", lambda out: carried_out(out, "sp")),
@@ -73,10 +73,12 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_damaged_file_of_any_kind_is_refused_in_one_line(made, tmp_path_factory, kind, data):
+def test_a_damaged_file_of_any_kind_is_refused_in_one_line(
+    finished_runs, tmp_path_factory, kind, data
+):
     pattern, use = KINDS[kind]
     out = tmp_path_factory.mktemp("damaged") / "out"
-    shutil.copytree(made, out)
+    shutil.copytree(finished_runs, out)
     (path,) = out.glob(pattern)
     content = path.read_bytes()
     bad = damaged(data, content)
@@ -100,8 +102,8 @@ def test_a_damaged_file_of_any_kind_is_refused_in_one_line(made, tmp_path_factor
 @pytest.mark.usefixtures("miniature")
 @pytest.mark.parametrize("name", ["record.json", MODEL, "trace.pt"])
 @pytest.mark.parametrize("other", [("sp", 0), ("sr", 1)], ids=["variant", "seed"])
-def test_files_of_two_runs_in_each_others_place_are_refused(made, tmp_path, name, other):
-    shutil.copytree(made, tmp_path / "out")
+def test_files_of_two_runs_in_each_others_place_are_refused(finished_runs, tmp_path, name, other):
+    shutil.copytree(finished_runs, tmp_path / "out")
     one = tiny.request(tmp_path / "out", "sr", MINIATURE, resume=True)
     two = replace(one, variant=other[0], seed=other[1])
     carried_out(one.out, "sp")
@@ -146,8 +148,8 @@ def test_a_record_cannot_lose_its_checksum(tiny_runs, tmp_path, lost):
 
 @pytest.mark.usefixtures("miniature")
 @pytest.mark.parametrize("what", ["gone", "empty", "cut"])
-def test_a_run_whose_model_is_gone_or_damaged_is_not_finished(made, tmp_path, what):
-    shutil.copytree(made, tmp_path / "out")
+def test_a_run_whose_model_is_gone_or_damaged_is_not_finished(finished_runs, tmp_path, what):
+    shutil.copytree(finished_runs, tmp_path / "out")
     request = tiny.request(tmp_path / "out", "sr", MINIATURE)
     path = request.folder / MODEL
     content, before = path.read_bytes(), tiny.results(request.folder / "record.json")
@@ -167,8 +169,8 @@ def test_a_run_whose_model_is_gone_or_damaged_is_not_finished(made, tmp_path, wh
 
 
 @pytest.mark.usefixtures("miniature")
-def test_a_model_and_a_trace_say_which_run_they_are_of(made):
-    request = tiny.request(made, "sr", MINIATURE)
+def test_a_model_and_a_trace_say_which_run_they_are_of(finished_runs):
+    request = tiny.request(finished_runs, "sr", MINIATURE)
     content = json.loads((request.folder / "record.json").read_text())
     assert content["images"] == tiny.few_digits().digest()
     expected = {"config_hash": request.config.hash(), "variant": "sr", "seed": 0}
@@ -180,7 +182,7 @@ def test_a_model_and_a_trace_say_which_run_they_are_of(made):
 
 @pytest.fixture
 def exchanged(miniature, monkeypatch):
-    """Puts other images under the name of the ones there were."""
+    """Put other images under the same name."""
 
     def exchange(change: int) -> None:
         images = tiny.few_digits()
@@ -266,8 +268,8 @@ def test_the_command_line_says_that_training_diverged(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("miniature")
-def test_a_comparison_refuses_a_damaged_record_before_it_starts(made, tmp_path):
-    shutil.copytree(made, tmp_path / "out")
+def test_a_comparison_refuses_a_damaged_record_before_it_starts(finished_runs, tmp_path):
+    shutil.copytree(finished_runs, tmp_path / "out")
     request = tiny.request(tmp_path / "out", "sr", MINIATURE)
     (request.folder / "record.json").write_text('{"config_hash": "?"}')
     with pytest.raises(RunError, match=r"record\.json cannot be read"):

@@ -19,8 +19,8 @@ def tried(variant, seed, final, steps=10, rate=0.02, epochs=6, validation=100):
         "smooth": {"steps": steps},
         "data": {"validation": validation},
     }
-    made = record(variant, seed, config=config, accuracy__final=final, steps__total=200)
-    return {**made, "config_hash": f"{epochs}{rate}{steps}", "dense_seed": seed % 2}
+    content = record(variant, seed, config=config, accuracy__final=final, steps__total=200)
+    return {**content, "config_hash": f"{epochs}{rate}{steps}", "dense_seed": seed % 2}
 
 
 RUNS = [
@@ -33,8 +33,8 @@ RUNS = [
 
 
 def test_a_decay_is_paired_with_the_base_of_its_own_fine_tuning():
-    found = lengths.rows(RUNS[::-1])
-    shown = [(r["epochs"], r["learning_rate"], r["steps"], r["share"]) for r in found]
+    rows = lengths.rows(RUNS[::-1])
+    shown = [(r["epochs"], r["learning_rate"], r["steps"], r["share"]) for r in rows]
     assert shown == [
         (6, 0.02, None, None),
         (6, 0.02, 10, 0.05),
@@ -42,14 +42,14 @@ def test_a_decay_is_paired_with_the_base_of_its_own_fine_tuning():
         (6, 0.002, 10, 0.05),
         (12, 0.02, None, None),
     ]
-    assert [r["final"]["mean"] for r in found] == [81.5, 84.0, 81.5, 70.0, 85.0]
+    assert [r["final"]["mean"] for r in rows] == [81.5, 84.0, 81.5, 70.0, 85.0]
     # Seeds 0 and 2 are of network 0, 1 and 3 of network 1: +1 and +3, +2 and +4 points.
-    ten = found[1]["difference"]
+    ten = rows[1]["difference"]
     interval = stats.ttest_1samp([2.0, 3.0], 0).confidence_interval(0.95)
     assert (ten["pairs"], ten["networks"], ten["mean"]) == (4, 2, 2.5)
     assert (ten["low"], ten["high"]) == pytest.approx((interval.low, interval.high))
-    assert (found[2]["difference"]["pairs"], found[2]["difference"]["mean"]) == (3, 0.5)
-    assert [r["difference"] for r in (found[0], found[3], found[4])] == [None] * 3
+    assert (rows[2]["difference"]["pairs"], rows[2]["difference"]["mean"]) == (3, 0.5)
+    assert [r["difference"] for r in (rows[0], rows[3], rows[4])] == [None] * 3
 
 
 def test_the_table_says_what_there_is():

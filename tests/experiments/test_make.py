@@ -14,8 +14,8 @@ from tests.support.tiny import ROOT
 
 
 def planned(*words: str) -> list[str]:
-    """What make would run, as words."""
-    # Under make these would make an inner make speak of its folders.
+    """The command that make would run, as words."""
+    # Under make these would let an inner make print its folders.
     clean = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     done = subprocess.run(
         ["make", "-n", *words, "PY=python", "SETUP="],
@@ -71,9 +71,9 @@ def test_a_configuration_that_is_given_is_the_one_that_is_run(framework):
 def test_the_demo_compares_every_framework_on_digits():
     words = planned("demo", "SEEDS=0-4")
     assert words[:4] == ["python", "-m", "experiments", "compare"]
-    found = [load(ROOT / path) for path in configurations(words)]
-    assert sorted(c.framework for c in found) == sorted(ADAPTERS)
-    assert {c.data.name for c in found} == {"digits"}
+    configs = [load(ROOT / path) for path in configurations(words)]
+    assert sorted(c.framework for c in configs) == sorted(ADAPTERS)
+    assert {c.data.name for c in configs} == {"digits"}
     assert words[words.index("--seeds") + 1] == "0-4"
 
 
@@ -87,14 +87,14 @@ def test_the_demo_compares_every_framework_on_digits():
     ],
 )
 def test_a_comparison_is_of_its_framework_with_the_controls(words, path):
-    made = planned("compare", "SEEDS=0-4", *words)
-    (config,) = configurations(made)
+    command = planned("compare", "SEEDS=0-4", *words)
+    (config,) = configurations(command)
     assert config == f"experiments/configs/{path}.toml"
     assert (ROOT / config).exists()
-    assert made[made.index("--variants") + 1] == "base,sp,sr,random,least-resistant"
-    assert made[made.index("--seeds") + 1] == "0-4"
+    assert command[command.index("--variants") + 1] == "base,sp,sr,random,least-resistant"
+    assert command[command.index("--seeds") + 1] == "0-4"
     data = [word.removeprefix("DATA=") for word in words if word.startswith("DATA=")]
-    assert [made[made.index("--data") + 1]] == data if data else "--data" not in made
+    assert [command[command.index("--data") + 1]] == data if data else "--data" not in command
 
 
 def test_the_table_of_networks_takes_its_own_options():

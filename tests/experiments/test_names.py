@@ -1,4 +1,4 @@
-"""Names that become paths, and values of configurations: all that is drawn is refused or fits."""
+"""Names that become paths, and values of configurations: drawn ones are refused, or they fit."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def test_a_text_that_is_taken_is_one_visible_line(text):
 
 @given(ANY)
 def test_one_line_has_no_other_and_can_be_printed(text):
-    made = one_line(text)
-    assert made.isprintable()
-    made.encode()
+    line = one_line(text)
+    assert line.isprintable()
+    line.encode()
     if text.isprintable():
-        assert made == text
+        assert line == text
 
 
 @given(ANY, ANY)

@@ -1,4 +1,4 @@
-"""The overhead benchmark measures what it says; how fast the core is, no test decides."""
+"""The overhead benchmark measures what it says it does; no test asks how fast the core is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support import rounding
 
 @pytest.fixture(autouse=True)
 def _as_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests before may have loaded PyTorch's compiler, which hooks every module's registrations.
+    """Earlier tests may have loaded PyTorch's compiler, which hooks every module's registrations.
 
     torch-kirigami, with which the benchmark compares, refuses to work beside such hooks.
     """
@@ -60,7 +60,7 @@ SIGNED |= {"idle_over_plain_by_hooks", "decaying_over_plain_by_hooks", "decay_no
 
 
 def exact_norms(group: StructureGroup) -> torch.Tensor:
-    """In double precision."""
+    """A group's norms in double precision."""
     squares = torch.zeros(group.size, dtype=torch.float64)
     for s in group.slices:
         along = s.parameter.detach().double().movedim(s.dim, 0)
@@ -95,32 +95,32 @@ def test_writes_every_figure_and_prints_the_path_last(
     ((model, by_framework),) = content["models"].items()
     assert model == "vgg-digits"
     assert list(by_framework) == list(overhead.FRAMEWORKS)
-    for framework, found in by_framework.items():
+    for framework, result in by_framework.items():
         assert f"{model} in {framework}" in printed
-        assert set(found["figures"]) >= STEPS
+        assert set(result["figures"]) >= STEPS
         # 32 + 32 + 64 + 64 + 128 + 128 channels, in every framework.
-        assert (found["structures"], found["decaying"]) == (448, {"idle": 0, "decaying": 224})
-    found = by_framework["depgraph"]
-    assert set(found["figures"]) == FIGURES
-    for name, figure in found["figures"].items():
+        assert (result["structures"], result["decaying"]) == (448, {"idle": 0, "decaying": 224})
+    result = by_framework["depgraph"]
+    assert set(result["figures"]) == FIGURES
+    for name, figure in result["figures"].items():
         assert name in printed
         assert figure["lower"] <= figure["median"] <= figure["upper"], name
         assert all(math.isfinite(figure[k]) for k in ("lower", "median", "upper")), name
         assert name in SIGNED or figure["lower"] > 0, name
-    assert {n: f["target"] for n, f in found["figures"].items() if "target" in f} == {
+    assert {n: f["target"] for n, f in result["figures"].items() if "target" in f} == {
         **{f"idle_over_plain{kind}": 1.01 for kind in ("", "_of_medians", "_by_hooks")},
         **{f"decaying_over_plain{kind}": 1.03 for kind in ("", "_of_medians", "_by_hooks")},
         "decay_speed_up": 300,
     }
     # 128 rows of 128 x 3 x 3 (or 64 x 3 x 3) weights, a bias, and two of the BatchNorm.
-    group = found["decayed_group"]
+    group = result["decayed_group"]
     assert group["structures"] == 128
     assert group["elements"] in (128 * (128 * 9 + 3), 128 * (64 * 9 + 3))
-    assert found["figures"]["decay_norm_difference"]["median"] <= 1e-5
+    assert result["figures"]["decay_norm_difference"]["median"] <= 1e-5
 
 
 def test_arms_are_what_they_say(tiny: overhead.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overhead, "DECAY_STEPS", 100)  # of a million, three are hardly to be seen
+    monkeypatch.setattr(overhead, "DECAY_STEPS", 100)  # three of a million are hard to see
     arms = overhead.make_arms(tiny)
     decaying, idle = arms["decaying"].dpm, arms["idle"].dpm
     assert arms["plain"].dpm is None
@@ -189,8 +189,8 @@ def test_kirigami_sets_the_norms_that_were_asked_for(tiny: overhead.Settings) ->
     decay = overhead.kirigami_decay(model, group, example, targets.tolist())
     assert decay is not None
     decay()
-    found = exact_norms(group).float()
-    rounding.assert_rounded(found / factors, single, exact, "norms")
+    norms = exact_norms(group).float()
+    rounding.assert_rounded(norms / factors, single, exact, "norms")
 
 
 def test_other_norms_are_refused(
@@ -233,8 +233,8 @@ def test_works_take_turns() -> None:
     calls: list[str] = []
     work = {name: (lambda name=name: calls.append(name)) for name in "aAbc"}
     turns = [{"a": work["a"], "A": work["A"]}, {"b": work["b"]}, {"c": work["c"]}]
-    found = overhead.interleave(turns, 3, torch.device("cpu"), "test")
-    assert {name: len(times) for name, times in found.items()} == dict.fromkeys("aAbc", 3)
+    measured = overhead.interleave(turns, 3, torch.device("cpu"), "test")
+    assert {name: len(times) for name, times in measured.items()} == dict.fromkeys("aAbc", 3)
     rounds = ["".join(calls[i : i + 4]) for i in range(0, len(calls), 4)]
     assert len(rounds) == overhead.WARM_UP + 3
     assert sorted(rounds[-3:]) == ["aAbc", "bcaA", "caAb"]

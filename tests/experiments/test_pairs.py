@@ -24,22 +24,22 @@ def split(by_seed):
 def test_the_interval_is_that_of_the_paired_t_test(n):
     draw = np.random.default_rng(n)
     one, other = draw.normal(90, 1, n), draw.normal(89.7, 1, n)
-    found = difference(dict(enumerate(one.tolist())), dict(enumerate(other.tolist())))
+    result = difference(dict(enumerate(one.tolist())), dict(enumerate(other.tolist())))
     interval = stats.ttest_rel(one, other).confidence_interval(0.95)
-    assert found.pairs == found.networks == n
-    assert found.mean == pytest.approx((one - other).mean())
-    assert found.deviation == pytest.approx((one - other).std(ddof=1))
-    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
-    assert found.detectable == detectable(n, found.deviation)
+    assert result.pairs == result.networks == n
+    assert result.mean == pytest.approx((one - other).mean())
+    assert result.deviation == pytest.approx((one - other).std(ddof=1))
+    assert (result.low, result.high) == pytest.approx((interval.low, interval.high))
+    assert result.detectable == detectable(n, result.deviation)
 
 
 def test_known_numbers():
-    found = difference({1: 3.0, 2: 4.0, 3: 8.0}, {1: 2.0, 2: 2.0, 3: 5.0})
-    assert (found.pairs, found.mean, found.deviation) == (3, 2.0, 1.0)
+    result = difference({1: 3.0, 2: 4.0, 3: 8.0}, {1: 2.0, 2: 2.0, 3: 5.0})
+    assert (result.pairs, result.mean, result.deviation) == (3, 2.0, 1.0)
     # Tables of Student's t with 2 degrees of freedom: 4.3027 at 97.5%, 1.0607 at 80%.
-    assert found.low == pytest.approx(2 - 4.3027 / math.sqrt(3), abs=1e-4)
-    assert found.high == pytest.approx(2 + 4.3027 / math.sqrt(3), abs=1e-4)
-    assert found.detectable == pytest.approx((4.3027 + 1.0607) / math.sqrt(3), abs=1e-4)
+    assert result.low == pytest.approx(2 - 4.3027 / math.sqrt(3), abs=1e-4)
+    assert result.high == pytest.approx(2 + 4.3027 / math.sqrt(3), abs=1e-4)
+    assert result.detectable == pytest.approx((4.3027 + 1.0607) / math.sqrt(3), abs=1e-4)
 
 
 def test_seeds_that_only_one_of_them_has_are_left_out_in_any_order():
@@ -57,8 +57,8 @@ def test_one_pair_has_a_mean_and_nothing_else():
 
 
 def test_pairs_that_all_differ_by_as_much_have_no_spread():
-    found = difference({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})
-    assert found == Difference(2, 2, 1.0, 0.0, 1.0, 1.0, 0.0)
+    result = difference({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})
+    assert result == Difference(2, 2, 1.0, 0.0, 1.0, 1.0, 0.0)
 
 
 @given(pairs)
@@ -82,9 +82,9 @@ def test_a_shift_of_one_moves_the_interval_and_nothing_else(by_seed, shift):
 
 @given(pairs)
 def test_the_mean_lies_in_its_interval_and_what_is_detectable_exceeds_half_of_it(by_seed):
-    found = difference(*split(by_seed))
-    assert found.low <= found.mean <= found.high
-    assert found.detectable >= (found.high - found.low) / 2 - 1e-12
+    result = difference(*split(by_seed))
+    assert result.low <= result.mean <= result.high
+    assert result.detectable >= (result.high - result.low) / 2 - 1e-12
 
 
 # ---------------------------------------------------------------------- shared dense networks
@@ -94,20 +94,20 @@ def test_the_mean_lies_in_its_interval_and_what_is_detectable_exceeds_half_of_it
 def test_the_interval_is_that_of_a_t_test_on_the_means_of_the_networks(data, by_seed):
     one, other = split(by_seed)
     start = {seed: data.draw(st.integers(0, 4), label="network") for seed in by_seed}
-    found = difference(one, other, start)
+    result = difference(one, other, start)
     groups = [[one[s] - other[s] for s in by_seed if start[s] == n] for n in range(5)]
     means = [np.mean(g) for g in groups if g]
-    assert (found.pairs, found.networks) == (len(by_seed), len(means))
-    assert found.mean == pytest.approx(np.mean(means), abs=1e-9)
+    assert (result.pairs, result.networks) == (len(by_seed), len(means))
+    assert result.mean == pytest.approx(np.mean(means), abs=1e-9)
     if len(means) == 1:
-        assert found.deviation is found.low is found.high is found.detectable is None
+        assert result.deviation is result.low is result.high is result.detectable is None
         return
     reach = stats.t.ppf(0.975, len(means) - 1) * stats.sem(means)
-    assert (found.low, found.high) == pytest.approx(
+    assert (result.low, result.high) == pytest.approx(
         (np.mean(means) - reach, np.mean(means) + reach), abs=1e-9
     )
-    assert found.deviation == pytest.approx(np.std(means, ddof=1), abs=1e-9)
-    assert found.detectable == detectable(len(means), found.deviation)
+    assert result.deviation == pytest.approx(np.std(means, ddof=1), abs=1e-9)
+    assert result.detectable == detectable(len(means), result.deviation)
 
 
 @given(pairs)
@@ -118,11 +118,11 @@ def test_a_network_for_every_pair_is_the_paired_t_test_whatever_they_are_called(
 
 def test_known_numbers_of_shared_networks():
     one = {0: 1.0, 1: 4.0, 2: 5.0, 3: 3.0, 4: 9.0}  # seed 4 is no pair
-    found = difference(one, dict.fromkeys(range(4), 0.0), {0: 7, 1: 8, 2: 8, 3: 7})
-    assert (found.pairs, found.networks, found.mean) == (4, 2, 3.25)  # means of 2.0 and 4.5
-    assert found.deviation == pytest.approx(2.5 / math.sqrt(2))
+    result = difference(one, dict.fromkeys(range(4), 0.0), {0: 7, 1: 8, 2: 8, 3: 7})
+    assert (result.pairs, result.networks, result.mean) == (4, 2, 3.25)  # means of 2.0 and 4.5
+    assert result.deviation == pytest.approx(2.5 / math.sqrt(2))
     # Student's t with 1 degree of freedom: 12.706 at 97.5%.
-    assert found.high - found.mean == pytest.approx(12.7062 * 1.25, abs=1e-3)
+    assert result.high - result.mean == pytest.approx(12.7062 * 1.25, abs=1e-3)
 
 
 @pytest.mark.parametrize("between", [0.0, 1.0, 5.0])
@@ -130,17 +130,17 @@ def test_known_numbers_of_shared_networks():
 def test_simulated_intervals_hold_the_true_difference_19_times_in_20(sizes, between):
     draw, times = np.random.default_rng(0), 2_000
     start = dict(enumerate(np.repeat(range(len(sizes)), sizes).tolist()))
-    held = naive = 0
+    inside = naive = 0
     for _ in range(times):
         shared = draw.normal(0, between, len(sizes))
         one = {s: 0.3 + shared[n] + draw.normal() for s, n in start.items()}
         other = dict.fromkeys(start, 0.0)
-        found, blind = difference(one, other, start), difference(one, other)
-        held += found.low <= 0.3 <= found.high
+        result, blind = difference(one, other, start), difference(one, other)
+        inside += result.low <= 0.3 <= result.high
         naive += blind.low <= 0.3 <= blind.high
     # Four standard errors of the simulation; unequal networks cost at most a point.
     within = 4 * math.sqrt(0.95 * 0.05 / times) + (0.01 if len(set(sizes)) > 1 else 0)
-    assert held / times == pytest.approx(0.95, abs=within)
+    assert inside / times == pytest.approx(0.95, abs=within)
     if between == 5:
         assert naive / times < 0.88, "what is corrected has to matter"
 
@@ -161,8 +161,8 @@ def test_the_detectable_effect_is_found_with_a_power_of_80_percent(n, within):
 @pytest.mark.parametrize("n", [5, 25])
 def test_simulated_comparisons_find_it_four_times_in_five(n):
     draws = np.random.default_rng(0).normal(detectable(n, 0.8), 0.8, (20_000, n))
-    found = stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
-    assert found.mean() == pytest.approx(0.8, abs=0.015)
+    detected = stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
+    assert detected.mean() == pytest.approx(0.8, abs=0.015)
 
 
 @given(st.integers(2, 200), st.floats(0.01, 10))

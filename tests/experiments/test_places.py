@@ -1,4 +1,4 @@
-"""Folders that cannot take a run, locks, leftovers, and what is said of errors of files."""
+"""Folders that cannot take a run, locks, leftovers, and how errors of files are reported."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from experiments import run as run_module
 from experiments.__main__ import count, folder, main, pause, seed, seeds
 from experiments.config import ConfigError
 from experiments.data import DataError
-from experiments.errors import carried_out, told
+from experiments.errors import carried_out, reported
 from experiments.files import save_text
 from experiments.names import LAST_SEED
 from experiments.places import BusyError, alone_in, busy, clean, explained
@@ -44,7 +44,7 @@ def names(path: Path) -> list[str]:
 # ---------------------------------------------------------------------- locks
 
 
-def test_a_folder_is_held_by_one_process_at_a_time_and_nothing_is_left(tmp_path, monkeypatch):
+def test_a_folder_is_locked_by_one_process_at_a_time_and_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(places, "PATIENCE", 0.1)
     place = tmp_path / "a" / "b"
     assert not busy(place)
@@ -166,8 +166,8 @@ def test_a_file_that_is_cleaned_away_before_it_is_claimed_is_begun_anew(tmp_path
     st.sampled_from(sorted(errno.errorcode)),
     st.one_of(st.none(), st.text(max_size=20), st.binary(max_size=20), st.integers(0, 9)),
 )
-def test_any_error_of_the_file_system_is_told_in_one_line(number, path):
-    line = told(OSError(number, os.strerror(number), path))
+def test_any_error_of_the_file_system_is_reported_in_one_line(number, path):
+    line = reported(OSError(number, os.strerror(number), path))
     assert line
     assert line.isprintable()
     assert os.strerror(number) in line
@@ -194,17 +194,17 @@ def test_an_error_that_pytorch_hides_is_that_of_the_file(tmp_path, monkeypatch):
 
 def test_bugs_keep_their_tracebacks_and_known_errors_do_not(capsys):
     for error in (ValueError("a"), KeyError("b"), RuntimeError("c"), AssertionError()):
-        assert told(error) is None
+        assert reported(error) is None
         with pytest.raises(type(error)):
             carried_out(lambda error=error: (_ for _ in ()).throw(error))
     for kind in (ConfigError, DataError, RunError, DivergedError, BusyError, DecayPruningError):
-        assert told(kind("one\ntwo\x1b")) == "one two\\x1b"
+        assert reported(kind("one\ntwo\x1b")) == "one two\\x1b"
     for error in (
         MemoryError(),
         torch.OutOfMemoryError("x"),
         RuntimeError("can't allocate memory"),
     ):
-        assert "memory" in told(error)
+        assert "memory" in reported(error)
     assert carried_out(lambda: 7) == 7
     assert carried_out(lambda: (_ for _ in ()).throw(RunError("no")), lambda: " on rank 3") == 2
     assert capsys.readouterr().err == "error on rank 3: no\n"
@@ -224,7 +224,7 @@ def refused(capsys, *arguments: str) -> str:
 
 @pytest.fixture
 def untrained(monkeypatch):
-    """No loop runs: what is refused has to be refused before."""
+    """No training loop may run: refusals have to come before it."""
 
     def fail(loop):
         pytest.fail("it trained")
@@ -343,10 +343,10 @@ def test_what_is_no_number_of_its_kind_is_refused_by_the_parser(text):
 
     for kind, low, high in ((count, 1, 10**9), (seed, 0, LAST_SEED), (pause, 0, float("inf"))):
         try:
-            found = kind(text)
+            number = kind(text)
         except argparse.ArgumentTypeError:
             continue
-        assert low <= found <= high
+        assert low <= number <= high
     try:
         many = seeds(text)
     except argparse.ArgumentTypeError:
@@ -492,7 +492,7 @@ def test_facts_that_do_not_go_with_a_models_tensors_are_refused_before_it_is_bui
     tried = [{}, None, []] if key == "all" else [{k: v for k, v in FACTS.items() if k != "model"}]
     if key in FACTS:
         tried = [{**FACTS, key: value} for value in ODD]
-        if key == "image_size":  # no tensor tells it
+        if key == "image_size":  # no tensor shows it
             tried = [f for f in tried if f[key] not in (11, 2) or f[key] is True]
     build = models.build
 
@@ -546,7 +546,7 @@ def test_a_comparisons_runs_end_and_save_themselves_with_it_whatever_ends_it(tmp
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        # Whoever runs the tests may have it ignored, as nohup does.
+        # The tests may run where it is ignored, as under nohup.
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     runs: list[int] = []
@@ -556,7 +556,7 @@ def test_a_comparisons_runs_end_and_save_themselves_with_it_whatever_ends_it(tmp
             assert time.monotonic() < until, "no runs"
             time.sleep(0.1)
             runs = children(out)
-        if kind == "SIGHUP":  # meanwhile no second one begins
+        if kind == "SIGHUP":  # no second one begins meanwhile
             again = subprocess.run(
                 [sys.executable, "-m", "experiments", *arguments],
                 cwd=tiny.ROOT,

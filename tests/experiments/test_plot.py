@@ -19,8 +19,8 @@ from tests.support.records import record, save, save_trace
 
 
 def colour(artist) -> str:
-    found = artist.get_facecolor() if hasattr(artist, "get_facecolor") else artist.get_color()
-    return matplotlib.colors.to_hex(found)
+    drawn = artist.get_facecolor() if hasattr(artist, "get_facecolor") else artist.get_color()
+    return matplotlib.colors.to_hex(drawn)
 
 
 def points(line) -> list[tuple[float, float]]:
@@ -60,8 +60,8 @@ def test_nothing_keeps_a_figure_whether_it_was_saved_or_could_not_be_drawn(tiny_
 
 def test_runs_without_traces_have_the_other_plots(tmp_path):
     paths = [save(tmp_path, record(v, 0)) for v in ("base", "sp")]
-    made = plot.plot(table.located(paths), tmp_path / "plots")
-    assert [p.name for p in made] == [
+    pictures = plot.plot(table.located(paths), tmp_path / "plots")
+    assert [p.name for p in pictures] == [
         "made-up-cifar-10-accuracy.png",
         "made-up-cifar-10-channels.png",
     ]
@@ -73,8 +73,8 @@ def test_every_variant_has_a_name_and_a_colour_of_its_own():
 
 
 def test_every_experiment_has_plots_of_its_own(tmp_path):
-    made = [record("base", 0), record("base", 0, config={"name": "other"}, config_hash="f")]
-    runs = [(tmp_path / f"{i}" / "record.json", m) for i, m in enumerate(made)]
+    records = [record("base", 0), record("base", 0, config={"name": "other"}, config_hash="f")]
+    runs = [(tmp_path / f"{i}" / "record.json", m) for i, m in enumerate(records)]
     names = {p.name for p in plot.plot(runs, tmp_path)}
     assert {n.removesuffix("-accuracy.png") for n in names} >= {
         "made-up-cifar-10",
@@ -99,7 +99,7 @@ def samples(traces):
 
 
 def expected_lines(saved) -> dict[str, list[list[tuple[int, float]]]]:
-    """All trajectories by kind: each from its structure's own start on."""
+    """All trajectories by kind, each from the start of its structure's decay."""
     starts, kinds = {}, {}
     for event in saved["events"]:
         for k, norm in zip(event["structures"], event["norms"], strict=True):
@@ -204,7 +204,7 @@ def test_a_crooked_line_has_no_more_points_than_allowed_and_keeps_its_release():
 
 
 def test_the_last_decision_about_a_structure_is_its_kind():
-    # Released at first, it is chosen again later, and goes.
+    # It is released at first, then chosen again, and decays to zero.
     saved = made_up(1.0, 0.5, 1.0, 0.5, 0.0, releases=[(1, 0)], refill=[(2, 0)], count=2)
     sample = plot.sample_norms(saved, 0, "sr")
     assert sample["counts"] == {"decayed to zero": 1, "decayed in their place": 1}
@@ -277,8 +277,8 @@ def test_kept_norms_are_found_again_without_traces(tiny_runs, tmp_path, samples)
     path = kept_file(tiny_runs, tmp_path)
     assert path.stat().st_size < 40_000
     runs = table.located([tmp_path / "tiny.jsonl"])
-    found = plot.find_norms(runs, [r for _, r in runs])
-    assert found == json.loads(json.dumps(samples))
+    norms = plot.find_norms(runs, [r for _, r in runs])
+    assert norms == json.loads(json.dumps(samples))
     assert [p.name for p in plot.plot(runs, tmp_path / "plots")] == [
         "tiny-digits-accuracy.png",
         "tiny-digits-channels.png",
@@ -293,13 +293,13 @@ def test_kept_norms_are_found_again_without_traces(tiny_runs, tmp_path, samples)
 def test_the_first_seed_with_norms_is_shown(tmp_path):
     runs = []
     for seed in (7, 3, 1):
-        made = record("sp", seed)
-        runs.append((save(tmp_path, made), made))
+        content = record("sp", seed)
+        runs.append((save(tmp_path, content), content))
         if seed != 1:
             save_trace(*runs[-1], made_up(1.0, 0.0, count=seed))
-    found = plot.find_norms(runs, [r for _, r in runs])
-    assert found["sp"]["seed"] == 3
-    assert found["sp"]["counts"] == {"decayed to zero": 3}
+    norms = plot.find_norms(runs, [r for _, r in runs])
+    assert norms["sp"]["seed"] == 3
+    assert norms["sp"]["counts"] == {"decayed to zero": 3}
 
 
 def test_kept_norms_of_another_configuration_are_not_shown(tiny_runs, tmp_path):
@@ -313,17 +313,17 @@ def test_kept_norms_of_another_configuration_are_not_shown(tiny_runs, tmp_path):
     ["", "[]", "{}", '{"norms": [{}]}', '{"norms": 3}', '{"norms": [{"config_hash": 1}]}'],
 )
 def test_damaged_kept_norms_are_named(tmp_path, content):
-    made = record("sp", 0)
+    kept = record("sp", 0)
     path = tmp_path / "made-up-norms.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(RunError, match=r"made-up-norms\.json holds no norms .* delete it"):
-        plot.find_norms([(tmp_path / "made-up.jsonl", made)], [made])
+        plot.find_norms([(tmp_path / "made-up.jsonl", kept)], [kept])
 
 
 def test_without_traces_nothing_is_kept(tmp_path):
-    made = record("sp", 0)
+    content = record("sp", 0)
     path = tmp_path / "made-up-norms.json"
-    assert plot.keep_norms([(tmp_path / "made-up.jsonl", made)], path) is None
+    assert plot.keep_norms([(tmp_path / "made-up.jsonl", content)], path) is None
     assert not path.exists()
 
 
@@ -347,24 +347,24 @@ def members():
 
 
 def accuracy_lines(members):
-    """Of each variant: the runs' lines, the mean's line and the dotted ones."""
+    """By variant: the lines of the runs, the line of their mean, and the dotted lines."""
     (axis,) = plot.draw_accuracy(members, "title").axes
-    found = {}
+    by_variant = {}
     for variant, shade in plot.COLOURS.items():
         mine = [line for line in axis.lines if colour(line) == shade]
         if mine:
-            found[variant] = (
+            by_variant[variant] = (
                 [ln for ln in mine if ln.get_alpha() is not None],
                 [ln for ln in mine if ln.get_alpha() is None and ln.get_linestyle() == "-"],
                 [ln for ln in mine if ln.get_linestyle() == ":"],
             )
-    return found
+    return by_variant
 
 
 def test_every_run_has_a_faint_line_and_every_variant_its_mean(members):
-    found = accuracy_lines(members)
-    assert set(found) == {"base", "sp"}
-    for variant, (faint, means, dotted) in found.items():
+    drawn = accuracy_lines(members)
+    assert set(drawn) == {"base", "sp"}
+    for variant, (faint, means, dotted) in drawn.items():
         curves = [CURVES[variant, seed] for seed in (0, 1)]
         assert [[list(p) for p in points(line)] for line in faint] == curves
         (mean,) = means
@@ -386,17 +386,17 @@ def test_the_mean_is_over_steps_that_all_runs_have(members):
 
 
 def test_steps_count_from_the_decision():
-    made = record("sp", 0, steps__decision=40, steps__zero=47, curve=CURVES["sp", 0])
-    _, _, (zero,) = accuracy_lines([made])["sp"]
+    content = record("sp", 0, steps__decision=40, steps__zero=47, curve=CURVES["sp", 0])
+    _, _, (zero,) = accuracy_lines([content])["sp"]
     assert set(zero.get_xdata()) == {7}
 
 
 def test_the_accuracy_of_real_runs_is_their_curve(tiny_runs):
     members = [tiny_runs.record(v) for v in ("base", "sp", "sr")]
-    found = accuracy_lines(members)
-    assert list(found) == ["base", "sp", "sr"]
+    drawn = accuracy_lines(members)
+    assert list(drawn) == ["base", "sp", "sr"]
     for member in members:
-        (faint,), (mean,), _ = found[member["variant"]]
+        (faint,), (mean,), _ = drawn[member["variant"]]
         assert [list(p) for p in points(faint)] == member["curve"]
         assert points(mean) == points(faint)
 
@@ -444,8 +444,8 @@ RELEASES = {
 
 @pytest.fixture
 def releasing():
-    made = [record(variant, seed, releases=r) for (variant, seed), r in RELEASES.items()]
-    return [*made, record("base", 0), record("sp", 0)]
+    records = [record(variant, seed, releases=r) for (variant, seed), r in RELEASES.items()]
+    return [*records, record("base", 0), record("sp", 0)]
 
 
 def test_releases_over_time_are_counted_up(releasing):
@@ -552,5 +552,5 @@ def test_the_tradeoffs_legend_lies_within_the_figure_whatever_the_names():
 
 
 def test_names_with_dollars_are_drawn_as_they_are(tmp_path):
-    made = record("base", 0, data="$x^{", config={"name": "a$b", "stages": {}})
-    assert len(plot.plot([(tmp_path / "r.json", made)], tmp_path)) == 2
+    content = record("base", 0, data="$x^{", config={"name": "a$b", "stages": {}})
+    assert len(plot.plot([(tmp_path / "r.json", content)], tmp_path)) == 2

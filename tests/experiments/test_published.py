@@ -1,4 +1,4 @@
-"""Published figures: they are the source's, what they are compared with, what is refused."""
+"""Published figures: that they are the source's, their counterparts, and what is refused."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def of(framework: str) -> dict[str, Any]:
 
 
 class Plain(nn.Module):
-    """No BatchNorm, so that a sample's loss does not depend on who else is in the batch."""
+    """No BatchNorm, so that a sample's loss does not depend on the rest of the batch."""
 
     rows: ClassVar[set[int]] = set()
     """Images that training steps and hearings have seen at a time."""
@@ -113,7 +113,7 @@ def carry_out(
     stop: tuple[int, int] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """A miniature run; what one process has in the end.
+    """A miniature run; returns what one process has at its end.
 
     Args:
         changes: to the tiny configuration, or a framework's name.
@@ -121,23 +121,23 @@ def carry_out(
     """
     Plain.rows.clear()
     changes = of(changes) if isinstance(changes, str) else changes
-    made: list[Any] = []
+    loops: list[Any] = []
     build = run_module._framework_loop
 
     def built(*args: Any) -> Any:
-        made.append(build(*args))
-        return made[-1]
+        loops.append(build(*args))
+        return loops[-1]
 
     with pytest.MonkeyPatch.context() as patch, tiny.one_thread():
         tiny.miniature(patch)
-        # In double precision: what is decided, and when, must not hang on rounding.
+        # In double precision: what is decided, and when, must not depend on rounding.
         patch.setitem(models.MODELS, "plain", lambda *sizes: in_double(Plain(*sizes)))
         patch.setattr(run_module, "_framework_loop", built)
         wanted = tiny.request(out, variant, changes, ranks=Ranks(rank, count), **settings)
         asked = tiny.asked_when(lambda step: (rank, step) == stop) if stop else nullcontext()
         with asked:
             record = run(wanted)
-    (loop, adapter), progress = made[0], made[0][0].progress
+    (loop, adapter), progress = loops[0], loops[0][0].progress
     return {
         "record": record,
         "model": {name: p.detach() for name, p in loop.model.named_parameters()},
@@ -150,8 +150,8 @@ def carry_out(
     }
 
 
-def figures(found: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(found["record"].read_text(encoding="utf-8"))
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(result["record"].read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------- two against one
@@ -166,7 +166,7 @@ def test_two_processes_and_one_decide_release_and_end_alike(pair, tmp_path, crit
     for key in ("decisions", "removed", "steps"):
         assert left[key] == right[key] == alone[key], key
     # The removal is tried on two rows of the example, in training mode, too.
-    assert [found["rows"] - {2} for found in (alone, left, right)] == [{40}, {20}, {20}]
+    assert [result["rows"] - {2} for result in (alone, left, right)] == [{40}, {20}, {20}]
     assert (alone["steps"][-1] > 0) == (criterion == "hearing")
     for name, p in alone["model"].items():
         rounding.assert_exact(left["model"][name], p, name)
@@ -227,10 +227,10 @@ def test_runs_of_one_and_of_two_processes_lie_side_by_side(pair, tmp_path):
 def test_a_checkpoint_of_another_number_of_processes_is_refused(pair, tmp_path):
     for error in pair.run(carry_out, tmp_path, "sp", MINIATURE, COUNT, (0, 6)):
         assert type(error) is Stopped
-    (made,) = tmp_path.rglob("checkpoint.pt")
-    checkpoint = Path(str(made).replace("-2processes", ""))
+    (saved,) = tmp_path.rglob("checkpoint.pt")
+    checkpoint = Path(str(saved).replace("-2processes", ""))
     checkpoint.parent.mkdir(parents=True)
-    made.rename(checkpoint)
+    saved.rename(checkpoint)
     with pytest.raises(RunError, match=r"'processes': 2.*here.*'processes': 1.*delete it"):
         carry_out(0, tmp_path, "sp", MINIATURE, 1, resume=True)
     assert checkpoint.exists()
@@ -246,7 +246,7 @@ def test_batches_that_do_not_split_are_refused_before_any_work(tmp_path, miniatu
 
 
 def remove_something_else(rank: int, out: Path) -> str:
-    """Rank 1 alone has another idea of what goes, in ``base``, where no core is at work."""
+    """Rank 1 alone removes something else, in ``base``, where no core is at work."""
     masked = torch_prune.masked
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
@@ -269,7 +269,7 @@ def test_a_process_that_would_remove_something_else_stops_all(pair, tmp_path):
 
 
 def decoded(rank: int, root: Path, images: Path, fails: bool) -> tuple[int, Any]:
-    """How many files a process decoded, and the images it then has, or what it was told."""
+    """How many files a process decoded, and its images then, or its error."""
     ranks, files, decode = Ranks(rank, COUNT), [], data._decode
 
     def counted(file: Path, size: int) -> Tensor:
@@ -310,7 +310,7 @@ def thawed(rank: int) -> list[dict[str, Tensor]]:
     """Gradients of steps in which layers are frozen, thawed and replaced."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double()
-    forward, found = Averaging(model), []
+    forward, gradients = Averaging(model), []
     x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1)).double()
     for frozen in (True, False, False, True, None):
         if frozen is None:
@@ -325,8 +325,8 @@ def thawed(rank: int) -> list[dict[str, Tensor]]:
             if p.requires_grad:
                 rounding.assert_exact(mine.pop(name), p.grad, name)
         assert not mine
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    return found
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    return gradients
 
 
 def test_gradients_are_averaged_whatever_is_frozen_or_new(pair):
@@ -360,7 +360,7 @@ def test_other_commands_are_for_one_process(tmp_path, command, monkeypatch, caps
 
 
 def refused(rank: int) -> list[str]:
-    """What adapters say of a model that is wrapped, or sharded."""
+    """Adapters' messages about a model that is wrapped, or sharded."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel

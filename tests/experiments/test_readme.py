@@ -1,4 +1,4 @@
-"""What README and docs/comparing.md say is so: commands run, files and targets exist."""
+"""README and docs/comparing.md are right: their commands run, and files and targets exist."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ OVERHEAD = "--models vgg-digits --image-size 8 --channels 1 --batch 4 --repeats 
 
 
 def blocks(language: str) -> list[str]:
-    found = re.findall(rf"```{language}\n(.*?)```", README + COMPARING, re.DOTALL)
-    assert found
-    return found
+    texts = re.findall(rf"```{language}\n(.*?)```", README + COMPARING, re.DOTALL)
+    assert texts
+    return texts
 
 
 def commands() -> list[str]:
@@ -47,10 +47,10 @@ def small(words: list[str]) -> list[str]:
 def test_commands_are_made_small_whatever_their_configurations_are():
     one, two = (f"experiments/configs/{name}-digits.toml" for name in ("depgraph", "otov2"))
     for given in (f"{one} {two} --seeds 0-2 --jobs 2", f"--seeds 0-2 {one} --jobs 2"):
-        made = small(shlex.split(f"python -m experiments compare {given}"))
-        assert made[:4] == [sys.executable, "-m", "experiments", "compare"]
-        assert sorted(made[4:]) == sorted([str(TINY), "--seeds", "0", "--jobs", "2"])
-        assert made[made.index("--seeds") + 1] == "0"
+        command = small(shlex.split(f"python -m experiments compare {given}"))
+        assert command[:4] == [sys.executable, "-m", "experiments", "compare"]
+        assert sorted(command[4:]) == sorted([str(TINY), "--seeds", "0", "--jobs", "2"])
+        assert command[command.index("--seeds") + 1] == "0"
 
 
 @pytest.mark.slow
@@ -69,13 +69,13 @@ def test_the_commands_run(tmp_path):
         if "test" in words:
             words.append("-n")
         if words[0] == "make":
-            # Given on make's command line they win over the Makefile's; CONFIG is not the README's.
+            # On make's command line they override the Makefile's; CONFIG is not the README's.
             words += [f"{k}={v}" for k, v in flags.items() if f"{k}=" not in command]
         else:
             assert words[0] == "python"
             words = small(words)
             words += ["--out", str(tmp_path / "runs")]
-        # Under make these would make an inner make speak of its folders, last of all.
+        # Under make these would let an inner make print its folders, as its last line.
         clean = {
             k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
         }
@@ -103,9 +103,9 @@ def test_the_results_are_generated_from_the_kept_records(tmp_path):
     records = results.RECORDS
     shutil.copytree(records, tmp_path / records.relative_to(ROOT))
     shutil.copytree(results.TEXTS, tmp_path / results.TEXTS.relative_to(ROOT))
-    made = results.renew(tmp_path)
+    written = results.renew(tmp_path)
     assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "RESULTS.md").read_text("utf-8")
-    for path in made:
+    for path in written:
         assert (ROOT / path.relative_to(tmp_path)).exists(), path
 
 

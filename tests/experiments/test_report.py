@@ -69,11 +69,11 @@ def trace(count: int = 3) -> dict:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Two experiments: one with all variants, three seeds and traces, one with a single run."""
-    folder, made = tmp_path_factory.mktemp("runs"), []
+    folder, located = tmp_path_factory.mktemp("runs"), []
     for i, variant in enumerate(VARIANTS + CONTROLS):
         for seed in range(3):
             released = [[4, "first", 2], [9, "second", seed]] if variant in plot.RELEASING else []
-            found = record(
+            run_record = record(
                 variant,
                 seed,
                 accuracy__final=80.0 + i + seed,
@@ -86,13 +86,13 @@ def runs(tmp_path_factory):
             )
             path = folder / f"{variant}-seed{seed}" / "record.json"
             if variant in ("sp", "sr"):
-                save_trace(path, found, trace())
-            made.append((path, found))
+                save_trace(path, run_record, trace())
+            located.append((path, run_record))
     single = record("base", 0, config={"name": "single"}, config_hash="f", data="digits")
     single["accuracy"]["dense"] = None
     single["channels"] = {f"layer{n}": [16, 8] for n in range(40)}
-    made.append((folder / "single" / "record.json", single))
-    return made
+    located.append((folder / "single" / "record.json", single))
+    return located
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_the_page_has_the_table_and_the_links_of_every_experiment(content, runs)
     assert set(table.NAMES.values()) <= set(page.words("dt"))
 
 
-def test_speed_is_told_with_batch_threads_and_device(content):
+def test_speed_is_given_with_batch_threads_and_device(content):
     page = Page(content)
     cells = page.words("td")
     assert "4.00 ± 0.00" in cells
@@ -202,8 +202,8 @@ def test_what_figures_show_is_said_in_numbers(content):
 
 
 def test_a_single_run_without_releases_or_traces_has_the_rest(tmp_path):
-    made = record("base", 0)
-    out = report([(tmp_path / "record.json", made)], tmp_path / "r.html")
+    run_record = record("base", 0)
+    out = report([(tmp_path / "record.json", run_record)], tmp_path / "r.html")
     page = Page(out.read_text(encoding="utf-8"))
     assert len(page.all("figure")) == 4
     assert not any("Releases" in t or "Norms" in t for t in page.words("b"))
@@ -226,7 +226,7 @@ def test_the_same_records_make_the_same_bytes(runs, content, tmp_path):
 
 def test_text_of_records_is_escaped(tmp_path):
     evil = '<script>alert("1")</script> & $x$ ${links} | `'
-    made = record(
+    run_record = record(
         "sr",
         0,
         config={"name": evil.replace("/", ""), "stages": {}},
@@ -237,7 +237,7 @@ def test_text_of_records_is_escaped(tmp_path):
         channels={evil: [4, 2]},
         releases=[[1, evil, 2]],
     )
-    out = report([(tmp_path / "record.json", made)], tmp_path / "r.html")
+    out = report([(tmp_path / "record.json", run_record)], tmp_path / "r.html")
     text = out.read_text(encoding="utf-8")
     assert "<script" not in text
     assert not Page(text).all("script")
@@ -245,10 +245,10 @@ def test_text_of_records_is_escaped(tmp_path):
 
 
 def test_records_of_one_name_but_two_configurations_are_refused(tmp_path):
-    made = [record("base", 0), record("base", 1, config_hash="other")]
+    records = [record("base", 0), record("base", 1, config_hash="other")]
     out = tmp_path / "r.html"
     with pytest.raises(RunError, match="different configurations"):
-        report([(tmp_path / "record.json", m) for m in made], out)
+        report([(tmp_path / "record.json", m) for m in records], out)
     assert not out.exists()
 
 
@@ -277,28 +277,28 @@ def test_markdown_becomes_html():
 
 Last,
 of two lines."""
-    made = from_markdown(text)
-    assert '<p class="quiet">Title; dense <b>9</b>% &amp; <code>x&lt;y</code></p>' in made
-    assert '<th scope="col">name</th><th scope="col" class="n">count</th>' in made
-    assert '<th scope="col">a|b</th>' in made
-    assert '<tr><th scope="row">two</th><td class="n">-</td><td>3</td></tr>' in made
-    assert "<ul><li>first</li><li><em>second</em></li></ul>" in made
-    assert made.endswith("<p>Last, of two lines.</p>")
-    Page(made)
+    markup = from_markdown(text)
+    assert '<p class="quiet">Title; dense <b>9</b>% &amp; <code>x&lt;y</code></p>' in markup
+    assert '<th scope="col">name</th><th scope="col" class="n">count</th>' in markup
+    assert '<th scope="col">a|b</th>' in markup
+    assert '<tr><th scope="row">two</th><td class="n">-</td><td>3</td></tr>' in markup
+    assert "<ul><li>first</li><li><em>second</em></li></ul>" in markup
+    assert markup.endswith("<p>Last, of two lines.</p>")
+    Page(markup)
 
 
 MEASURE = """
 <script>
 const frame = document.querySelector("iframe");
 frame.addEventListener("load", () => {
-  const found = {};
+  const sizes = {};
   for (const width of [1400, 400, 360]) {
     frame.style.width = width + "px";
     const page = frame.contentDocument, root = page.documentElement;
     page.querySelectorAll("details").forEach(d => d.open = true);
     const size = e => e.getBoundingClientRect();
     const shown = e => size(e).width > 100 && size(e).height > 20;
-    found[width] = {
+    sizes[width] = {
       inner: frame.contentWindow.innerWidth,
       scroll: root.scrollWidth,
       tables: [...page.querySelectorAll("table")].filter(shown).length,
@@ -311,7 +311,7 @@ frame.addEventListener("load", () => {
           size(t).right > size(svg).right + 2 || size(t).left < size(svg).left - 2)).length,
     };
   }
-  document.getElementById("found").textContent = JSON.stringify(found);
+  document.getElementById("sizes").textContent = JSON.stringify(sizes);
 });
 </script>
 """
@@ -320,11 +320,11 @@ frame.addEventListener("load", () => {
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 def test_in_a_browser_the_page_never_scrolls_sideways(content, tmp_path):
-    # In a frame, because a browser's window has a least width, which is more than a phone's.
+    # In a frame, because a browser's window cannot be as narrow as a phone.
     inside = html.escape(content)
     wrapper = tmp_path / "wrapper.html"
     wrapper.write_text(
-        '<!DOCTYPE html><meta charset="utf-8"><pre id="found"></pre>'
+        '<!DOCTYPE html><meta charset="utf-8"><pre id="sizes"></pre>'
         + MEASURE.replace("<script>", f'<iframe srcdoc="{inside}"></iframe><script>', 1),
         encoding="utf-8",
     )
@@ -350,13 +350,13 @@ def test_in_a_browser_the_page_never_scrolls_sideways(content, tmp_path):
         timeout=120,
         check=True,
     )
-    (told,) = re.findall(r'<pre id="found">(.*?)</pre>', done.stdout)
+    (measured,) = re.findall(r'<pre id="sizes">(.*?)</pre>', done.stdout)
     page = Page(content)
-    for width, found in json.loads(html.unescape(told)).items():
-        assert found["inner"] == int(width)
-        assert found["scroll"] <= found["inner"], found
-        assert found["widest"] <= found["inner"], found
-        assert found["tables"] == len(page.all("table"))
-        assert found["pictures"] == len(page.all("svg"))
-        assert found["texts"] > 100
-        assert found["cut"] == 0, found
+    for width, sizes in json.loads(html.unescape(measured)).items():
+        assert sizes["inner"] == int(width)
+        assert sizes["scroll"] <= sizes["inner"], sizes
+        assert sizes["widest"] <= sizes["inner"], sizes
+        assert sizes["tables"] == len(page.all("table"))
+        assert sizes["pictures"] == len(page.all("svg"))
+        assert sizes["texts"] > 100
+        assert sizes["cut"] == 0, sizes

@@ -87,26 +87,26 @@ PRUNE = DENSE + SPARSE
 
 
 def changes(way: str):
-    variant, made = WAYS[way]
+    variant, config = WAYS[way]
     # The stages replace the tiny configuration's whole, so changes inside are made here.
-    stages = {name: dict(stage) for name, stage in made["stages"].items()}
-    inside = {key: value for key, value in made.items() if key.startswith("stages.")}
+    stages = {name: dict(stage) for name, stage in config["stages"].items()}
+    inside = {key: value for key, value in config.items() if key.startswith("stages.")}
     for key, value in inside.items():
         _, stage, setting = key.split(".")
         stages[stage][setting] = value
-    return variant, {k: v for k, v in made.items() if k not in inside} | {"stages": stages}
+    return variant, {k: v for k, v in config.items() if k not in inside} | {"stages": stages}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Runs that were not stopped, by way; each is carried out when first asked for."""
+    """Runs that were not stopped, by way; each is carried out when first needed."""
     out = tmp_path_factory.mktemp("whole")
     done: dict[str, Path] = {}
 
     def of(way: str) -> Path:
         if way not in done:
-            variant, made = changes(way)
-            done[way] = run(tiny.request(out / way, variant, made))
+            variant, config = changes(way)
+            done[way] = run(tiny.request(out / way, variant, config))
         return done[way]
 
     return of
@@ -153,8 +153,8 @@ POINTS = {
 @pytest.mark.usefixtures("miniature")
 def test_a_run_stopped_and_resumed_ends_in_the_same_bits(tmp_path, whole, point):
     way, stop = POINTS[point]
-    variant, made = changes(way)
-    record = tiny.run_with_stops(tiny.request(tmp_path, variant, made), [stop])
+    variant, config = changes(way)
+    record = tiny.run_with_stops(tiny.request(tmp_path, variant, config), [stop])
     tiny.assert_same_bits(record, whole(way))
 
 
@@ -174,8 +174,8 @@ def test_the_events_of_otov2_are_where_its_points_are(whole):
 @pytest.mark.parametrize("step", [PRUNE + 3, PRUNE + 4, PRUNE + 12])
 @pytest.mark.usefixtures("miniature")
 def test_a_run_with_a_hearing_resumes_before_and_after_it(tmp_path, whole, step):
-    variant, made = changes("sr by hearing")
-    record = tiny.run_with_stops(tiny.request(tmp_path, variant, made), [step])
+    variant, config = changes("sr by hearing")
+    record = tiny.run_with_stops(tiny.request(tmp_path, variant, config), [step])
     tiny.assert_same_bits(record, whole("sr by hearing"))
 
 
@@ -189,9 +189,9 @@ def test_a_run_with_a_hearing_resumes_before_and_after_it(tmp_path, whole, step)
 def test_a_run_stopped_at_any_steps_ends_in_the_same_bits(tmp_path_factory, whole, way, stops):
     with pytest.MonkeyPatch.context() as patch:
         tiny.miniature(patch)
-        variant, made = changes(way)
+        variant, config = changes(way)
         out = tmp_path_factory.mktemp("stopped")
-        record = tiny.run_with_stops(tiny.request(out, variant, made), stops)
+        record = tiny.run_with_stops(tiny.request(out, variant, config), stops)
         tiny.assert_same_bits(record, whole(way))
 
 
@@ -199,9 +199,9 @@ def test_a_run_stopped_at_any_steps_ends_in_the_same_bits(tmp_path_factory, whol
 @pytest.mark.parametrize("way", ["sp", "sr in two waves", "sr by hearing"])
 @pytest.mark.usefixtures("miniature")
 def test_a_run_stopped_after_every_single_step_ends_in_the_same_bits(tmp_path, whole, way):
-    variant, made = changes(way)
+    variant, config = changes(way)
     steps = PRUNE + 16 + (4 if "two waves" in way else 0) - (2 if "hearing" in way else 0)
-    request = tiny.request(tmp_path, variant, made)
+    request = tiny.request(tmp_path, variant, config)
     record = tiny.run_with_stops(request, range(1, steps + 1))
     tiny.assert_same_bits(record, whole(way))
 
@@ -264,7 +264,7 @@ def test_a_run_goes_on_with_the_threads_that_it_was_started_with(tmp_path, whole
 
 
 @pytest.mark.usefixtures("miniature")
-def test_another_torch_is_told_of_and_the_same_one_is_not(tmp_path, capsys):
+def test_another_torch_is_reported_and_the_same_one_is_not(tmp_path, capsys):
     request = tiny.request(tmp_path, "sp", MINIATURE, resume=True)
     for _ in range(2):
         with tiny.asked_when(lambda step: step == 2), pytest.raises(Stopped):
@@ -289,13 +289,13 @@ def test_a_crash_loses_no_more_than_the_steps_since_the_checkpoint(tmp_path, who
             raise Crash
         return False
 
-    variant, made = changes("sr")
+    variant, config = changes("sr")
     with tiny.asked_when(crash), pytest.raises(Crash):
-        run(tiny.request(tmp_path, variant, made, save_every=0))
+        run(tiny.request(tmp_path, variant, config, save_every=0))
     (checkpoint,) = tmp_path.rglob("checkpoint.pt")
     progress = torch.load(checkpoint, weights_only=True)["progress"]
     assert progress["total"] == (step if step < DENSE else step - DENSE) - 1
-    record = run(tiny.request(tmp_path, variant, made, resume=True))
+    record = run(tiny.request(tmp_path, variant, config, resume=True))
     tiny.assert_same_bits(record, whole("sr"))
 
 
@@ -303,7 +303,7 @@ def test_a_crash_loses_no_more_than_the_steps_since_the_checkpoint(tmp_path, who
 def test_a_crash_between_dense_training_and_the_framework_loses_no_dense_model(
     tmp_path, whole, monkeypatch
 ):
-    variant, made = changes("sp")
+    variant, config = changes("sp")
 
     def crash(*args):
         raise Crash
@@ -311,10 +311,10 @@ def test_a_crash_between_dense_training_and_the_framework_loses_no_dense_model(
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "_framework_loop", crash)
         with pytest.raises(Crash):
-            run(tiny.request(tmp_path, variant, made, save_every=0))
+            run(tiny.request(tmp_path, variant, config, save_every=0))
     (dense,) = (tmp_path / "dense").iterdir()
     written = dense.stat().st_mtime_ns
-    record = run(tiny.request(tmp_path, variant, made, resume=True))
+    record = run(tiny.request(tmp_path, variant, config, resume=True))
     assert dense.stat().st_mtime_ns == written
     tiny.assert_same_bits(record, whole("sp"))
 
@@ -371,7 +371,7 @@ def start(out: Path, *more: str) -> subprocess.Popen[str]:
 
 
 def wait_for_checkpoint(path: Path, process: subprocess.Popen[str], after: int = 0) -> int:
-    """Until a checkpoint is there that was written after a time in nanoseconds; gives its time."""
+    """Wait for a checkpoint that was written after a time in nanoseconds; returns its time."""
     deadline = time.monotonic() + 120
     while process.poll() is None:
         assert time.monotonic() < deadline, "no checkpoint within two minutes"

@@ -1,4 +1,4 @@
-"""Several removals in one training: the optimizer goes on, and what a run says of itself holds.
+"""Several removals in one training: the optimizer goes on, and what a run records is right.
 
 A miniature run has 4 steps of dense training, and rounds of 12 steps: decays take 5 steps, releases
 fall in the fourth, and what decays in their place is zero after the ninth.
@@ -63,7 +63,7 @@ def records(tmp_path_factory):
 
 
 def dense_numbers(plan: list) -> set[tuple[str, int]]:
-    """The dense model's channels that removals one after the other have taken."""
+    """The channels that successive removals have taken, by their numbers in the dense model."""
     left = {root: list(range(width)) for root, width in CHANNELS.items()}
     gone = set()
     for root, positions in plan:
@@ -116,7 +116,7 @@ def test_a_run_in_rounds_meets_the_target_and_its_model_reloads(records, variant
 
 
 @pytest.mark.parametrize(("variant", "rounds"), [("sp", 3), ("sr", 3)])
-def test_events_and_norms_are_told_by_the_dense_models_numbers(records, variant, rounds):
+def test_events_and_norms_go_by_the_dense_models_numbers(records, variant, rounds):
     path = records(variant, rounds)
     saved = torch.load(path.parent / "trace.pt", weights_only=True)
     of = {kind: [e for e in saved["events"] if e["kind"] == kind] for kind in ("decay", "prune")}
@@ -143,9 +143,9 @@ def test_events_and_norms_are_told_by_the_dense_models_numbers(records, variant,
 @pytest.mark.usefixtures("miniature")
 def test_rounds_start_by_training_steps_and_hearings_are_among_them(tmp_path):
     hearing = {"criterion": "hearing", "threshold": -1.0, "batches": 2, "max_share": 0.5}
-    made = changes(2) | {"rectify": hearing}
-    del made["rectify.max_share"]
-    path = run(tiny.request(tmp_path, "sr", made))
+    settings = changes(2) | {"rectify": hearing}
+    del settings["rectify.max_share"]
+    path = run(tiny.request(tmp_path, "sr", settings))
     record = json.loads(path.read_text())
     assert (record["steps"]["total"], record["steps"]["heard"]) == (24, 4)
     events = torch.load(path.parent / "trace.pt", weights_only=True)["events"]
@@ -176,14 +176,14 @@ def test_plots_and_tables_take_runs_in_rounds(tmp_path, records, rounds):
 
 
 def loop(framework: str, options: dict, kind: str, variant: str, epochs: int = 3) -> Loop:
-    """Of the miniature network, 4 steps an epoch."""
+    """A training loop of the miniature network, 4 steps an epoch."""
     images = tiny.few_digits()
     torch.manual_seed(0)
     model = tiny.models.VGG((8, 8, 0, 16), 1, 10)
     stage = Stage(epochs=epochs, batch=40, learning_rate=0.02, optimizer=kind)
     adapter = load(framework)
     rectify = SelfRectifying(Trajectory(rate=-1.0, length=-1e9), max_share=0.3)
-    made = adapter(
+    pruning = adapter(
         model,
         images.normalize(images.test[:2]),
         adapter.Options(**options),
@@ -191,28 +191,28 @@ def loop(framework: str, options: dict, kind: str, variant: str, epochs: int = 3
         rectify if variant == "sr" else None,
         training=Training(4 * epochs, 4),
     )
-    return Loop(model=model, images=images, seed=0, stages=[("prune", stage)], adapter=made)
+    return Loop(model=model, images=images, seed=0, stages=[("prune", stage)], adapter=pruning)
 
 
-def states(made: Loop) -> dict[str, dict[str, torch.Tensor]]:
+def states(training: Loop) -> dict[str, dict[str, torch.Tensor]]:
     """A copy of the optimizer's state, by the parameters' names."""
-    state = made.optimizer.state
-    return {n: copy.deepcopy(state[p]) for n, p in made.model.named_parameters() if p in state}
+    state = training.optimizer.state
+    return {n: copy.deepcopy(state[p]) for n, p in training.model.named_parameters() if p in state}
 
 
 def kept(model: nn.Module, plan: list) -> dict[str, tuple[list[int], ...]]:
-    """By name the rows, and the columns, that a removal leaves of a plain stack's parameters."""
-    gone, found, before = dict(plan), {}, [0]
+    """By a parameter's name, the rows and columns of it that a removal leaves, in a plain stack."""
+    gone, positions, before = dict(plan), {}, [0]
     for name in CHANNELS:
         width = model.get_submodule(name).out_channels
         rows = [k for k in range(width) if k not in gone.get(name, [])]
         norm = f"features.{int(name.split('.')[1]) + 1}"
-        found[f"{name}.weight"] = (rows, before)
+        positions[f"{name}.weight"] = (rows, before)
         for part in (f"{name}.bias", f"{norm}.weight", f"{norm}.bias"):
-            found[part] = (rows,)
+            positions[part] = (rows,)
         before = rows
     classes = list(range(10))
-    return found | {"classifier.weight": (classes, before), "classifier.bias": (classes,)}
+    return positions | {"classifier.weight": (classes, before), "classifier.bias": (classes,)}
 
 
 WAYS = {
@@ -227,16 +227,16 @@ WAYS = {
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw"])
 def test_the_state_of_what_stays_is_what_it_was_before_the_removal(way, kind):
     framework, options, variant, removals = WAYS[way]
-    made = loop(framework, options, kind, variant)
-    adapter, seen, optimizers = made.adapter, [], set()
+    training = loop(framework, options, kind, variant)
+    adapter, seen, optimizers = training.adapter, [], set()
     remove = adapter.remove
 
     def removed() -> Removal:
-        old, large = states(made), copy.deepcopy(made.model)
+        old, large = states(training), copy.deepcopy(training.model)
         removal = remove()
-        rows, new = kept(large, list(removal)), states(made)
+        rows, new = kept(large, list(removal)), states(training)
         seen.append((old, rows))
-        optimizers.update([id(made.optimizer), id(adapter.optimizer)])
+        optimizers.update([id(training.optimizer), id(adapter.optimizer)])
         assert new.keys() == old.keys()
         for name, state in new.items():
             assert state.keys() == old[name].keys()
@@ -249,7 +249,7 @@ def test_the_state_of_what_stays_is_what_it_was_before_the_removal(way, kind):
         return removal
 
     adapter.remove = removed
-    made.run()
+    training.run()
     assert len(seen) == removals
     assert len(optimizers) == 1
     old, rows = seen[-1]
@@ -259,8 +259,8 @@ def test_the_state_of_what_stays_is_what_it_was_before_the_removal(way, kind):
 
 def test_training_that_ends_before_the_last_round_is_an_error():
     options = {"speed_up": 2.0, "steps": 20, "rounds": 3, "round_epochs": 2}
-    made = loop("depgraph", options, "sgd", "sp")
-    made.adapter.checked = True  # or attach() would refuse so short a stage
+    training = loop("depgraph", options, "sgd", "sp")
+    training.adapter.checked = True  # or attach() would refuse so short a stage
     with pytest.raises(AdapterError, match="ended before the removal was due"):
-        made.run()
-    assert made.adapter.removed
+        training.run()
+    assert training.adapter.removed

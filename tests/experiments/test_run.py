@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dpm_core.adapters.base import AdapterError, count_macs, count_parameters
-from dpm_core.adapters.saved import read, save_pruned
+from dpm_core.adapters.saved import DamagedError, read, save_pruned
 from experiments import data, table, training
 from experiments import run as run_module
 from experiments.__main__ import STOPPED, main
@@ -78,7 +78,7 @@ FIELDS = {
 
 
 def fields_of(variant):
-    """In ``base``, cut at once, structures were never at zero: there is no masked model."""
+    """A record's fields. In ``base`` structures are never at zero, so there is no masked model."""
     masked = {} if variant == "base" else {"masked": float}
     return {**FIELDS, "latency": {**FIELDS["latency"], **masked}}
 
@@ -189,8 +189,8 @@ def test_the_smaller_model_gives_the_zeroed_ones_outputs(tiny_runs):
         images = digits()
         model, _ = load_model(tiny_runs.paths[variant].parent / MODEL)
         limit = rounding.of_outputs(model, images.normalize(images.test[:64]))
-        found = tiny_runs.record(variant)["output_difference"]
-        assert 0 <= found <= rounding.TIMES * limit
+        off = tiny_runs.record(variant)["output_difference"]
+        assert 0 <= off <= rounding.TIMES * limit
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -227,8 +227,8 @@ def test_the_trace_follows_the_norms_to_zero(tiny_runs):
                     assert norms[removal][event["group"]][k] > 0
                     continue
                 for step in range(1, 6):
-                    found = norms[step][event["group"]][k]
-                    assert found == pytest.approx(initial * (1 - step / 5), rel=1e-4, abs=1e-12)
+                    norm = norms[step][event["group"]][k]
+                    assert norm == pytest.approx(initial * (1 - step / 5), rel=1e-4, abs=1e-12)
                 checked += 1
         assert checked > 10
         assert bool(released) == (variant == "sr")
@@ -254,15 +254,15 @@ def test_the_dense_model_is_trained_once_and_read_by_the_other_variants(tiny_run
 
 @pytest.fixture
 def loops(monkeypatch) -> list[Loop]:
-    """The training loops that runs make, as they make them."""
-    made: list[Loop] = []
+    """The training loops of runs, as they are created."""
+    started: list[Loop] = []
 
     def note(**settings):
-        made.append(Loop(**settings))
-        return made[-1]
+        started.append(Loop(**settings))
+        return started[-1]
 
     monkeypatch.setattr(run_module, "Loop", note)
-    return made
+    return started
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -275,7 +275,7 @@ def test_the_model_on_disk_gives_the_outputs_of_the_one_trained(tmp_path, loops,
     probe = images.normalize(images.test)
     model, _ = load_model(record.parent / MODEL)
     assert not model.training
-    # In one layout, of which a file knows nothing.
+    # In one layout, which no file keeps.
     assert torch.equal(outputs(laid_out(model), probe), outputs(laid_out(trained.model), probe))
     state = trained.model.state_dict()
     assert list(model.state_dict()) == list(state)
@@ -308,7 +308,7 @@ def test_a_record_of_another_configuration_is_refused_and_kept(tmp_path):
     record = run(tiny.request(tmp_path, "base", MINIATURE))
     content = record.read_bytes()
     changed = {**MINIATURE, "smooth.steps": 6}
-    # Who resumes, as a comparison does, is told of no --force.
+    # The remedy names no --force to those who resume, as a comparison does.
     for resume, remedy in ((False, "--force runs anew"), (True, r"delete \S+base-seed0")):
         with pytest.raises(RunError, match=rf"another configuration.*{remedy}.*--out"):
             run(tiny.request(tmp_path, "base", changed, resume=resume))
@@ -377,7 +377,7 @@ def test_seeds_share_as_many_dense_models_as_the_configuration_says(tmp_path, lo
     ]
     assert records[0]["accuracy"]["dense"] == records[1]["accuracy"]["dense"]
     assert not torch.equal(finals[0], finals[1]), "the pairs' own seeds order the images"
-    # A network is that of its seed, whoever asks for it.
+    # A seed gives the same network in every run.
     names = [sorted(p.name for p in (tmp_path / n / "dense").iterdir()) for n in ("own", "")]
     assert names[0][0] in names[1]
     of_seed = [
@@ -442,7 +442,7 @@ def test_variants_read_the_same_batches_in_the_same_steps(tmp_path, monkeypatch)
 
 
 @pytest.mark.usefixtures("miniature")
-def test_the_curve_ends_where_it_is_told_to(tmp_path):
+def test_the_curve_ends_where_the_settings_say(tmp_path):
     changes = {**MINIATURE, "curve": {"every": 3, "until": 8}}
     record = json.loads(run(tiny.request(tmp_path, "sp", changes)).read_text())
     # The decision falls at the beginning of the stage, the removal 5 steps later.
@@ -480,8 +480,8 @@ SCRATCH = {**MINIATURE, "dense": tiny.GONE}
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.usefixtures("miniature")
 def test_without_dense_training_a_run_starts_untrained(tmp_path, loops, variant):
-    made = run(tiny.request(tmp_path, variant, SCRATCH))
-    record = json.loads(made.read_text())
+    path = run(tiny.request(tmp_path, variant, SCRATCH))
+    record = json.loads(path.read_text())
     untrained = {
         "accuracy": {**FIELDS["accuracy"], "dense": type(None)},
         "dense_seed": type(None),
@@ -494,7 +494,7 @@ def test_without_dense_training_a_run_starts_untrained(tmp_path, loops, variant)
     untrained = run_module._build(tiny.request(tmp_path, variant, SCRATCH), tiny.few_digits())
     assert record["parameters"]["dense"] == count_parameters(untrained)
     assert record["parameters"]["pruned"] < record["parameters"]["dense"]
-    title, *_ = table.markdown(table.read([made])).splitlines()
+    title, *_ = table.markdown(table.read([path])).splitlines()
     assert title == "depgraph, miniature, digits (miniature); from scratch, 24 steps"
 
 
@@ -545,7 +545,7 @@ def stopped(tmp_path, miniature) -> Request:
     return tiny.request(tmp_path, "sp", MINIATURE, resume=True)
 
 
-def test_a_stopped_run_is_not_overwritten_without_being_told(stopped):
+def test_a_stopped_run_is_not_overwritten_unless_forced(stopped):
     with pytest.raises(RunError, match=r"stopped run.*--resume goes on.*--force starts anew"):
         run(tiny.request(stopped.out, "sp", MINIATURE))
     assert (stopped.folder / "checkpoint.pt").exists()
@@ -611,7 +611,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(stopped, damage):
     content = path.read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 4
-    made = {
+    contents = {
         "empty": b"",
         "cut": content[: len(content) // 2],
         "flipped": bytes(flipped),
@@ -624,7 +624,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_remedy(stopped, damage):
     elif damage == "unsealed":
         torch.save(load_tensors(path, of), path)
     else:
-        path.write_bytes(made[damage])
+        path.write_bytes(contents[damage])
     with pytest.raises(
         RunError, match=r"(?s)checkpoint\.pt cannot be read.*delete it to start anew"
     ) as caught:
@@ -652,9 +652,10 @@ def test_a_damaged_model_file_is_refused_by_name(tiny_runs, tmp_path, damage):
     if damage == "no facts":
         save_pruned(path, load_model(whole)[0], read(whole).removal)
     elif damage != "missing":
-        made = {"empty": b"", "cut": content[:-1000], "foreign": b"hello"}
-        path.write_bytes(made[damage])
-    with pytest.raises(RunError, match=r"model\.safetensors") as caught:
+        contents = {"empty": b"", "cut": content[:-1000], "foreign": b"hello"}
+        path.write_bytes(contents[damage])
+    error = RunError if damage in ("missing", "no facts") else DamagedError
+    with pytest.raises(error, match=r"model\.safetensors") as caught:
         load_model(path)
     assert "\n" not in str(caught.value)
 

@@ -26,10 +26,10 @@ TITLE = "depgraph, vgg16-bn, CIFAR-10 (made-up)"
 
 @pytest.fixture
 def records():
-    made = []
+    listed = []
     for variant, finals in FINAL.items():
         for seed, final in enumerate(finals):
-            made.append(
+            listed.append(
                 record(
                     variant,
                     seed,
@@ -43,7 +43,7 @@ def records():
                     structures__released=RELEASED[variant][seed],
                 )
             )
-    return made[::-1]  # in any order
+    return listed[::-1]  # in any order
 
 
 def mean(values):
@@ -80,8 +80,8 @@ def test_rows_are_means_and_sample_deviations_over_seeds(records):
 
 
 def test_known_numbers():
-    made = [record("sp", s, accuracy__final=f) for s, f in enumerate([2.0, 4.0, 4.0, 6.0])]
-    (row,) = table.rows(made)
+    finals = [record("sp", s, accuracy__final=f) for s, f in enumerate([2.0, 4.0, 4.0, 6.0])]
+    (row,) = table.rows(finals)
     assert row["final"] == {"mean": 4.0, "spread": pytest.approx(1.632993161855452)}
 
 
@@ -152,9 +152,9 @@ def test_the_dense_figure_is_a_mean_over_seeds_not_over_runs(records):
 
 
 def test_runs_without_a_dense_model_are_said_to_start_from_scratch(tmp_path):
-    made = [record("sp", s, accuracy__dense=None) for s in range(2)]
-    assert table.rows(made) == table.rows([record("sp", s) for s in range(2)])
-    for one in made:
+    untrained = [record("sp", s, accuracy__dense=None) for s in range(2)]
+    assert table.rows(untrained) == table.rows([record("sp", s) for s in range(2)])
+    for one in untrained:
         save(tmp_path, one)
     title, *_ = table.markdown(table.read([tmp_path])).splitlines()
     assert title == f"{TITLE}; from scratch, 10 steps"
@@ -168,9 +168,9 @@ def test_records_of_different_configurations_under_one_name_are_refused(records)
 
 
 def test_records_of_different_numbers_of_processes_are_not_mixed(records, tmp_path):
-    for made in records[:-1]:
-        made["processes"] = 1
-    assert len(table.sections(records)) == 1  # what does not say so was made by one
+    for older in records[:-1]:
+        older["processes"] = 1
+    assert len(table.sections(records)) == 1  # a record that does not say so is of one process
     records[0]["processes"] = 2
     titles = {title: len(members) for title, members in table.sections(records)}
     assert titles == {f"{TITLE}, 2 processes": 1, TITLE: len(records) - 1}
@@ -225,8 +225,8 @@ def test_differences_are_paired_by_seed():
         shared = sorted(PAIRED[variant].keys() & PAIRED["base"].keys())
         one, other = ([PAIRED[v][s] for s in shared] for v in (variant, "base"))
         interval = stats.ttest_rel(one, other).confidence_interval(0.95)
-        found = rows[variant]["difference"]
-        assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
+        versus = rows[variant]["difference"]
+        assert (versus["low"], versus["high"]) == pytest.approx((interval.low, interval.high))
     assert rows["least-resistant"]["difference"] == {
         "pairs": 1,
         "networks": 1,
@@ -250,14 +250,14 @@ def sharing(networks, finals=SHARED):
 
 
 def test_pairs_that_share_a_dense_network_count_as_their_mean():
-    made = sharing(2)
-    found = {row["variant"]: row for row in table.rows(made)}["sp"]["difference"]
+    members = sharing(2)
+    versus = {row["variant"]: row for row in table.rows(members)}["sp"]["difference"]
     # +0.5 and 0 of network 0, +1 and +0.5 of network 1: means of 0.25 and 0.75.
     interval = stats.ttest_1samp([0.25, 0.75], 0).confidence_interval(0.95)
-    assert (found["pairs"], found["networks"], found["mean"]) == (4, 2, 0.5)
-    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
-    assert table.dense(made) == [90.0, 91.0]
-    text = table.markdown(made)
+    assert (versus["pairs"], versus["networks"], versus["mean"]) == (4, 2, 0.5)
+    assert (versus["low"], versus["high"]) == pytest.approx((interval.low, interval.high))
+    assert table.dense(members) == [90.0, 91.0]
+    text = table.markdown(members)
     assert text.startswith(f"{TITLE}; 2 dense networks at 90.50% after 40 steps, then 10 steps")
     assert cells(text)[3][-1] == "4"
     assert text.splitlines()[-1].startswith("4 pairs of 2 networks are too few to speak about")
@@ -265,10 +265,10 @@ def test_pairs_that_share_a_dense_network_count_as_their_mean():
 
 
 def test_several_pairs_of_one_network_have_a_mean_and_no_interval():
-    made = sharing(1)
-    found = {row["variant"]: row for row in table.rows(made)}["sp"]["difference"]
-    assert (found["pairs"], found["networks"], found["mean"], found["low"]) == (4, 1, 0.5, None)
-    text = table.markdown(made)
+    members = sharing(1)
+    versus = {row["variant"]: row for row in table.rows(members)}["sp"]["difference"]
+    assert (versus["pairs"], versus["networks"], versus["mean"], versus["low"]) == (4, 1, 0.5, None)
+    text = table.markdown(members)
     assert "; 1 dense network at 90.00% after" in text
     assert cells(text)[3][4:6] == ["+0.50", "-"]
     assert text.splitlines()[-1] == (
@@ -279,23 +279,23 @@ def test_several_pairs_of_one_network_have_a_mean_and_no_interval():
 
 @pytest.mark.parametrize("start", ["every seed its own", "from scratch", "an older record"])
 def test_without_a_shared_network_every_pair_stands_for_itself(start):
-    made = sharing(4)
-    for one in made:
+    members = sharing(4)
+    for one in members:
         if start == "from scratch":
             one["dense_seed"] = None
         elif start == "an older record":
             del one["dense_seed"]
-    found = {row["variant"]: row for row in table.rows(made)}["sp"]["difference"]
+    versus = {row["variant"]: row for row in table.rows(members)}["sp"]["difference"]
     interval = stats.ttest_rel(SHARED["sp"], SHARED["base"]).confidence_interval(0.95)
-    assert (found["pairs"], found["networks"]) == (4, 4)
-    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
+    assert (versus["pairs"], versus["networks"]) == (4, 4)
+    assert (versus["low"], versus["high"]) == pytest.approx((interval.low, interval.high))
 
 
 def test_sr_is_compared_with_its_controls_and_with_sp():
-    found = table.contrasts(runs(PAIRED))
-    assert [d["minus"] for d in found] == ["random", "least-resistant", "sp"]
-    assert [d["pairs"] for d in found] == [2, 1, 2]
-    assert [d["mean"] for d in found] == pytest.approx([0.0, 2.0, -0.25])
+    contrasts = table.contrasts(runs(PAIRED))
+    assert [d["minus"] for d in contrasts] == ["random", "least-resistant", "sp"]
+    assert [d["pairs"] for d in contrasts] == [2, 1, 2]
+    assert [d["mean"] for d in contrasts] == pytest.approx([0.0, 2.0, -0.25])
     assert table.contrasts(runs({"sr": {0: 1.0}, "sp": {1: 1.0}, "base": {0: 1.0}})) == []
 
 
@@ -314,8 +314,8 @@ def test_controls_have_rows_and_lines_of_their_own():
 
 
 def test_a_difference_of_nearly_nothing_has_no_minus():
-    made = runs({"base": {0: 80.0}, "sp": {0: 79.999}})
-    assert cells(table.markdown(made))[3][4] == "+0.00"
+    members = runs({"base": {0: 80.0}, "sp": {0: 79.999}})
+    assert cells(table.markdown(members))[3][4] == "+0.00"
 
 
 def test_without_base_there_are_no_pairs():
@@ -328,11 +328,11 @@ def test_without_base_there_are_no_pairs():
 
 def many(pairs, spread):
     """Differences of +SP to base of 0.5 points on average, with a known standard deviation."""
-    made = [spread * math.sqrt((pairs - 1) / pairs) * (-1) ** seed for seed in range(pairs)]
+    deviations = [spread * math.sqrt((pairs - 1) / pairs) * (-1) ** seed for seed in range(pairs)]
     return runs(
         {
             "base": dict.fromkeys(range(pairs), 80.0),
-            "sp": {seed: 80.5 + d for seed, d in enumerate(made)},
+            "sp": {seed: 80.5 + d for seed, d in enumerate(deviations)},
         }
     )
 
@@ -370,23 +370,23 @@ def test_published_accuracies_stand_beside_their_framework(changes, header, show
 
 
 def test_a_framework_that_nothing_is_published_of_has_none():
-    made = [record("sr", 0, framework="another")]
-    top, _, row = cells(table.markdown(made))
+    members = [record("sr", 0, framework="another")]
+    top, _, row = cells(table.markdown(members))
     assert (top[-2], row[-2]) == ("paper", "-")
-    assert table.rows(made)[0]["published"] is None
+    assert table.rows(members)[0]["published"] is None
 
 
 # ---------------------------------------------------------------------- reading
 
 
 def test_records_are_found_below_folders_and_as_files(tmp_path):
-    made = [save(tmp_path / "a" / "b", record("sp", s)) for s in range(2)]
+    saved = [save(tmp_path / "a" / "b", record("sp", s)) for s in range(2)]
     apart = save(tmp_path / "elsewhere", record("base", 0))
     (tmp_path / "a" / "table.json").write_text("[]")
     (tmp_path / "a" / "model.pt").write_bytes(b"")
-    found = table.read([tmp_path / "a", apart])
-    assert [(r["variant"], r["seed"]) for r in found] == [("sp", 0), ("sp", 1), ("base", 0)]
-    assert table.files([tmp_path / "a", apart]) == [*made, apart]
+    read = table.read([tmp_path / "a", apart])
+    assert [(r["variant"], r["seed"]) for r in read] == [("sp", 0), ("sp", 1), ("base", 0)]
+    assert table.files([tmp_path / "a", apart]) == [*saved, apart]
 
 
 def lines(path, *texts):
@@ -402,7 +402,7 @@ def test_kept_records_are_read_line_by_line_beside_those_of_runs(tmp_path):
     assert table.read([tmp_path]) == [record("base", 0), record("sp", 0), record("sp", 1)]
     assert table.read([kept]) == [record("sp", 0), record("sp", 1)]
     assert [path for path, _ in table.located([tmp_path])] == [own, kept, kept]
-    assert [made for _, made in table.located([tmp_path])] == table.read([tmp_path])
+    assert [content for _, content in table.located([tmp_path])] == table.read([tmp_path])
 
 
 @pytest.mark.parametrize("text", ['{"version": 3, "acc', "", "[1]", "{}"])
@@ -447,11 +447,11 @@ OTHER = {"config": {"name": "other"}, "config_hash": "f"}
 
 def test_records_are_kept_by_configuration_variant_and_seed(tmp_path):
     order = [(v, s) for v in ("base", "sp", "sr", "random", "least-resistant") for s in (0, 2, 10)]
-    made = [record(v, s) for v, s in sorted(order)[::-1]] + [record("sp", 0, **OTHER)]
-    paths = table.keep(made, tmp_path / "kept")
+    members = [record(v, s) for v, s in sorted(order)[::-1]] + [record("sp", 0, **OTHER)]
+    paths = table.keep(members, tmp_path / "kept")
     assert paths == [tmp_path / "kept" / "made-up.jsonl", tmp_path / "kept" / "other.jsonl"]
     assert [(r["variant"], r["seed"]) for r in table.read(paths[:1])] == order
-    assert table.read(paths[1:]) == made[-1:]
+    assert table.read(paths[1:]) == members[-1:]
     text = paths[0].read_text(encoding="utf-8")
     assert text.count("\n") == len(order)
     assert " " not in text
@@ -461,8 +461,8 @@ def test_records_are_kept_by_configuration_variant_and_seed(tmp_path):
 def test_keeping_adds_to_what_is_kept_and_replaces_the_same_run(tmp_path):
     table.keep([record("sr", 0), record("base", 1, seconds=1.0)], tmp_path)
     (path,) = table.keep([record("base", 1, seconds=2.0), record("base", 0)], tmp_path)
-    found = [(r["variant"], r["seed"], r["seconds"]) for r in table.read([path])]
-    assert found == [("base", 0, 1.0), ("base", 1, 2.0), ("sr", 0, 1.0)]
+    kept = [(r["variant"], r["seed"], r["seconds"]) for r in table.read([path])]
+    assert kept == [("base", 0, 1.0), ("base", 1, 2.0), ("sr", 0, 1.0)]
     content = path.read_bytes()
     table.keep(table.read([path]), tmp_path)
     assert path.read_bytes() == content
@@ -556,8 +556,8 @@ def test_where_no_runs_are_the_remedy_is_named(tmp_path, capsys, command, there)
 
 
 def test_the_command_prints_the_table_and_last_the_path_of_its_figures(tmp_path, capsys, records):
-    for made in records:
-        save(tmp_path, made)
+    for content in records:
+        save(tmp_path, content)
     assert main(["table", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(table.markdown(table.read([tmp_path])) + "\n\n")
@@ -581,10 +581,10 @@ def test_the_table_of_real_runs_shows_what_their_records_say(tiny_runs):
     rows = {row[0]: row for row in cells(text)[2:]}
     assert list(rows) == ["base", "+SP", "+SR"]
     for name, variant in (("base", "base"), ("+SP", "sp"), ("+SR", "sr")):
-        made = tiny_runs.record(variant)
-        macs = 100 * made["macs"]["pruned"] / made["macs"]["dense"]
+        content = tiny_runs.record(variant)
+        macs = 100 * content["macs"]["pruned"] / content["macs"]["dense"]
         assert rows[name][1] == f"{macs:.1f}"
-        assert rows[name][3] == f"{made['accuracy']['final']:.2f}"
+        assert rows[name][3] == f"{content['accuracy']['final']:.2f}"
 
 
 def test_the_report_is_a_command_and_its_page_is_named(tmp_path, capsys):

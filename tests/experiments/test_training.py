@@ -97,10 +97,10 @@ def test_the_learning_rate_is_a_function_of_the_epoch_alone():
 )
 def test_an_optimizer_is_the_stages_own(name, kind, momentum):
     stage = Stage(epochs=2, optimizer=name, learning_rate=0.3, momentum=0.8, weight_decay=0.01)
-    made = loop(images(), stage)
-    model, made = made.model, made.new_optimizer()
-    (group,) = made.param_groups
-    assert type(made) is kind
+    own = loop(images(), stage)
+    model, optimizer = own.model, own.new_optimizer()
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is kind
     assert (group["lr"], group["weight_decay"], group.get("momentum")) == (0.3, 0.01, momentum)
     assert {id(p) for p in group["params"]} == {id(p) for p in model.parameters()}
 
@@ -109,7 +109,7 @@ def test_an_optimizer_is_the_stages_own(name, kind, momentum):
 
 
 def loop(data: Images, stage: Stage) -> Loop:
-    """Of a dense model: no adapter, and nobody asks it to stop."""
+    """The loop of a dense model: it has no adapter, and is never asked to stop."""
     return Loop(
         model=network(),
         images=data,
@@ -125,10 +125,10 @@ def loop(data: Images, stage: Stage) -> Loop:
 @pytest.mark.parametrize("step", [0, 5])
 def test_the_mixed_loss_is_that_of_mixed_images_and_mixed_labels(step):
     data, stage = images(), Stage(epochs=3, batch=20, learning_rate=0.1, mixup=0.7)
-    made = loop(data, stage)
-    made.progress.step = step
-    found = made.next_loss()
-    assert (made.progress.step, made.progress.total) == (step + 1, 1)
+    dense = loop(data, stage)
+    dense.progress.step = step
+    loss = dense.next_loss()
+    assert (dense.progress.step, dense.progress.total) == (step + 1, 1)
 
     # mixup, equation 1: the targets are mixed as the images are, one by one.
     batch, labels = data.batch(20, step, 3000)
@@ -144,7 +144,7 @@ def test_the_mixed_loss_is_that_of_mixed_images_and_mixed_labels(step):
         -(targets * model(mixed).log_softmax(1)).sum(1).mean()
         for model in (network(), in_double(network()))
     )
-    rounding.assert_rounded(found, expected, exact)
+    rounding.assert_rounded(loss, expected, exact)
 
 
 def test_without_mixup_the_loss_is_that_of_the_batch():
@@ -198,9 +198,9 @@ def test_measuring_leaves_the_model_as_it_was():
 def test_outputs_are_those_of_eval_mode():
     data, model = images(), network()
     probe = data.normalize(data.test[:4])
-    found = outputs(model, probe)
-    assert not found.requires_grad
-    assert torch.equal(found, model.eval()(probe))
+    logits = outputs(model, probe)
+    assert not logits.requires_grad
+    assert torch.equal(logits, model.eval()(probe))
 
 
 # ---------------------------------------------------------------------- statistics and modes
@@ -229,21 +229,21 @@ def test_reestimated_statistics_are_the_means_over_training_batches(train):
     for name, moments in seen.items():
         module = fresh.get_submodule(name)
         assert len(moments) == -(-train // EVALUATION_BATCH)
-        for found, expected in (
+        for statistic, expected in (
             (module.running_mean, torch.stack([m for m, _ in moments]).mean(0)),
             (module.running_var, torch.stack([v for _, v in moments]).mean(0)),
         ):
-            rounding.assert_exact(found, expected, name)
+            rounding.assert_exact(statistic, expected, name)
 
 
-def test_reestimation_reads_no_more_batches_than_it_is_told():
+def test_reestimation_reads_no_more_batches_than_are_given():
     data, model = images(train=EVALUATION_BATCH + 40), network()
     data.train[EVALUATION_BATCH:] = 255
     head = images(train=EVALUATION_BATCH)
     head.train[:] = data.train[:EVALUATION_BATCH]
     object.__setattr__(head, "_cached_moments", data._moments())
-    found, expected = reestimated(model, data, batches=1), reestimated(model, head)
-    assert same(state(found), state(expected))
+    fresh, expected = reestimated(model, data, batches=1), reestimated(model, head)
+    assert same(state(fresh), state(expected))
 
 
 def test_reestimation_leaves_the_model_alone():
@@ -323,10 +323,10 @@ def test_compiled_steps_train_as_plain_ones(monkeypatch):
         return plain(model, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", eager)
-    found, expected = (
+    compiled, expected = (
         trained(compute, in_double(network())) for compute in (Compute(compile=True), Compute())
     )
-    for p, q in zip(found.parameters(), expected.parameters(), strict=True):
+    for p, q in zip(compiled.parameters(), expected.parameters(), strict=True):
         rounding.assert_exact(p, q)
     assert len(asked) == 1
 
@@ -345,7 +345,7 @@ def test_kernels_are_channels_last_while_all_widths_are_multiples_of_eight(width
 
 
 def test_latency_is_measured_in_the_fastest_layout():
-    """A dense model comes from a file contiguous, a masked one from training channels-last."""
+    """A dense model from a file is contiguous, a masked one from training channels-last."""
     model = models.VGG((8, 0, 16), 3, 10)
     assert not model.features[0].weight.is_contiguous(memory_format=torch.channels_last)
     latency({"dense": model}, torch.zeros(2, 3, 8, 8), rounds=1)
@@ -355,8 +355,8 @@ def test_latency_is_measured_in_the_fastest_layout():
 def test_latency_is_a_positive_time_of_every_model_and_changes_nothing():
     small, large = network(), models.VGG((64, 64, 64), 1, 10)
     before = state(small)
-    found = latency({"small": small, "large": large}, torch.zeros(64, 1, 8, 8), rounds=3)
-    assert 0 < found["small"] < found["large"]
+    times = latency({"small": small, "large": large}, torch.zeros(64, 1, 8, 8), rounds=3)
+    assert 0 < times["small"] < times["large"]
     assert same(before, state(small))
     assert small.training
 
@@ -366,7 +366,7 @@ def test_latency_is_a_positive_time_of_every_model_and_changes_nothing():
 
 STEPS = 6
 SPOILT = {
-    # After which step which tensor gets a bad value, and what is noticed at which step.
+    # After which step which tensor gets a bad value; what is noticed, and at which step.
     "a bias": (3, "classifier.bias", "the loss", 4),
     "a statistic": (3, "features.1.running_var", "a weight or statistic", STEPS),
     "a weight that is not used": (3, "unused", "a weight or statistic", STEPS),
@@ -378,38 +378,39 @@ SPOILT = {
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_ends_training_with_stage_step_and_remedy(where, value):
     after, name, what, step = SPOILT[where]
-    made, saved = loop(images(), Stage(epochs=2, batch=20, learning_rate=0.05)), []
-    made.model.register_parameter("unused", nn.Parameter(torch.zeros(3)))
+    spoilt, saved = loop(images(), Stage(epochs=2, batch=20, learning_rate=0.05)), []
+    spoilt.model.register_parameter("unused", nn.Parameter(torch.zeros(3)))
 
     def spoil() -> bool:
-        if made.progress.total == after:
-            made.model.state_dict()[name].view(-1)[0] = value
+        if spoilt.progress.total == after:
+            spoilt.model.state_dict()[name].view(-1)[0] = value
         return False
 
-    made.stop, made.save, made.save_every = spoil, lambda it: saved.append(it.progress.total), 0.0
+    spoilt.stop, spoilt.save_every = spoil, 0.0
+    spoilt.save = lambda it: saved.append(it.progress.total)
     with pytest.raises(DivergedError) as caught:
-        made.run()
+        spoilt.run()
     start = f"training diverged: by step {step} of stage 'dense' {what} is NaN or infinite; "
     assert str(caught.value).startswith(start + "lower that stage's learning_rate (0.05)")
     assert saved == list(range(1, 4 if what == "the loss" else STEPS + 1))
 
 
 def test_finite_weights_of_infinite_outputs_are_no_result():
-    made = loop(images(), Stage(epochs=2, batch=20, learning_rate=0.05))
+    spoilt = loop(images(), Stage(epochs=2, batch=20, learning_rate=0.05))
 
     def spoil() -> bool:
-        if made.progress.total == STEPS:
-            made.model.state_dict()["classifier.weight"].fill_(3e38)
+        if spoilt.progress.total == STEPS:
+            spoilt.model.state_dict()["classifier.weight"].fill_(3e38)
         return False
 
-    made.stop = spoil
+    spoilt.stop = spoil
     with pytest.raises(DivergedError, match=f"by step {STEPS} of stage 'dense' an output is"):
-        made.run()
+        spoilt.run()
 
 
 def test_where_a_look_waits_for_others_it_is_taken_now_and_then(monkeypatch):
     monkeypatch.setattr(training, "BETWEEN_CHECKS", 4)
-    made, asked = loop(images(), Stage(epochs=4, batch=20, learning_rate=0.05)), []
+    watched, asked = loop(images(), Stage(epochs=4, batch=20, learning_rate=0.05)), []
 
     class Two(Ranks):
         """As one of two processes, of which the other one's loss is NaN from step 5 on."""
@@ -421,10 +422,10 @@ def test_where_a_look_waits_for_others_it_is_taken_now_and_then(monkeypatch):
             return model
 
         def any(self, flag):
-            asked.append(made.progress.step)
-            return flag or made.progress.step > 4
+            asked.append(watched.progress.step)
+            return flag or watched.progress.step > 4
 
-    made.ranks = Two(0, 2)
+    watched.ranks = Two(0, 2)
     with pytest.raises(DivergedError, match="by step 8"):
-        made.run()
+        watched.run()
     assert asked == [4, 8]

@@ -6,13 +6,13 @@ from hypothesis import strategies as st
 
 
 def damaged(data: st.DataObject, content: bytes) -> bytes:
-    """Other bytes than some content."""
+    """Some content with damage: always other bytes than the content's."""
     kind = data.draw(st.sampled_from(["flip", "cut", "put in", "taken out", "zeros", "empty"]))
     at = data.draw(st.integers(0, len(content) - 1))
     if kind == "flip":
-        made = bytearray(content)
-        made[at] ^= 1 << data.draw(st.integers(0, 7))
-        return bytes(made)
+        changed = bytearray(content)
+        changed[at] ^= 1 << data.draw(st.integers(0, 7))
+        return bytes(changed)
     if kind == "cut":
         return content[:at]
     if kind == "put in":
@@ -20,6 +20,6 @@ def damaged(data: st.DataObject, content: bytes) -> bytes:
     if kind == "taken out":
         return content[:at] + content[at + data.draw(st.integers(1, 100)) :]
     if kind == "zeros":  # as after a crash of the machine
-        made = content[:at] + bytes(len(content) - at)
-        return made if made != content else b""
+        changed = content[:at] + bytes(len(content) - at)
+        return changed if changed != content else b""
     return b""

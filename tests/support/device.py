@@ -1,7 +1,7 @@
 """A pretended device, to see on a CPU where a program would wait for a real one.
 
-Tensors are marked as the device's: the ones that a test names, those made with ``device=`` or
-brought over with ``.to``, and whatever is computed from any of them. All others are the host's.
+Tensors are marked as the device's: the ones that a test names, those created with ``device=`` or
+moved with ``.to``, and whatever is computed from any of them. All others are the host's.
 The device is named by a ``torch.device``, the host by the string ``"cpu"``. While the watch is
 armed it notes every operation that would make the host wait for the device: reading a value, a
 result whose size depends on values, or a copy in either direction other than a non-blocking one to
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakIdKeyDictionary
 
-# What looks at values, or makes a result whose size depends on them.
+# Operations that read values, or whose result has a size that depends on them.
 WAITING = {
     "_local_scalar_dense",
     "is_nonzero",

@@ -1,8 +1,8 @@
 """A run that is killed, again and again: ``python -m tests.support.killed FOLDER``.
 
 Each kill is a SIGKILL to a process of its own, forked from this one, that carries the run out: at a
-line of this project's code, drawn by chance, or after some time. After each one every file that is
-there is loaded, and the run is taken up. Writes as JSON what it found.
+line of this project's code, drawn at random, or after some time. After each one every file that is
+there is loaded, and the run is taken up. Writes a report of every kill, as JSON.
 """
 
 from __future__ import annotations
@@ -100,17 +100,17 @@ def carry_out(request: Request, last: int = 0, seconds: float | None = None) -> 
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-    told = os.read(reader, 1 << 16)
+    line = os.read(reader, 1 << 16)
     os.close(reader)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run failed; see above"
-    return {"killed": os.WIFSIGNALED(status), "marks": json.loads(told) if told else {}}
+    return {"killed": os.WIFSIGNALED(status), "marks": json.loads(line) if line else {}}
 
 
 def load_all(out: Path) -> list[str]:
-    """Load every file of a run; those half written have hidden names. Gives the names."""
-    found = [p for p in out.rglob("*") if p.is_file() and not p.name.startswith(".")]
-    for path in found:
+    """Load every file of a run, and return the names. Half-written files have hidden names."""
+    paths = [p for p in out.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    for path in paths:
         if path.suffix == ".pt":
             torch.load(path, weights_only=True)
         elif path.suffix == ".json":
@@ -118,7 +118,7 @@ def load_all(out: Path) -> list[str]:
         else:
             assert path.name == MODEL, path
             read(path)
-    return sorted(p.name for p in found)
+    return sorted(p.name for p in paths)
 
 
 def main(folder: Path) -> None:
@@ -146,7 +146,7 @@ def main(folder: Path) -> None:
     points += [("anywhere", draw.randint(1, last)) for _ in range(ANYWHERE)]
     kills: list[tuple[str, dict[str, Any]]] = [(where, {"last": line}) for where, line in points]
     kills += [("time", {"seconds": draw.uniform(0, usual)}) for _ in range(AT_TIMES)]
-    found = []
+    reports = []
     for i, (where, how) in enumerate(kills):
         # All but a few start anew from right before the removal; those go on from where they are.
         name = f"killed{i if where != 'time' else ''}"
@@ -157,12 +157,12 @@ def main(folder: Path) -> None:
         files = load_all(folder / name)
         if where != "time":
             carry_out(request)
-            found.append(compared(where, killed, files, request, whole))
+            reports.append(compared(where, killed, files, request, whole))
     request = asked("killed")
     carry_out(request)
-    found.append(compared("time", True, load_all(folder / "killed"), request, whole))
+    reports.append(compared("time", True, load_all(folder / "killed"), request, whole))
     patch.undo()
-    sys.stdout.write(json.dumps(found))
+    sys.stdout.write(json.dumps(reports))
 
 
 def compared(

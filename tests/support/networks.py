@@ -1,8 +1,8 @@
 """Drawn networks: a seed gives a small network of the layers and operations that people use.
 
-A network is a program of steps on registers, as plain data, and the layers it names. What the
-drawing knows of pruning is only how often people write a thing: most of what it draws follows the
-number of channels (``x.chunk(2, 1)``), some of it does not (``x.split([3, 5], 1)``).
+A network is a program of steps on registers, as plain data, and the layers it names. The drawing
+knows nothing of pruning; it only follows how often people write a thing. Most of what it draws
+adapts to the number of channels (``x.chunk(2, 1)``), some does not (``x.split([3, 5], 1)``).
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def draw(seed: int, norm: bool = False, plain: bool = False) -> Drawn:
 
 
 class _Drawing:
-    """A network in the making: every step runs as soon as it is drawn, so its shape is known."""
+    """A network while it is drawn: every step runs at once, so that shapes are known."""
 
     def __init__(self, choose: random.Random, seed: int, norm: bool, plain: bool) -> None:
         self.choose, self.seed, self.norm, self.plain = choose, seed, norm, plain

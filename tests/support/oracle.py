@@ -44,15 +44,15 @@ def shares_of(group: Any) -> list[Share]:
 
 def values(shares: Sequence[Share], k: int, tensors: Sequence[Tensor | None] = ()) -> list[float]:
     """Structure k as one flat list: of the parameters, or of ``tensors`` in their place."""
-    found = []
+    flat = []
     for share, tensor in zip(shares, tensors or [s.parameter for s in shares], strict=True):
         nested = None if tensor is None else tensor.detach().to(torch.float64).tolist()
         for place in share.places(k):
             value = nested
             for coordinate in place if nested is not None else ():
                 value = value[coordinate]
-            found.append(0.0 if value is None else value)
-    return found
+            flat.append(0.0 if value is None else value)
+    return flat
 
 
 def length(vector: Sequence[float]) -> float:
@@ -70,7 +70,7 @@ def resistance(initial: float, x: Sequence[float], gradient: Sequence[float]) ->
 
 
 def smooth(star: Sequence[float], initial: float, n: int, steps: int) -> list[float]:
-    """x after decay step n of ``steps``, from the x* that the optimizer made."""
+    """x after decay step n of ``steps``, from the x* that the optimizer gave."""
     if n == steps:
         return [0.0 for _ in star]
     size = length(star)
@@ -78,9 +78,9 @@ def smooth(star: Sequence[float], initial: float, n: int, steps: int) -> list[fl
     return [v * target / size if size else 0.0 for v in star]
 
 
-def cap(max_share: float, judged: int, released: int, spare: int) -> int:
-    """How many may be released now: a share of all that were judged, and each needs a spare one."""
-    return max(min(int(Fraction(str(max_share)) * judged) - released, spare), 0)
+def cap(max_share: float, decided: int, released: int, spare: int) -> int:
+    """How many may be released now: a share of all decided so far, and each needs a spare one."""
+    return max(min(int(Fraction(str(max_share)) * decided) - released, spare), 0)
 
 
 def rate(resistances: Sequence[float], gradients: Sequence[float], initial: float) -> float:
@@ -90,7 +90,7 @@ def rate(resistances: Sequence[float], gradients: Sequence[float], initial: floa
 
 
 def strength(mine: Sequence[float], cohort: Sequence[Sequence[float]]) -> float:
-    """C_len: the mean R over the mean |mean R| of those that have decayed, itself among them."""
+    """C_len: the mean R over the mean |mean R| of all that have decayed, this one among them."""
     typical = math.fsum(abs(math.fsum(r) / len(r)) for r in cohort) / len(cohort)
     return math.fsum(mine) / len(mine) / typical if typical else 0.0
 
@@ -107,7 +107,7 @@ def trajectory(
     most: int,
     before: Sequence[list[float]] = (),
 ) -> set[int]:
-    """Who of one group's cohort is released; number -> (R_k of each step, ||g_k||, L_init).
+    """Which of a group's cohort, by number (R_k of each step, ||g_k||, L_init), are released.
 
     ``before``: R_k of each step of the group's other structures that have decayed.
     """
@@ -139,14 +139,14 @@ class Case:
     effect: float = 0.0
     wave: int = 0
     immune: bool = False
-    judged: bool = False
+    decided: bool = False
     resistances: list[float] = field(default_factory=list)
     gradients: list[float] = field(default_factory=list)
 
 
 @dataclass
 class Replica:
-    """Follows one structure group through training: fed with gradients and x*, it predicts.
+    """Follows one structure group through training: from gradients and x* it predicts the rest.
 
     Trajectory is the only criterion it knows.
     """
@@ -191,10 +191,10 @@ class Replica:
             if c.n == self.decision and c.wave < self.waves
         }
         for k in cohort:
-            self.cases[k].judged = True
+            self.cases[k].decided = True
         spare = sum(c.phase == "ACTIVE" and not c.immune for c in self.cases)
-        judged, released = sum(c.judged for c in self.cases), sum(c.immune for c in self.cases)
-        most = cap(self.max_share, judged, released, spare)
+        decided, released = sum(c.decided for c in self.cases), sum(c.immune for c in self.cases)
+        most = cap(self.max_share, decided, released, spare)
         before = [c.resistances for k, c in enumerate(self.cases) if c.resistances]
         before = [r for r in before if not any(r is mine for mine, _, _ in cohort.values())]
         self.released = trajectory(cohort, self.t_rate, self.t_len, most, before)
@@ -202,7 +202,7 @@ class Replica:
     def after_step(self, stars: Sequence[Tensor]) -> dict[int, list[float]]:
         """From x*, one tensor per share: what every structure that is not ACTIVE must be now.
 
-        Released ones are among them, for this step.
+        Structures that are released in this step are among them.
         """
         expected = {}
         for k, case in enumerate(self.cases):

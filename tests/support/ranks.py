@@ -23,7 +23,7 @@ PATIENCE = 120.0
 
 
 class Ranks:
-    """Processes that run what they are given, in a gloo group that is made anew each time."""
+    """Processes that run what they are given, each time in a new gloo group."""
 
     def __init__(self, connections: list[Connection], folder: Path) -> None:
         self._connections = connections
@@ -38,19 +38,19 @@ class Ranks:
         self._calls += 1
         for connection in self._connections:
             connection.send((work, args, str(self._folder / f"store{self._calls}")))
-        found = []
+        results = []
         for rank, connection in enumerate(self._connections):
             assert connection.poll(PATIENCE), f"rank {rank} hangs"
-            found.append(connection.recv())
-        return found
+            results.append(connection.recv())
+        return results
 
     def results(self, work: Callable[..., Any], *args: Any) -> list[Any]:
         """As :meth:`run`, where no process may fail."""
-        found = self.run(work, *args)
-        for one in found:
+        results = self.run(work, *args)
+        for one in results:
             if isinstance(one, BaseException):
                 raise one
-        return found
+        return results
 
 
 @contextmanager
@@ -86,18 +86,18 @@ def _serve(rank: int, connection: Connection) -> None:
             timeout=timedelta(seconds=PATIENCE),
         )
         try:
-            found = work(rank, *args)
+            result = work(rank, *args)
         except BaseException as error:  # a failed assertion of pytest's is no Exception
             error.add_note("".join(traceback.format_exception(error)))
-            found = error
+            result = error
         finally:
             dist.destroy_process_group()
-        connection.send(_sendable(found))
+        connection.send(_sendable(result))
 
 
-def _sendable(found: Any) -> Any:
+def _sendable(result: Any) -> Any:
     try:
-        pickle.loads(pickle.dumps(found))
+        pickle.loads(pickle.dumps(result))
     except Exception:
-        return RuntimeError("".join(traceback.format_exception(found)))
-    return found
+        return RuntimeError("".join(traceback.format_exception(result)))
+    return result

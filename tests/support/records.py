@@ -45,16 +45,16 @@ RECORD: dict[str, Any] = {
 
 def record(variant: str = "base", seed: int = 0, **changes: Any) -> dict[str, Any]:
     """A record; changes are by keys, with two underscores between a table and its key."""
-    made = copy.deepcopy(RECORD)
-    made.update(variant=variant, seed=seed)
+    content = copy.deepcopy(RECORD)
+    content.update(variant=variant, seed=seed)
     for dotted, value in changes.items():
         *tables, key = dotted.split("__")
-        table = made
+        table = content
         for name in tables:
             table = table[name]
         assert key in table, dotted
         table[key] = value
-    return made
+    return content
 
 
 def save(folder: Path, content: dict[str, Any]) -> Path:

@@ -23,12 +23,12 @@ TIMES = 32
 
 def in_double(model: nn.Module) -> nn.Module:
     """A copy that computes in double precision, whatever the precision of its inputs."""
-    made = copy.deepcopy(model).double()
-    made.register_forward_pre_hook(
+    copied = copy.deepcopy(model).double()
+    copied.register_forward_pre_hook(
         # Not where nothing is to be done: frameworks that trace a model see every operation.
         lambda _, given: tuple(t.double() if t.dtype == torch.float32 else t for t in given)
     )
-    return made
+    return copied
 
 
 def exact_outputs(model: nn.Module, images: Tensor) -> Tensor:
@@ -41,35 +41,35 @@ def of_outputs(model: nn.Module, images: Tensor) -> float:
     """What rounding in single precision does to a model's outputs: the largest difference."""
     exact = exact_outputs(model, images)
     with torch.no_grad():
-        found = copy.deepcopy(model).eval()(images).double()
-    return float((found - exact).abs().max() + exact.abs().max() * torch.finfo(images.dtype).eps)
+        single = copy.deepcopy(model).eval()(images).double()
+    return float((single - exact).abs().max() + exact.abs().max() * torch.finfo(images.dtype).eps)
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest difference, in units of the largest expected value; infinity where one is NaN."""
-    left, right = found.detach().double(), expected.detach().double()
+    left, right = actual.detach().double(), expected.detach().double()
     size, apart = float(right.abs().max()), float((left - right).abs().max())
     if apart == 0:
         return 0.0
     return apart / size if size > 0 and math.isfinite(apart) else math.inf
 
 
-def assert_exact(found: Tensor, expected: Tensor, what: str = "results") -> None:
+def assert_exact(actual: Tensor, expected: Tensor, what: str = "results") -> None:
     """Two ways to one result, both in double precision."""
-    assert found.dtype == expected.dtype == torch.float64
-    assert found.shape == expected.shape
-    apart = difference(found, expected)
+    assert actual.dtype == expected.dtype == torch.float64
+    assert actual.shape == expected.shape
+    apart = difference(actual, expected)
     assert apart <= EXACT, f"{what} are {apart:.1e} apart in double precision"
 
 
-def assert_rounded(found: Tensor, expected: Tensor, exact: Tensor, what: str = "results") -> None:
+def assert_rounded(actual: Tensor, expected: Tensor, exact: Tensor, what: str = "results") -> None:
     """Two ways to one result in single precision, where ``exact`` is in double precision.
 
     Rounding is measured: how far the expected result is from the exact one, or a unit in the last
     place where that is less.
     """
     assert exact.dtype == torch.float64
-    assert found.shape == expected.shape == exact.shape
+    assert actual.shape == expected.shape == exact.shape
     rounding = max(difference(expected, exact), torch.finfo(expected.dtype).eps)
-    apart = difference(found, expected)
+    apart = difference(actual, expected)
     assert apart <= TIMES * rounding, f"{what} are {apart:.1e} apart, rounding is {rounding:.1e}"

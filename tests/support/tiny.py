@@ -137,7 +137,7 @@ def request(out: Path, variant: str, changes: Changes | None = None, **settings:
 
 @contextmanager
 def asked_when(when: Callable[[int], bool]) -> Iterator[None]:
-    """Runs inside are asked to stop when ``when`` says so of the number of their step, from 1.
+    """Ask runs inside to stop after each step for whose number, from 1, ``when`` is true.
 
     Steps of the dense training count, and start at 1 in every run.
     """
@@ -159,7 +159,7 @@ def asked_when(when: Callable[[int], bool]) -> Iterator[None]:
 
 
 def run_with_stops(wanted: Request, stops: Collection[int]) -> Path:
-    """Carry a run out that is stopped after some of its steps, and goes on each time."""
+    """Carry a run out, stopping it after some of its steps and resuming it each time."""
     done, wanted = 0, replace(wanted, resume=True)
     for stop in sorted(stops):
         last = stop - done
@@ -174,7 +174,7 @@ def run_with_stops(wanted: Request, stops: Collection[int]) -> Path:
 
 
 def results(record: Path) -> dict[str, Any]:
-    """All that a run leaves behind and that does not depend on when and how fast it ran."""
+    """All that a run leaves behind, but for what depends on when and how fast it ran."""
     figures = json.loads(record.read_text(encoding="utf-8"))
     for key in ("seconds", "loading", "latency", "revision", "sha256"):
         del figures[key]
@@ -187,5 +187,5 @@ def results(record: Path) -> dict[str, Any]:
 
 def assert_same_bits(left: Path, right: Path) -> None:
     """Two runs ended in the same model, figures, curve and trace, bit for bit."""
-    found = difference(results(left), results(right))
-    assert found is None, f"the runs differ in{found}"
+    unlike = difference(results(left), results(right))
+    assert unlike is None, f"the runs differ in{unlike}"

@@ -51,13 +51,13 @@ class Toy:
 
 def rows(module: nn.Module, name: str, dim: int = 0, index: Tensor | None = None) -> list[Slice]:
     """A slice of each parameter of a layer, by output channel."""
-    found = []
+    slices = []
     for kind, p in module.named_parameters():
         along = dim if p.dim() > 1 else 0
         here = torch.arange(p.shape[along]) if index is None else index
         norm = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d)
-        found.append(Slice(p, here, along, batch_norm=norm, name=f"{name}.{kind}"))
-    return found
+        slices.append(Slice(p, here, along, batch_norm=norm, name=f"{name}.{kind}"))
+    return slices
 
 
 def _wake(model: nn.Module) -> None:
@@ -150,7 +150,7 @@ def transposed_net() -> Toy:
 
 
 def shared_net() -> Toy:
-    """Two groups and nobody in one parameter: rows 0 to 3, pairs of rows 4 to 7, and row 8."""
+    """One parameter of two groups, rows 0 to 3 and pairs of rows 4 to 7, and of none: row 8."""
     model = nn.Sequential()
     model.body, model.relu, model.head = nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, CLASSES)
     singles, pairs = torch.arange(4), torch.arange(4, 8).view(2, 2)

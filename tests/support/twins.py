@@ -1,4 +1,4 @@
-"""What the optimizer alone would have made of the same parameters, gradients and state."""
+"""What the optimizer alone would do to the same parameters, gradients and state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8 * 
 
 
 class Twin:
-    """A toy of the same make, trained by an optimizer with nobody's hooks."""
+    """The same toy once more, trained by an optimizer without hooks."""
 
     def __init__(self, name: str, optimizer_name: str, dtype: torch.dtype = torch.float32) -> None:
         self.toy = make(name, dtype)

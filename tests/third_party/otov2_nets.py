@@ -11,7 +11,7 @@ LABELS = torch.tensor([0, 3, 1, 4])
 
 
 def stir(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Let no BatchNorm be as a fresh one is, which answers zeros with zeros."""
+    """Change all BatchNorms: a fresh one answers zeros with zeros."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -111,11 +111,11 @@ KEPT = (
     "mean that keeps dimensions",
     "pooling",
 )
-"""Ways by which each channel comes to the head by itself, and upstream is told so."""
+"""Ways that carry each channel to the head by itself, which upstream is given as known."""
 
 
 class Depthwise(nn.Module):
-    """A depthwise convolution: upstream prunes what it reads without it, and it without that."""
+    """A depthwise convolution, which upstream prunes apart from the layer in front of it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -220,7 +220,7 @@ def test_masked_gates_stay_silent_while_training_goes_on():
     ids = some(table)
     table.mask(ids)
     gone = table.split(ids)
-    held = {n: g.gate.detach().clone() for n, g in table.gates.items()}
+    gates = {n: g.gate.detach().clone() for n, g in table.gates.items()}
     outputs = {}
     for name, gate in table.gates.items():
         gate.register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out}))
@@ -234,7 +234,7 @@ def test_masked_gates_stay_silent_while_training_goes_on():
                 assert outputs[name][:, channels].count_nonzero() == 0
                 left = [c for c in range(outputs[name].shape[1]) if c not in channels.tolist()]
                 assert all(outputs[name][:, c].count_nonzero() for c in left)
-    assert not torch.equal(held["norm"], model.norm.gate)
+    assert not torch.equal(gates["norm"], model.norm.gate)
     undecorate(model)
     tied_group = next(g for g in table.groups if "norm" in g.members)
     index = tied_group.members["norm"][gone[tied_group.name]].flatten()
@@ -428,14 +428,14 @@ class Heard(nn.Module):
 
 
 def test_groups_that_gates_cannot_silence_are_left_out():
-    def found(model):
+    def member_names(model):
         return sorted(sorted(g.members) for g in tied_gates(model, SMALL))
 
     torch.manual_seed(0)
     # The sum of stem and outer is read through two BatchNorms, which silence it together.
     model = in_double(wake(Heard(beside=False))).eval()
-    assert found(model) == [["inner_norm"], ["post", "pre"]]
-    assert found(Heard(beside=True)) == [["inner_norm"]]
+    assert member_names(model) == [["inner_norm"], ["post", "pre"]]
+    assert member_names(Heard(beside=True)) == [["inner_norm"]]
     groups = tied_gates(model, SMALL)
     table = gate_all(model, SMALL)
     table.mask(some(table))
@@ -649,7 +649,7 @@ def test_melting_is_refused_before_anything_changed():
     with refused(GateError, "inner", "no structure left", model=model):
         melt(model, SMALL, groups)
     model.inner_norm.mask[1:] = 1
-    model.register_forward_hook(lambda m, _, found: found + m.inner.out_channels)
+    model.register_forward_hook(lambda m, _, out: out + m.inner.out_channels)
     with refused(RemovalError, "'inner'", model=model):
         melt(model, SMALL, groups)
     assert len(gated(model)) == 3
@@ -688,15 +688,15 @@ def test_convolutions_that_the_user_froze_stay_frozen():
     )
     model[0].weight.requires_grad_(False)
     images = torch.randn(4, 3, 8, 8)
-    made = GateDecorator(model, images, fraction=0.5)
+    decorator = GateDecorator(model, images, fraction=0.5)
     times = TickTock(2, 1, 1, 1)
     for step in range(8):
-        made.begin(turn_at(step, times))
+        decorator.begin(turn_at(step, times))
         assert not model[0].weight.requires_grad
-    made.begin(turn_at(0, times))
+    decorator.begin(turn_at(0, times))
     assert model[3].weight.requires_grad
-    made.table.mask(made.table.ids("0", [1, 2]))
-    made.melt(images)
+    decorator.table.mask(decorator.table.ids("0", [1, 2]))
+    decorator.melt(images)
     assert model[0].weight.shape[0] == 6
     assert [p.requires_grad for p in (model[0].weight, model[0].bias, model[3].weight)] == [
         False,

@@ -63,17 +63,17 @@ def test_scores_are_the_derivative_by_the_gate_times_the_gate():
                 with torch.no_grad():
                     gate.gate[c] = value
                 expected[name][c] += abs((losses[0] - losses[1]) / (2 * eps) * value)
-    found = scores.of_structures()
-    assert found.shape == (28,)
+    totals = scores.of_structures()
+    assert totals.shape == (28,)
     for group in table.groups:
         sums = [
             sum(expected[n][c] for n, index in group.members.items() for c in index[k].tolist())
             for k in range(group.structures)
         ]
         close = torch.tensor(sums, dtype=torch.float64)
-        torch.testing.assert_close(found[table.ids(group.name)], close, rtol=1e-4, atol=1e-8)
-    assert found[table.ids(table.groups[1].name, [2])] == 0
-    assert found.count_nonzero() == 27
+        torch.testing.assert_close(totals[table.ids(group.name)], close, rtol=1e-4, atol=1e-8)
+    assert totals[table.ids(table.groups[1].name, [2])] == 0
+    assert totals.count_nonzero() == 27
     scores.reset()
     assert scores.of_structures().count_nonzero() == scores.batches == 0
 
@@ -134,7 +134,7 @@ def test_selection_follows_the_rule(data):
     keep, eta = data.draw(st.sampled_from([0.0, 0.1, 0.5])), data.draw(st.sampled_from([0, 0.125]))
     areas = [2.0**g for g in range(len(sizes))]
     spared, more = draw(st.booleans()), data.draw(st.integers(0, 2))
-    found = select(
+    chosen = select(
         torch.tensor(scores),
         torch.tensor(alive),
         torch.tensor(group),
@@ -147,15 +147,15 @@ def test_selection_follows_the_rule(data):
         more=more,
     )
     settings = (fraction, filters, keep, eta, areas, spared, more)
-    assert found.tolist() == by_hand(scores, alive, group, *settings)
+    assert chosen.tolist() == by_hand(scores, alive, group, *settings)
 
 
 def test_each_groups_best_stay():
     scores = torch.arange(1.0, 61)
     group = torch.tensor([0] * 35 + [1] * 5 + [2] * 20)
     alive = torch.ones(60, dtype=torch.bool)
-    found = select(scores, alive, group, 1.0)
-    safe = sorted(set(range(60)) - set(found.tolist()))
+    chosen = select(scores, alive, group, 1.0)
+    safe = sorted(set(range(60)) - set(chosen.tolist()))
     assert safe == [32, 33, 34, 39, 58, 59]  # 3 of 35, 1 of 5, 2 of 20
     assert protected(torch.tensor([35, 5, 20])).tolist() == [3, 1, 2]
     # What is left of a group counts, not what it had.
@@ -238,24 +238,24 @@ class Run:
 
     def __init__(self) -> None:
         self.model = in_double(tied())
-        self.made = GateDecorator(self.model, SMALL, fraction=0.05)
+        self.decorator = GateDecorator(self.model, SMALL, fraction=0.05)
         self.optimizer = SGD(self.model.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
         self.step = 0
         self.taken: list[tuple[int, dict[str, list[int]]]] = []
 
     def go(self, target: int, steps: int = 1000) -> None:
         end = self.step + steps
-        while self.made.macs() > target and self.step < end:
+        while self.decorator.macs() > target and self.step < end:
             turn = turn_at(self.step, TIMES)
-            self.made.begin(turn)
+            self.decorator.begin(turn)
             self.optimizer.param_groups[0]["lr"] = learning_rate(turn)
             self.optimizer.zero_grad()
             images = SMALL.roll(self.step, 0)
             functional.cross_entropy(self.model(images), LABELS.roll(self.step)).backward()
-            self.made.after_backward(turn)
+            self.decorator.after_backward(turn)
             self.optimizer.step()
-            assert self.made.scores.batches == (turn.step + 1 if turn.kind == "tick" else 0)
-            gone = self.made.end(turn, target)
+            assert self.decorator.scores.batches == (turn.step + 1 if turn.kind == "tick" else 0)
+            gone = self.decorator.end(turn, target)
             if gone:
                 self.taken.append((self.step, gone))
             self.step += 1
@@ -263,25 +263,27 @@ class Run:
 
 def test_a_run_meets_its_target_and_melts():
     run = Run()
-    dense = run.made.macs()
-    assert dense == run.made.costs.dense
+    dense = run.decorator.macs()
+    assert dense == run.decorator.costs.dense
     target = int(0.4 * dense)
-    assert run.made.least() < target
+    assert run.decorator.least() < target
     run.go(target)
     assert all(turn_at(s, TIMES).kind == "tick" and turn_at(s, TIMES).last for s, _ in run.taken)
     assert max(sum(map(len, gone.values())) for _, gone in run.taken) == int(0.05 * 40)
     # Without the last one taken it would not be met.
-    alive = run.made.table.alive()
+    alive = run.decorator.table.alive()
     last_group = list(run.taken[-1][1])
     short = [
-        run.made.costs.macs(run.made.table.kept(alive) + torch.eye(2, dtype=torch.int64)[i])
-        for i, g in enumerate(run.made.groups)
+        run.decorator.costs.macs(
+            run.decorator.table.kept(alive) + torch.eye(2, dtype=torch.int64)[i]
+        )
+        for i, g in enumerate(run.decorator.groups)
         if g.name in last_group
     ]
-    assert max(short) > target >= run.made.macs()
+    assert max(short) > target >= run.decorator.macs()
     run.model.eval()
-    expected, macs = run.model(SMALL), run.made.macs()
-    plan = run.made.melt(SMALL)
+    expected, macs = run.model(SMALL), run.decorator.macs()
+    plan = run.decorator.melt(SMALL)
     rounding.assert_exact(run.model(SMALL), expected)
     assert count_macs(run.model, SMALL) == macs
     taken = {name: [] for name, _ in plan}
@@ -298,11 +300,11 @@ def test_a_run_stopped_and_resumed_ends_in_the_same_bits(stop):
     whole.go(0, 14)
     first.go(0, stop)
     saved = copy.deepcopy(
-        (first.model.state_dict(), first.optimizer.state_dict(), first.made.state_dict())
+        (first.model.state_dict(), first.optimizer.state_dict(), first.decorator.state_dict())
     )
     second.model.load_state_dict(saved[0])
     second.optimizer.load_state_dict(saved[1])
-    second.made.load_state_dict(saved[2])
+    second.decorator.load_state_dict(saved[2])
     second.step = stop
     second.go(0, 14 - stop)
     assert len(whole.taken) == 3
@@ -312,63 +314,63 @@ def test_a_run_stopped_and_resumed_ends_in_the_same_bits(stop):
 
 def test_a_run_that_can_go_no_further_says_so():
     run = Run()
-    run.made.scores.total.fill_(1.0)
-    run.made.table.mask(torch.arange(28)[run.made.selected()])
-    run.made.fraction = 1.0
-    assert set(run.made.prune()) == {g.name for g in run.made.groups}
-    assert run.made.macs() == run.made.least()
-    with refused(GateError, str(run.made.least()), "keep", model=run.model):
-        run.made.prune()
+    run.decorator.scores.total.fill_(1.0)
+    run.decorator.table.mask(torch.arange(28)[run.decorator.selected()])
+    run.decorator.fraction = 1.0
+    assert set(run.decorator.prune()) == {g.name for g in run.decorator.groups}
+    assert run.decorator.macs() == run.decorator.least()
+    with refused(GateError, str(run.decorator.least()), "keep", model=run.model):
+        run.decorator.prune()
 
 
 def test_a_target_ends_the_selection_where_it_is_met():
-    made = Run().made
-    made.fraction = 0.3
-    made.scores.total.copy_(torch.arange(40.0, 0, -1))
-    every = made.selected()
+    decorator = Run().decorator
+    decorator.fraction = 0.3
+    decorator.scores.total.copy_(torch.arange(40.0, 0, -1))
+    every = decorator.selected()
     assert len(every) == 12
-    alive = made.table.alive()
+    alive = decorator.table.alive()
     for n in range(len(every)):
         alive[every[n]] = False
-        for target in (made.macs(alive), made.macs(alive) + 1):
-            assert made.selected(target).tolist() == every[: n + 1].tolist()
-    assert made.selected(made.macs(alive) - 1).tolist() == every.tolist()
+        for target in (decorator.macs(alive), decorator.macs(alive) + 1):
+            assert decorator.selected(target).tolist() == every[: n + 1].tolist()
+    assert decorator.selected(decorator.macs(alive) - 1).tolist() == every.tolist()
 
 
 def test_the_settings_reach_the_selection():
     def selected(**options):
-        made = GateDecorator(tied(), SMALL, **({"fraction": 1.0} | options))
-        made.scores.total.copy_(torch.arange(40.0, 0, -1))
-        return made.selected().tolist()
+        decorator = GateDecorator(tied(), SMALL, **({"fraction": 1.0} | options))
+        decorator.scores.total.copy_(torch.arange(40.0, 0, -1))
+        return decorator.selected().tolist()
 
     usual = selected()
     assert len(selected(keep=0.5)) < len(usual) == 26
     assert selected(eta=50.0) != usual
     assert len(selected(fraction=0.3)) == 12
-    made = GateDecorator(in_double(tied()), SMALL, fraction=0.1, strength=0.5)
-    functional.cross_entropy(made.model(SMALL), LABELS).backward()
-    before = made.model.norm.gate.grad.clone()
-    made.after_backward(Turn("tock", 0, 0, 3))
-    added = made.model.norm.gate.grad - before
-    rounding.assert_exact(added, 0.5 * made.model.norm.gate.sign())
-    assert made.end(Turn("tock", 0, 2, 3)) == made.end(Turn("tick", 0, 1, 3)) == {}
+    decorator = GateDecorator(in_double(tied()), SMALL, fraction=0.1, strength=0.5)
+    functional.cross_entropy(decorator.model(SMALL), LABELS).backward()
+    before = decorator.model.norm.gate.grad.clone()
+    decorator.after_backward(Turn("tock", 0, 0, 3))
+    added = decorator.model.norm.gate.grad - before
+    rounding.assert_exact(added, 0.5 * decorator.model.norm.gate.sign())
+    assert decorator.end(Turn("tock", 0, 2, 3)) == decorator.end(Turn("tick", 0, 1, 3)) == {}
 
 
 def test_selected_honours_what_counts_as_left_and_masks_nothing():
     run = Run()
-    run.made.scores.total.copy_(torch.arange(1.0, 41))
-    first = run.made.selected()
-    alive = run.made.table.alive()
+    run.decorator.scores.total.copy_(torch.arange(1.0, 41))
+    first = run.decorator.selected()
+    alive = run.decorator.table.alive()
     assert bool(alive.all())
     alive[first] = False
-    second = run.made.selected(alive=alive)
+    second = run.decorator.selected(alive=alive)
     spared = torch.zeros_like(alive)
     spared[second[0]] = True
-    third = run.made.selected(None, alive, spared, more=1)
+    third = run.decorator.selected(None, alive, spared, more=1)
     assert third[: len(second)].tolist() == [*second[1:].tolist(), third[len(second) - 1].item()]
     assert len(third) == len(second) + 1
     assert not set(first.tolist()) & set(second.tolist())
-    assert run.made.macs(alive) < run.made.macs() == run.made.costs.dense
+    assert run.decorator.macs(alive) < run.decorator.macs() == run.decorator.costs.dense
 
 
 @pytest.mark.parametrize("options", [{"fraction": 0}, {"keep": 2}, {"eta": -1}, {"strength": -1}])
@@ -380,9 +382,9 @@ def test_a_run_refuses_bad_settings_before_any_gate(options):
 
 
 def test_ignored_layers_get_no_gates():
-    made = GateDecorator(tied(), SMALL, fraction=0.1, ignored=["norm"])
-    assert list(made.gates) == ["inner_norm"]
-    assert isinstance(made.model.inner_norm, GatedBatchNorm)
-    made.table.mask(some(made.table))
-    assert [name for name, _ in made.melt(SMALL)] == ["inner"]
-    assert made.model.stem.out_channels == 12
+    decorator = GateDecorator(tied(), SMALL, fraction=0.1, ignored=["norm"])
+    assert list(decorator.gates) == ["inner_norm"]
+    assert isinstance(decorator.model.inner_norm, GatedBatchNorm)
+    decorator.table.mask(some(decorator.table))
+    assert [name for name, _ in decorator.melt(SMALL)] == ["inner"]
+    assert decorator.model.stem.out_channels == 12

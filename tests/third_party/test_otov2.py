@@ -107,7 +107,7 @@ before, printed, stdout = top(), io.StringIO(), sys.stdout
 sys.stdout = printed
 from dpm_core.third_party import otov2
 sys.stdout = stdout
-found = {
+report = {
     "path": sys.path == path,
     "modules": sorted(top() ^ before),
     "graph": sys.modules["graph"] is mine,
@@ -119,11 +119,11 @@ found = {
 }
 import graph, transform
 from operation.operator import MINE
-found["mine"] = [graph.MINE, transform.MINE, MINE]
+report["mine"] = [graph.MINE, transform.MINE, MINE]
 model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 2, 3))
-made = otov2.graph(model, torch.randn(2, 3, 8, 8))
-found["groups"] = [g.root for g in otov2.groups(made, model)]
-print(json.dumps(found))
+oto = otov2.graph(model, torch.randn(2, 3, 8, 8))
+report["groups"] = [g.root for g in otov2.groups(oto, model)]
+print(json.dumps(report))
 """
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = subprocess.run(
@@ -180,7 +180,7 @@ def test_a_graph_leaves_nothing_behind(monkeypatch, capfd, caplog, fails):
 @pytest.mark.parametrize("fails", [False, True], ids=["quietly", "after an error"])
 def test_a_step_leaves_nothing_behind(monkeypatch, capfd, caplog, fails):
     model = concatenated()
-    made = optimizer(otov2.DHSPG, model, start_pruning_steps=0)
+    dhspg = optimizer(otov2.DHSPG, model, start_pruning_steps=0)
     backward(model)
     if fails:
         monkeypatch.setattr(otov2._DHSPG, "update_xs", interrupt)
@@ -188,7 +188,7 @@ def test_a_step_leaves_nothing_behind(monkeypatch, capfd, caplog, fails):
     with caplog.at_level("INFO"), contextlib.ExitStack() as stack:
         if fails:
             stack.enter_context(pytest.raises(Interrupted))
-        made.step()
+        dhspg.step()
     assert difference(before, traces()) is None
     assert capfd.readouterr().out == ""
     assert any("partition_groups" in r.message for r in caplog.records)
@@ -200,9 +200,9 @@ def test_a_patch_of_the_users_own_is_put_back(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "cuda", theirs, raising=False)
     model = concatenated()
-    made = optimizer(otov2.DHSPG, model, start_pruning_steps=0)
+    dhspg = optimizer(otov2.DHSPG, model, start_pruning_steps=0)
     backward(model)
-    made.step()
+    dhspg.step()
     assert torch.Tensor.__dict__["cuda"] is theirs
 
 
@@ -237,8 +237,8 @@ def counted(size: int, offset: int = 0) -> list[list[int]]:
 
 def test_a_batch_norm_after_a_concatenation_belongs_to_each_part_at_its_offset():
     model = concatenated()
-    found = {g.root: rows(g.shares) for g in otov2.groups(otov2.graph(model, IMAGES), model)}
-    assert found == {
+    by_root = {g.root: rows(g.shares) for g in otov2.groups(otov2.graph(model, IMAGES), model)}
+    assert by_root == {
         "stem": {
             "stem.weight": counted(6),
             "norm.weight": counted(6),
@@ -284,7 +284,7 @@ nets = pytest.mark.parametrize("name", NETS)
 
 @nets
 def test_structures_are_those_of_the_dependency_graph(name):
-    """Two frameworks, found in two ways: tied residual layers, concatenations and all."""
+    """Two frameworks, two ways to the same groups: residual layers, concatenations and all."""
     build, example = NETS[name]
     model = build()
     mine = otov2.groups(otov2.graph(model, example), model)
@@ -303,16 +303,16 @@ def order(model: nn.Module, names: Any) -> list[str]:
 def test_groups_cover_all_that_is_not_left_whole_and_overlap_nowhere(name):
     build, example = NETS[name]
     model = build()
-    made = otov2.graph(model, example)
+    oto = otov2.graph(model, example)
     claimed = {n: torch.zeros(len(p), dtype=torch.int64) for n, p in model.named_parameters()}
-    for group in otov2.groups(made, model):
+    for group in otov2.groups(oto, model):
         for share in group.shares:
             assert share.dim == 0
             assert share.parameter is dict(model.named_parameters())[share.name]
             claimed[share.name] += torch.bincount(
                 torch.tensor(share.index).flatten(), minlength=len(share.parameter)
             )
-    whole = otov2.unpruned(made)
+    whole = otov2.unpruned(oto)
     for parameter, times in claimed.items():
         left = parameter.rpartition(".")[0] in whole
         assert (times == (0 if left else 1)).all(), parameter
@@ -323,8 +323,8 @@ def test_groups_and_their_shares_are_in_the_models_order(name):
     build, example = NETS[name]
     model = build()
     listed = [name for name, _ in model.named_parameters()]
-    made = otov2.graph(model, example)
-    groups = otov2.groups(made, model)
+    oto = otov2.graph(model, example)
+    groups = otov2.groups(oto, model)
     assert [g.root for g in groups] == sorted(
         (g.root for g in groups), key=lambda root: listed.index(f"{root}.weight")
     )
@@ -332,7 +332,7 @@ def test_groups_and_their_shares_are_in_the_models_order(name):
         names = [s.name for s in group.shares]
         assert names == order(model, names)
         assert names[0] == f"{group.root}.weight"
-    for listed_by_upstream in made._graph.params_groups():
+    for listed_by_upstream in oto._graph.params_groups():
         names = listed_by_upstream["names"]
         assert names == order(model, names)
         mine = dict(model.named_parameters())
@@ -361,18 +361,18 @@ def test_batch_norm_owns_the_structures_it_follows():
 @pytest.mark.parametrize("way", KEPT)
 def test_what_comes_to_the_head_channel_by_channel_is_pruned(way):
     model = Ended(way)
-    made = otov2.graph(model, IMAGES)
-    assert [(g.root, g.structures) for g in otov2.groups(made, model)] == [("conv", 7)]
-    assert otov2.unpruned(made) == {"head": "makes the network's output"}
+    oto = otov2.graph(model, IMAGES)
+    assert [(g.root, g.structures) for g in otov2.groups(oto, model)] == [("conv", 7)]
+    assert otov2.unpruned(oto) == {"head": "makes the network's output"}
 
 
 @pytest.mark.parametrize("way", ["mean over channels", "mean over columns"])
 def test_a_mean_that_mixes_channels_or_leaves_positions_is_not_taken_for_one_that_does_not(way):
     model = Ended(way)
-    made = otov2.graph(model, IMAGES)
-    assert otov2.groups(made, model) == []
+    oto = otov2.graph(model, IMAGES)
+    assert otov2.groups(oto, model) == []
     why = "feeds operators that upstream does not know: reducemean"
-    assert otov2.unpruned(made) == {
+    assert otov2.unpruned(oto) == {
         "conv": why,
         "norm": why,
         "head": "makes the network's output",
@@ -387,9 +387,9 @@ def test_a_frozen_layer_is_left_whole():
     model = small_resnet()
     model.inner.requires_grad_(False)
     model.inner_norm.requires_grad_(False)
-    made = otov2.graph(model, EXAMPLE)
-    assert [g.root for g in otov2.groups(made, model)] == ["stem", "last", "hidden"]
-    whole = otov2.unpruned(made)
+    oto = otov2.graph(model, EXAMPLE)
+    assert [g.root for g in otov2.groups(oto, model)] == ["stem", "last", "hidden"]
+    whole = otov2.unpruned(oto)
     assert whole["inner"] == whole["inner_norm"] == "is frozen"
 
 
@@ -398,24 +398,24 @@ def test_a_frozen_layer_is_left_whole():
 
 @pytest.mark.parametrize("kind", [otov2.DHSPG, otov2.DeferringDHSPG])
 def test_hooks_run_once_a_step(kind):
-    """PyTorch wraps the step of every class that an optimizer is made of."""
-    for _ in range(2):  # the second one finds the classes wrapped
+    """PyTorch wraps the step of every optimizer class."""
+    for _ in range(2):  # with the second one the classes are wrapped already
         model = concatenated()
-        made = optimizer(kind, model)
+        dhspg = optimizer(kind, model)
         calls: list[str] = []
-        made.register_step_pre_hook(lambda *_, c=calls: c.append("pre"))
-        made.register_step_post_hook(lambda *_, c=calls: c.append("post"))
+        dhspg.register_step_pre_hook(lambda *_, c=calls: c.append("pre"))
+        dhspg.register_step_post_hook(lambda *_, c=calls: c.append("post"))
         for _ in range(3):
             backward(model)
-            made.step()
+            dhspg.step()
         assert calls == ["pre", "post"] * 3
-        assert made.param_groups[0]["num_steps"] == 3
+        assert dhspg.param_groups[0]["num_steps"] == 3
 
 
 def test_every_parameter_is_the_optimizers_once():
     model = concatenated()
-    made = optimizer(otov2.DHSPG, model)
-    owned = [id(p) for group in made.param_groups for p in group["params"]]
+    dhspg = optimizer(otov2.DHSPG, model)
+    owned = [id(p) for group in dhspg.param_groups for p in group["params"]]
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
 
 
@@ -446,9 +446,9 @@ def test_what_is_proposed_is_what_upstream_zeroes_in_that_step(settings):
         deferring.load_state_dict({**copy.deepcopy(upstream.state_dict()), "scores": {}})
         deferring.reached = upstream.reach_target_group_sparsity()
         zero = zero_rows(groups)
-        for model, made in ((base, upstream), (twin, deferring)):
+        for model, dhspg in ((base, upstream), (twin, deferring)):
             backward(model)
-            made.step()
+            dhspg.step()
         gone = {name: now & ~zero[name] for name, now in zero_rows(groups).items()}
         nothing = {name: torch.zeros_like(mask) for name, mask in gone.items()}
         wanted = {**nothing, **{name: mask for name, (mask, _) in deferring.wanted.items()}}
@@ -468,18 +468,18 @@ def test_what_is_proposed_is_what_upstream_zeroes_in_that_step(settings):
 
 def test_the_ratio_of_a_proposal_is_the_projection_on_what_was_there():
     model = concatenated()
-    made = optimizer(otov2.DeferringDHSPG, model, start_pruning_steps=0, weight_decay=0.0)
+    dhspg = optimizer(otov2.DeferringDHSPG, model, start_pruning_steps=0, weight_decay=0.0)
     groups = groups_of(model)
     model.double()  # from here on, since upstream follows only graphs in single precision
     backward(model)
     before = {g.root: flat(g, lambda s: s.parameter.detach()) for g in groups}
-    made.step()
-    assert made.wanted
+    dhspg.step()
+    assert dhspg.wanted
     for group in groups:
-        if group.root not in made.wanted:
+        if group.root not in dhspg.wanted:
             continue
-        mask = made.penalised_in(group.root)
-        _, ratio = made.wanted[group.root]
+        mask = dhspg.penalised_in(group.root)
+        _, ratio = dhspg.wanted[group.root]
         x, hat = before[group.root], flat(group, lambda s: s.parameter.detach())
         expected = (hat * x).sum(1) / x.square().sum(1)
         if mask.any():  # they are kept in single precision
@@ -487,7 +487,7 @@ def test_the_ratio_of_a_proposal_is_the_projection_on_what_was_there():
             rounding.assert_rounded(one, other.to(one.dtype), other)
         assert torch.isinf(ratio[~mask]).all()
         # Upstream's half-space.
-        assert torch.equal(made.wanted[group.root][0], ratio < PRUNING["epsilon"])
+        assert torch.equal(dhspg.wanted[group.root][0], ratio < PRUNING["epsilon"])
 
 
 def test_with_enough_on_their_way_upstream_penalises_no_more():
@@ -497,9 +497,9 @@ def test_with_enough_on_their_way_upstream_penalises_no_more():
     plain = torch.optim.SGD(twin.parameters(), lr=0.05, weight_decay=1e-3)
     deferring.reached = True
     for _ in range(3):
-        for model, made in ((base, deferring), (twin, plain)):
+        for model, dhspg in ((base, deferring), (twin, plain)):
             backward(model)
-            made.step()
+            dhspg.step()
         assert deferring.wanted == {}
     for (name, p), q in zip(base.named_parameters(), twin.parameters(), strict=True):
         rounding.assert_exact(p, q, name)
@@ -522,50 +522,50 @@ def plain_scores(groups: list[Any], weight_decay: float) -> torch.Tensor:
 def test_the_scores_that_are_kept_are_those_by_which_upstream_chose(target, tolerance):
     model = concatenated()
     sizes = {"target_group_sparsity": target, "tolerance_group_sparsity": tolerance}
-    made = optimizer(otov2.DeferringDHSPG, model, start_pruning_steps=0, **sizes)
+    dhspg = optimizer(otov2.DeferringDHSPG, model, start_pruning_steps=0, **sizes)
     groups = groups_of(model)
     model.double()
     backward(model)
     expected = plain_scores(groups, SETTINGS["sgd"]["weight_decay"])
-    assert not made.partitioned
-    made.step()
-    assert made.partitioned
-    scores = torch.cat(list(made.scores.values()))
+    assert not dhspg.partitioned
+    dhspg.step()
+    assert dhspg.partitioned
+    scores = torch.cat(list(dhspg.scores.values()))
     rounding.assert_exact(scores, expected)
     # The highest of all; of a component that is among them whole, its lowest is spared.
     top = torch.zeros(len(scores), dtype=torch.bool)
     top[scores.topk(int(len(scores) * min(target + tolerance, 0.999))).indices] = True
     for name, mask in zip(
-        made.scores, top.split([len(s) for s in made.scores.values()]), strict=True
+        dhspg.scores, top.split([len(s) for s in dhspg.scores.values()]), strict=True
     ):
         if mask.all():
-            mask[made.scores[name].argmin()] = False
-        assert torch.equal(made.penalised_in(name), mask), name
-    assert made.penalised() == sum(int(made.penalised_in(n).sum()) for n in made.scores)
-    assert made.structures() == len(scores) == 21
+            mask[dhspg.scores[name].argmin()] = False
+        assert torch.equal(dhspg.penalised_in(name), mask), name
+    assert dhspg.penalised() == sum(int(dhspg.penalised_in(n).sum()) for n in dhspg.scores)
+    assert dhspg.structures() == len(scores) == 21
 
 
 def test_structures_are_exchanged_and_upstreams_own_entries_follow():
     model = concatenated()
-    made = optimizer(otov2.DeferringDHSPG, model, start_pruning_steps=0)
+    dhspg = optimizer(otov2.DeferringDHSPG, model, start_pruning_steps=0)
     backward(model)
-    made.step()
-    name = max(made.zero_invariant, key=lambda n: int(made.penalised_in(n).sum()))
-    mask = made.penalised_in(name)
+    dhspg.step()
+    name = max(dhspg.zero_invariant, key=lambda n: int(dhspg.penalised_in(n).sum()))
+    mask = dhspg.penalised_in(name)
     leave, enter = int(mask.nonzero()[0]), int((~mask).nonzero()[0])
-    penalised = made.penalised()
-    made.exchange(name, (leave,), [enter])
-    now = made.penalised_in(name)
+    penalised = dhspg.penalised()
+    dhspg.exchange(name, (leave,), [enter])
+    now = dhspg.penalised_in(name)
     assert not now[leave]
     assert now[enter]
-    assert made.penalised() == penalised
-    group = made.zero_invariant[name]
+    assert dhspg.penalised() == penalised
+    group = dhspg.zero_invariant[name]
     assert group["magnitude_penalize"].tolist() == now.nonzero()[:, 0].tolist()
     assert group["not_magnitude_penalize"].tolist() == (~now).nonzero()[:, 0].tolist()
     # The penalty follows: what has entered is penalised in the next step, what has left is not.
     backward(model)
-    made.step()
-    _, ratio = made.wanted[name]
+    dhspg.step()
+    _, ratio = dhspg.wanted[name]
     assert torch.isfinite(ratio[enter])
     assert torch.isinf(ratio[leave])
 
@@ -575,20 +575,20 @@ def test_structures_are_exchanged_and_upstreams_own_entries_follow():
 
 def trained(kind: type, settings: str, steps: int, seed: int = 0) -> tuple[nn.Module, Any]:
     model = concatenated(seed)
-    made = optimizer(kind, model, **SETTINGS[settings])
+    dhspg = optimizer(kind, model, **SETTINGS[settings])
     for _ in range(steps):
         backward(model)
-        made.step()
-    return model, made
+        dhspg.step()
+    return model, dhspg
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("kind", [otov2.DHSPG, otov2.DeferringDHSPG])
 @pytest.mark.parametrize("steps", [0, 2, 4])
 def test_a_state_is_taken_up_and_training_ends_in_the_same_bits(kind, settings, steps):
-    model, made = trained(kind, settings, steps)
+    model, dhspg = trained(kind, settings, steps)
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": made.state_dict()}, file)
+    torch.save({"model": model.state_dict(), "optimizer": dhspg.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     # Into one that has trained on something else: nothing of it is to stay.
@@ -597,16 +597,16 @@ def test_a_state_is_taken_up_and_training_ends_in_the_same_bits(kind, settings, 
     other.load_state_dict(saved["model"])
     assert difference(saved["optimizer"], again.state_dict()) is None
     for _ in range(4):
-        for one, its in ((model, made), (other, again)):
+        for one, its in ((model, dhspg), (other, again)):
             backward(one)
             its.step()
     assert difference(dict(model.state_dict()), dict(other.state_dict())) is None
-    assert difference(made.state_dict(), again.state_dict()) is None
+    assert difference(dhspg.state_dict(), again.state_dict()) is None
 
 
 def test_a_state_goes_by_names():
-    _, made = trained(otov2.DeferringDHSPG, "adam", 3)
-    state = made.state_dict()
+    _, dhspg = trained(otov2.DeferringDHSPG, "adam", 3)
+    state = dhspg.state_dict()
     assert set(state["groups"]) == {"stem", "first", "both", "second", "all", "last", "head"}
     assert set(state["groups"]["first"]["second"]) == {"first.weight", "first.bias"}
     assert set(state["scores"]) == {"stem", "first", "second", "last"}
@@ -661,16 +661,16 @@ def test_a_damaged_state_is_refused_and_nothing_is_changed(damage):
     _, other = trained(otov2.DeferringDHSPG, "adam", 4)
     damaged = copy.deepcopy(other.state_dict())
     DAMAGES[damage](damaged)
-    _, made = trained(otov2.DeferringDHSPG, "adam", 3, seed=1)
-    before = copy.deepcopy(made.state_dict())
+    _, dhspg = trained(otov2.DeferringDHSPG, "adam", 3, seed=1)
+    before = copy.deepcopy(dhspg.state_dict())
     with pytest.raises(ValueError, match="no state of DeferringDHSPG for this model"):
-        made.load_state_dict(damaged)
-    assert difference(before, made.state_dict()) is None
+        dhspg.load_state_dict(damaged)
+    assert difference(before, dhspg.state_dict()) is None
 
 
 def test_a_foreign_state_is_refused_and_nothing_is_changed():
-    _, made = trained(otov2.DeferringDHSPG, "adam", 3)
-    before = copy.deepcopy(made.state_dict())
+    _, dhspg = trained(otov2.DeferringDHSPG, "adam", 3)
+    before = copy.deepcopy(dhspg.state_dict())
     _, base = trained(otov2.DHSPG, "adam", 3)
     model = small_resnet()
     of_another_model = optimizer(otov2.DeferringDHSPG, model, EXAMPLE, **SETTINGS["adam"])
@@ -680,5 +680,5 @@ def test_a_foreign_state_is_refused_and_nothing_is_changed():
     plain = torch.optim.SGD(concatenated().parameters(), lr=0.1)
     for foreign in (base.state_dict(), of_another_model.state_dict(), plain.state_dict(), None, []):
         with pytest.raises(ValueError, match="load it with the variant and the model"):
-            made.load_state_dict(foreign)
-        assert difference(before, made.state_dict()) is None
+            dhspg.load_state_dict(foreign)
+        assert difference(before, dhspg.state_dict()) is None

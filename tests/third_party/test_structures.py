@@ -1,7 +1,7 @@
-"""Which channels go together, what is refused and why, and how a removal is judged.
+"""Which channels go together, what is refused and why, and how a removal is checked.
 
-Each network is a situation that users of pruning tools report. Expected are structures that are
-what their removal takes, or a refusal that names the layer.
+Each network is a situation that users of pruning tools report. Expected is either that a structure
+is all that its removal takes, or a refusal that names the layer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def sizes(model: nn.Module, example: Any, **settings: Any) -> dict[str, int]:
 
 
 def assert_exact(model: nn.Module, example: Any, seed: int = 0) -> int:
-    """Drawn structures of every group at zero are the same as removed; how many channels went."""
+    """Drawn structures are the same at zero and removed. Returns how many channels were removed."""
     draw, model = torch.Generator().manual_seed(seed), model.double().eval()
     example = running.map_tensors(example, lambda t: t.double() if t.is_floating_point() else t)
     plan = []
@@ -391,8 +391,8 @@ def test_subsets_take_unequal_shares_of_halves_and_thirds():
             assert uneven >= 2
 
 
-def test_culprits_are_told_by_halves():
-    """Of 16 layers one is at fault: it takes some passes to find out which, not 16."""
+def test_culprits_are_searched_by_halving():
+    """One of 16 layers is at fault: it takes a few passes to find out which, not 16."""
 
     def run(m: Any, x: Tensor) -> Tensor:
         for i, layer in enumerate(m.layers):
@@ -609,11 +609,11 @@ def test_a_part_that_is_switched_off_is_not_accepted_in_silence():
 
     model = Net(run, a=conv(3, 6), o=nn.Linear(6, 5), f=nn.Linear(6 * 64, 5))
     model.alpha = 0.0
-    with pytest.raises(UnsupportedLayerError, match=r"cannot be judged: 'f'.*changes no output"):
+    with pytest.raises(UnsupportedLayerError, match=r"cannot be checked: 'f'.*changes no output"):
         structure_groups(model, IMAGES)
 
 
-def test_a_head_that_only_training_runs_is_found_out():
+def test_a_head_that_only_training_runs_is_noticed():
     def run(m: Any, x: Tensor) -> Any:
         maps, y = hidden(m, x)
         return (y, m.aux(maps.mean((2, 3)))) if m.training else y

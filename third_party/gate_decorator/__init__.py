@@ -3,9 +3,9 @@
 You et al., *Gate Decorator: Global Filter Pruning Method for Accelerating Deep Convolutional
 Neural Networks*, NeurIPS 2019, arXiv 1909.08174. Every BatchNorm gets a gate per channel; training
 alternates between ticks, in which the gates are scored and the lowest are masked, and tocks, in
-which all trains under a penalty on the gates.
+which everything trains under a penalty on the gates.
 
-:class:`GateDecorator` holds the parts together; each of them serves alone too.
+:class:`GateDecorator` joins the parts; each of them can be used alone, too.
 """
 
 from .costs import CostModel

@@ -15,17 +15,18 @@ from .groups import GateGroup
 
 
 class CostModel:
-    """MACs of one sample, exact for the physically smaller model, without making it.
+    """MACs of one sample, exact for the physically smaller model, without building it.
 
-    A layer costs unit * rows * columns, the first two dimensions of its weight; both shrink by a
-    fixed number for each structure of a group that goes. The numbers are read off a copy of the
-    model from which one structure of every group is really removed. What depends on no group, and
-    any operation outside convolutions and linear layers, is a constant.
+    A layer costs unit * rows * columns, where rows and columns are the first two dimensions of its
+    weight. Both shrink by a fixed number with each structure of a group that is removed. These
+    numbers are read off a copy of the model from which one structure of every group is really
+    removed. Whatever depends on no group, and any operation outside convolutions and linear layers,
+    is a constant.
 
     Args:
         model: plain and dense; stays as it is.
         example: a batch of any size on the model's device.
-        groups: what :func:`tied_gates` found in it.
+        groups: what :func:`tied_gates` returned for it.
 
     Attributes:
         sizes: int64 (G,), the structures of each group.
@@ -37,7 +38,7 @@ class CostModel:
 
     def __init__(self, model: nn.Module, example: Any, groups: Sequence[GateGroup]) -> None:
         if gated(model):
-            raise GateError("the model has gates; the costs are found in the plain dense model")
+            raise GateError("the model has gates; the costs are those of the plain dense model")
         copied = running.copied(model).eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             running.probe(copied, running.first(example))

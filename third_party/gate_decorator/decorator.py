@@ -25,20 +25,20 @@ from .selection import KEEP, GateScores, protected, select
 class GateDecorator:
     """Puts gates into a model, scores and masks them, and melts the model at the end.
 
-        made = GateDecorator(model, example, fraction=0.005)
+        decorator = GateDecorator(model, example, fraction=0.005)
         optimizer = SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
         step = 0
-        while made.macs() > target:
+        while decorator.macs() > target:
             turn = turn_at(step, times)
-            made.begin(turn)
+            decorator.begin(turn)
             optimizer.param_groups[0]["lr"] = learning_rate(turn)
             optimizer.zero_grad()
             loss_of(model).backward()
-            made.after_backward(turn)
+            decorator.after_backward(turn)
             optimizer.step()
-            made.end(turn, target)
+            decorator.end(turn, target)
             step += 1
-        made.melt(example)
+        decorator.melt(example)
 
     Args:
         model: plain; gets its gates here, in place. Make the optimizer afterwards.
@@ -110,7 +110,7 @@ class GateDecorator:
         spared: Tensor | None = None,
         more: int = 0,
     ) -> Tensor:
-        """What the scores single out; nothing is masked.
+        """The structures that the scores select; nothing is masked.
 
         Args:
             target: MACs at which to stop (ours: the original may fall a little below its target).
@@ -125,7 +125,7 @@ class GateDecorator:
             GateError: nothing may go any more.
         """
         alive = self.table.alive() if alive is None else alive
-        found = select(
+        chosen = select(
             self.scores.of_structures(),
             alive,
             self.table.group,
@@ -137,25 +137,25 @@ class GateDecorator:
             spared=spared,
             more=more,
         )
-        if not len(found):
+        if not len(chosen):
             raise GateError(
                 f"nothing is left to select at {self.macs(alive)} MACs, and {self.least()} is the "
                 "least there can be; raise the target or lower keep"
             )
         if target is not None:
-            after = self.costs.along(self.table.kept(alive), self.table.group[found])
-            found = found[: int((after > target).sum()) + 1]
-        return found
+            after = self.costs.along(self.table.kept(alive), self.table.group[chosen])
+            chosen = chosen[: int((after > target).sum()) + 1]
+        return chosen
 
     def prune(self, target: int | None = None) -> dict[str, list[int]]:
-        """Mask what :meth:`selected` gives, for good.
+        """Mask the :meth:`selected` structures, for good.
 
         Returns:
             The structures by group.
         """
-        found = self.selected(target)
-        self.table.mask(found)
-        return self.table.split(found)
+        chosen = self.selected(target)
+        self.table.mask(chosen)
+        return self.table.split(chosen)
 
     def macs(self, alive: Tensor | None = None) -> int:
         """MACs of one sample, of the structures that are alive (``None``: not masked)."""

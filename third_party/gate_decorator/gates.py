@@ -27,14 +27,14 @@ class GatedBatchNorm(_BatchNorm):
 
     output = gate * (normalised input + shift) * mask (arXiv 1909.08174, its GBN). All three
     go into batch_norm's own weight and bias, so the gate costs nothing per activation. Statistics,
-    their count, eps, momentum, mode, device and dtype are those of the BatchNorm it is made from.
+    their count, eps, momentum, mode, device and dtype are taken from the BatchNorm.
 
     A weight of exactly 0 gives a gate of 0, which silences the shift: exact if the bias is 0 too,
     refused otherwise (ours).
 
     Args:
         norm: a BatchNorm1d, 2d or 3d with weight and bias over C channels; left as it is.
-        name: how errors call it.
+        name: what errors call it.
 
     Attributes:
         gate: parameter (C,), phi; starts as the weight.
@@ -167,17 +167,17 @@ def decorate(
                 f"{name!r} cannot be replaced in one place: it is the model itself or also "
                 f"{others}. Name it in `ignored`"
             )
-    made = {n: GatedBatchNorm(places[n], repr(n)) for n in wanted}
-    changed = {n: g.clamped for n, g in made.items() if g.clamped}
+    gates = {n: GatedBatchNorm(places[n], repr(n)) for n in wanted}
+    changed = {n: g.clamped for n, g in gates.items() if g.clamped}
     if changed:
         warnings.warn(
             f"shifts were clamped to {LIMIT:g}, which changes what the model computes; channels "
             f"by layer: {changed}",
             stacklevel=2,
         )
-    for name, gate in made.items():
+    for name, gate in gates.items():
         model.set_submodule(name, gate)
-    return made
+    return gates
 
 
 def undecorate(model: nn.Module) -> None:
@@ -190,9 +190,9 @@ def undecorate(model: nn.Module) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """A tick begins: convolutions are frozen, and all else trains (gates, shifts, linear layers).
+    """A tick begins: convolutions are frozen; the rest trains (gates, shifts, linear layers).
 
-    Their gradients are dropped, so that an optimizer that holds them leaves them as they are.
+    The gradients of convolutions are dropped, so that the optimizer leaves them as they are.
     """
     for parameter in _convolutional(model).values():
         parameter.requires_grad_(False)

@@ -34,7 +34,7 @@ class GateGroup:
 
     @property
     def structures(self) -> int:
-        """K, how many structures the group holds."""
+        """K, how many structures the group has."""
         return len(self.tied)
 
     @property
@@ -77,7 +77,7 @@ def tied_gates(
             the same at zero and removed.
     """
     if gated(model):
-        raise GateError("the model has gates already; groups are found in the plain model")
+        raise GateError("the model has gates already; groups are those of the plain model")
     reading = graph.read(model, example, ignored)
     for why in reading.refused.values():
         raise UnsupportedLayerError(why)
@@ -87,15 +87,15 @@ def tied_gates(
     ]
     trial.require_exact(trial.inexact(model, example, silenced, progress))
     names = {m: n for n, m in model.named_modules()}
-    found = []
+    tied = []
     for group in silenced:
         members = {names[m]: torch.tensor(index) for m, _, index in group.owners}
         area = areas[group.owners[0][0]]
-        found.append(GateGroup(group.root, group.members, members, area))
-    if not found:
+        tied.append(GateGroup(group.root, group.members, members, area))
+    if not tied:
         raise GateError("no group of layers is silenced by BatchNorms alone; shorten `ignored`")
     places = list(names.values())
-    return sorted(found, key=lambda g: places.index(g.name))
+    return sorted(tied, key=lambda g: places.index(g.name))
 
 
 def _areas(model: nn.Module, example: Any) -> dict[nn.Module, int]:
@@ -177,12 +177,12 @@ class GateTable:
         return torch.tensor(wanted, dtype=torch.int64) + self._first[name]
 
     def split(self, ids: Tensor) -> dict[str, list[int]]:
-        """Structures within their groups, by group name, in the order given."""
-        found: dict[str, list[int]] = {}
+        """Numbers as positions within groups, by group name, in the order given."""
+        structures: dict[str, list[int]] = {}
         for number, position in zip(ids.tolist(), self.group[ids].tolist(), strict=True):
             name = self.groups[position].name
-            found.setdefault(name, []).append(number - self._first[name])
-        return found
+            structures.setdefault(name, []).append(number - self._first[name])
+        return structures
 
     def gather(self, values: Tensor, empty: float) -> Tensor:
         """Per-gate values (T,) by structure: (S, M), with ``empty`` where there is no gate."""
@@ -221,7 +221,7 @@ def melt(
     Args:
         model: decorated.
         example: a batch of any size on the model's device.
-        groups: what :func:`tied_gates` found in the plain model.
+        groups: what :func:`tied_gates` returned for the plain model.
         frozen: names of convolutions' parameters that stay frozen.
 
     Returns:

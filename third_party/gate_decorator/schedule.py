@@ -14,7 +14,7 @@ LOW, HIGH = 1e-3, 1e-2
 class TickTock:
     """The lengths of a run: one tock, then ever again ``ticks`` ticks and a tock.
 
-    The defaults are the paper's. It goes on until told to stop.
+    The defaults are the paper's. It goes on until the caller stops it.
 
     Attributes:
         steps_per_epoch: optimizer steps in an epoch.

@@ -1,4 +1,4 @@
-"""Scores of the gates, and which structures they single out."""
+"""Scores of the gates, and which structures they select."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class GateScores:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Add the batch whose gradients the gates hold. No device synchronisation.
+        """Add the batch whose gradients the gates have. No device synchronisation.
 
         Raises:
             GateError: a gate has no gradient; nothing was added.
@@ -120,7 +120,7 @@ def select(
         int64 (n,), numbers of structures, the first to go first.
 
     Raises:
-        GateError: shapes, signs or ranges are not as said, or a living structure's score is not
+        GateError: a shape, sign or range is wrong, or a living structure's score is not
             finite.
     """
     if not 0 < fraction <= 1 or not 0 <= keep <= 1 or eta < 0 or more < 0:
