@@ -30,9 +30,9 @@ from .optimizer_state import CarryOver
 class Removal:
     """Channels of layers, in the order in which they go.
 
-    Until a layer occurs a second time, all are removed together, and channels are counted in the
-    model before. A second occurrence begins a further removal: from there on channels are counted
-    in the model that the earlier ones leave. An occurrence without channels does nothing else.
+    Until a layer occurs a second time, all are removed together, with channels numbered as in the
+    model before. A second occurrence begins a further removal: from there on channels are numbered
+    as in the model that the earlier ones leave. An occurrence without channels does nothing else.
 
     Attributes:
         items: (layer's name, its output channels), as modules are named in the dense model. Any

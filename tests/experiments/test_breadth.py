@@ -58,7 +58,7 @@ def test_a_difference_of_one_weight_is_seen(monkeypatch):
     def remove(self):
         whole(self)
         with torch.no_grad():
-            self.context.model.hidden.weight[0, 0] *= 1.01
+            self.model.hidden.weight[0, 0] *= 1.01
 
     monkeypatch.setattr(DepGraph, "remove", remove)
     row = breadth.measure(WORKS)
