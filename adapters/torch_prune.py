@@ -1,8 +1,8 @@
 """torch.nn.utils.prune: ``ln_structured``, the structured pruning that comes with PyTorch.
 
 Upstream masks rows of one layer's weight. What becomes of its masks is ours: layers whose channels
-are tied are ranked as one, and a masked structure goes whole, with its bias and BatchNorm. ``base``
-removes it at once; for ``sp`` and ``sr`` it decays and is removed at the end.
+are tied are ranked as one, and a masked structure goes whole, with its bias and BatchNorm. It goes
+at once, or, with smoothing, when it has decayed.
 docs/write-an-adapter.md builds this file step by step.
 """
 

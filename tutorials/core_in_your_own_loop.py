@@ -255,17 +255,17 @@ figure.savefig(OUT / "core-norms.png")
 # ## Make the network smaller
 #
 # A zero structure does nothing, so it can be removed: the outputs stay what they are. A `Removal`
-# says which channels go. `apply` takes them out by torch-pruning's dependency graph, together with
-# the inputs that the next layers no longer need. The optimizer may come along, and then goes on
-# with what is left of its state; here the training is over.
+# says which channels go: here those that are PRUNED. `apply` takes them out by torch-pruning's
+# dependency graph, together with the inputs that the next layers no longer need. In the middle of a
+# training write `removal.apply(model, example, optimizer)`, and the optimizer goes on with what is
+# left of its state.
 
 # %%
 dpm.detach()
 example = images.normalize(images.test[:64])
 zeroed, macs = outputs(model, example), count_macs(model, example)
 
-pruned = {name: (dpm.phases(name) == Phase.PRUNED).nonzero().flatten() for name in dpm.groups}
-removal = Removal(pruned.items())
+removal = Removal.of(dpm)
 removal.apply(model, example)
 
 difference = (outputs(model, example) - zeroed).abs().max().item()
