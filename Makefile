@@ -72,6 +72,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  sys.exit(0 if ok else "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	@test -x $(call q,$(VENV)/bin/python) || $(PYTHON) -m venv -- $(call q,$(VENV))
 	@echo "installing into "$(call q,$(VENV))" (PyTorch is large: minutes, and about 5 GB)"
+	@rm -rf -- decay_pruning.egg-info # of another release it would be found before the installed one
 	@$(call q,$(VENV)/bin/python) -m pip install --quiet --disable-pip-version-check \
 	  -c constraints.txt -e '.[frameworks,experiments,dev]'
 	@touch -- $(call q,$@)
