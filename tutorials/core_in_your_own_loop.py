@@ -130,7 +130,7 @@ groups = [
     StructureGroup(
         name,
         [
-            Slice.whole(conv.weight),
+            Slice.whole(conv.weight, name=f"{name}.weight"),  # which channel each structure is
             Slice.whole(conv.bias),
             Slice.whole(norm.weight, batch_norm=True),
             Slice.whole(norm.bias, batch_norm=True),
