@@ -76,9 +76,8 @@ def test_the_commands_run(tmp_path):
             words = small(words)
             words += ["--out", str(tmp_path / "runs")]
         # Under make these would let an inner make print its folders, as its last line.
-        clean = {
-            k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
-        }
+        outer = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "FLAGS")  # and our FLAGS are for pytest
+        clean = {k: v for k, v in os.environ.items() if k not in outer}
         done = subprocess.run(
             words, cwd=ROOT, env=clean, capture_output=True, text=True, check=False
         )

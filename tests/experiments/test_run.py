@@ -676,7 +676,7 @@ def test_a_damaged_dense_model_is_refused_by_name(tmp_path, miniature):
 @pytest.mark.usefixtures("miniature")
 def test_training_that_ends_before_the_removal_is_due_is_refused_before_any_work(tmp_path):
     request = tiny.request(tmp_path / "out", "sr", {**MINIATURE, "smooth.steps": 12})
-    with pytest.raises(AdapterError, match=r"takes up to 21 steps.*'prune' has 16"):
+    with pytest.raises(AdapterError, match=r"takes up to 21 steps.*training has 16"):
         run(request)
     assert not request.out.exists()
     # The decay alone fits.
