@@ -348,6 +348,24 @@ def test_a_melted_network_equals_the_masked_one_and_costs_what_was_said(name):
         assert model.get_submodule(root).out_channels == dense - len(channels)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_melting_in_single_precision_is_not_taken_for_another_function(seed):
+    """The melted bias is a product, rounded: large shifts show it beyond double's rounding."""
+    model, draw = tied(seed), torch.Generator().manual_seed(seed)
+    table = gate_all(model, SMALL)
+    with torch.no_grad():
+        for gate in table.gates.values():
+            gate.gate.uniform_(0.5, 3, generator=draw)
+            gate.shift.normal_(0, 3, generator=draw)
+    table.mask(some(table, seed=seed))
+    model.eval()
+    with torch.no_grad():
+        gated_outputs = model(SMALL)
+    exact = in_double(copy.deepcopy(model))(SMALL.double()).detach()
+    assert melt(model, SMALL, table.groups)
+    rounding.assert_rounded(model(SMALL).detach(), gated_outputs, exact)
+
+
 class Mixed(nn.Module):
     """Concatenation, depthwise, grouped, transposed and flattened layers, 1d BatchNorm."""
 
