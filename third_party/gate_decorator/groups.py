@@ -243,7 +243,7 @@ def melt(
         raise GateError(f"groups {empty} have no structure left; unmask one in each")
     gone = table.split((~alive).nonzero()[:, 0])
     plan = [(g.name, g.channels_of(gone[g.name])) for g in groups if g.name in gone]
-    # In double precision: the real one rounds gate * shift to its own, which is not what is compared.
+    # In double precision: the real one rounds gate * shift to its own, which is no fault.
     plain, given = running.Precision(model, example).of(model, example)
     undecorate(plain)
     dependency.compare(model, plain, example, plan)
