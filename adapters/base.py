@@ -210,8 +210,10 @@ class Adapter(ABC):
                 model, such as the large one after a removal.
             AttachmentError: see :meth:`dpm_core.DecayPruning.attach`.
         """
+        _require_whole(self.model)  # it may have been sharded since
         optimizers = all_unwrapped(optimizer)
         self._require_own(optimizers)
+        self._bring_example()
         if not (self.checked or self.complete):
             self.check()
         before, self._grouped = (self.optimizers, self._loss), None
@@ -269,9 +271,12 @@ class Adapter(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides model and optimizer."""
+        if self._state is not None:  # loaded, and not taken up yet
+            return dict(self._state)
         at_work = self.dpm is not None and not self.complete
         return {
             "version": VERSION,
+            "attached": bool(self.optimizers),
             "clock": self.clock,
             "heard": self._heard if at_work else self.heard,
             "seen": self._seen,
@@ -298,6 +303,8 @@ class Adapter(ABC):
                 "the adapter's state is damaged or was saved by another release; start anew, or "
                 "go on with the release that saved it"
             )
+        if not state.get("attached", True):
+            return  # all is to come, as without it
         self.lay_out(None if state["removed"] is None else Removal(state["removed"]))
         self.clock, self._heard, self._seen = state["clock"], state["heard"], state["seen"]
         self.decided, self.pruned = state["decided"], state["pruned"]
@@ -309,8 +316,13 @@ class Adapter(ABC):
         The run's weights can then be loaded into it, those of its end or those before a removal.
         """
         if removed is not None:
+            self._bring_example()
             removed.apply(self.model, self.example, cut=True)
         self.checked, self.removed, self._grouped = True, removed, None
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether this adapter's model is a module, or a part of it."""
+        return any(m is self.model for m in module.modules())
 
     # ------------------------------------------------------------------ for comparisons
 
@@ -517,6 +529,11 @@ class Adapter(ABC):
     def _after(self) -> None:
         self.clock += 1
         self.after_step()
+
+    def _bring_example(self) -> None:
+        """A trainer may have moved the model to another device since."""
+        place = running.device_of((), self.model)
+        self.example = running.map_tensors(self.example, lambda t: t.to(place))
 
     def _none_decays(self) -> bool:
         return self.dpm is None or self.dpm.count(Phase.DECAYING) == 0

@@ -298,6 +298,8 @@ class GateDecorator(Adapter):
 
     def state_dict(self) -> dict[str, Any]:
         """The base class's state, its own progress and the scores; the model has the gates."""
+        if self._state is not None:  # loaded, and not taken up yet
+            return super().state_dict()
         return {
             **super().state_dict(),
             "steps": self._steps_done,

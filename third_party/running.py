@@ -105,8 +105,8 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         yield torch.tensor(value, dtype=torch.float64)
     elif isinstance(value, int | complex | str | bytes | type(None)) or id(value) in seen:
         return
-    elif type(value).__module__ == "numpy" and getattr(value, "dtype", None) is not None:
-        if value.dtype.kind in "biufc":
+    elif type(value).__module__ == "numpy" and hasattr(value, "dtype"):
+        if hasattr(value, "shape") and value.dtype.kind in "biufc":  # no numpy.iinfo
             yield torch.as_tensor(value)
     else:
         seen.add(id(value))
@@ -144,7 +144,9 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """
     memo = {} if memo is None else memo
     for module in model.modules():
-        for tensor in tensors(list(vars(module).values())):
+        scripted = isinstance(module, torch.jit.ScriptModule)  # has no state of that kind
+        # What is copied: of a LightningModule, say, not its trainer.
+        for tensor in tensors(vars(module) if scripted else module.__getstate__()):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
     return copy.deepcopy(model, memo)

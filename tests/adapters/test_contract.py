@@ -30,7 +30,7 @@ from dpm_core.adapters.removal import Removal
 from tests.support import rounding
 from tests.support.frameworks import CASES, EAGER, EXAMPLE, Case, Drive, until_removed
 from tests.support.rounding import exact_outputs
-from tests.support.snapshot import assert_unchanged, snapshot
+from tests.support.snapshot import assert_unchanged, difference, snapshot
 
 VARIANTS = ("base", "sp", "sr")
 IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -526,3 +526,19 @@ def test_what_is_not_zero_is_not_removed(case):
     adapter.remove = disturbed
     drive.run()
     assert bool(refused) == (case.framework in ("depgraph", "torch-prune"))
+
+
+@cases
+def test_a_state_is_passed_on_by_an_adapter_that_was_not_attached(case):
+    """Trainers save before they train: before the start, and between loading and going on."""
+    fresh = case.adapter(case.build(), "sr")
+    other = case.adapter(case.build(), "sr")
+    other.load_state_dict(fresh.state_dict())
+    for adapter in (fresh, other):
+        attached(case, adapter)
+    assert difference(other.state_dict(), fresh.state_dict()) is None
+    half = Drive(case, case.adapter(case.build(), "sr")).run(stop_after=3)
+    state = half.adapter.state_dict()
+    loaded = case.adapter(case.build(), "sr")
+    loaded.load_state_dict(state)
+    assert difference(loaded.state_dict(), state) is None
