@@ -90,7 +90,8 @@ class Adapter(ABC):
     a framework that decides once, at the start. One that decides at other times calls
     :meth:`decide` in :meth:`start` or :meth:`after_step`; one that removes several times has
     :attr:`complete`, :attr:`due` and :meth:`numbers` of its own, too.
-    What it has to remember goes into :meth:`state_dict`, and comes back in :meth:`restore`.
+    What it has to remember is its :meth:`own_state`, and comes back in :meth:`load_state_dict`, or
+    in :meth:`restore`, when the optimizer is there.
 
     Args:
         model: the dense model; the adapter works on it in place.
@@ -284,6 +285,7 @@ class Adapter(ABC):
             "removed": None if self.removed is None else list(self.removed),
             "pruned": self.pruned,
             "dpm": self.dpm.state_dict() if self.dpm is not None and at_work else None,
+            **self.own_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -319,10 +321,6 @@ class Adapter(ABC):
             self._bring_example()
             removed.apply(self.model, self.example, cut=True)
         self.checked, self.removed, self._grouped = True, removed, None
-
-    def is_of(self, module: nn.Module) -> bool:
-        """Whether this adapter's model is a module, or a part of it."""
-        return any(m is self.model for m in module.modules())
 
     # ------------------------------------------------------------------ for comparisons
 
@@ -420,6 +418,10 @@ class Adapter(ABC):
         """Some structures as output channels of the layer that their group is named after."""
         return root_channels(self.grouped()[group], structures)
 
+    def own_state(self) -> dict[str, Any]:
+        """What this framework has to remember besides, for :meth:`state_dict`."""
+        return {}
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """In place of :meth:`start`, when attached with a saved state: go on from there."""
         self.follow()
@@ -450,7 +452,7 @@ class Adapter(ABC):
     def follow(self) -> None:
         """Put hooks on the optimizer's step: the core's, and this adapter's around them."""
         if self.complete or self.smooth is None:
-            self._steps = Attachment(self.optimizers, [], self._before, self._after)
+            self._steps = Attachment(self.optimizers, [], self.before_step, self._after)
             return
         if self.dpm is None:
             self.dpm = DecayPruning(self.groups(), self.smooth, self.rectify)
@@ -460,7 +462,7 @@ class Adapter(ABC):
             model=self.model,
             loss=self._loss,
             refill=self.choose if self.refills else None,
-            before=self._before,
+            before=self.before_step,
             after=self._after,
         )
 
@@ -485,17 +487,6 @@ class Adapter(ABC):
                 f"the decay takes up to {self.decay_steps()} steps, but the training has "
                 f"{self.training.steps}; give it more epochs or shorten smooth.steps"
             )
-
-    def check_ignored(self, names: Iterable[str]) -> None:
-        """Refuse names in ``ignored`` that are no layers of the model.
-
-        Raises:
-            AdapterError: naming what is no layer of the model.
-        """
-        known = dict(self.model.named_modules())
-        for name in names:
-            if name not in known:
-                raise AdapterError(f"ignored names {name!r}, which is no layer of the model")
 
     @staticmethod
     def frozen(parameters: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -522,9 +513,6 @@ class Adapter(ABC):
             )
 
     # ------------------------------------------------------------------ internals
-
-    def _before(self) -> None:
-        self.before_step()
 
     def _after(self) -> None:
         self.clock += 1

@@ -44,8 +44,8 @@ class DepGraphOptions:
         normalizer: upstream's ``normalizer`` of the group magnitude. ``None``: ``max`` with sparse
             learning, ``mean`` without, as upstream's own recipes have it.
         reg: upstream's ``reg``, the strength of sparse learning.
-        importance: the group magnitude, or ``random``: drawn from the run's seed, to see what a
-            rectifier makes of a blind ranking.
+        importance: the group magnitude, or ``random``: drawn from the adapter's ``seed``, to see
+            what a rectifier makes of a blind ranking. The experiments draw alike in every run.
         ignored: names of layers that are left as they are, besides those that make the output.
         skip_unsupported: leave groups as they are in which a channel of zeros does not equal a
             removed one, such as a transformer's embedding, instead of refusing the model.
@@ -106,7 +106,6 @@ class DepGraph(Adapter):
             raise AdapterError(
                 "rounds start some epochs apart; give training=Training(steps, steps_per_epoch)"
             )
-        self.check_ignored(options.ignored)
         self._pruner: Pruner | None = None
         self._groups: dict[str, UpstreamGroup] = {}
         self._learning = self.training is not None and self.training.sparse is not None
@@ -286,9 +285,7 @@ class DepGraph(Adapter):
     def start(self) -> None:
         """Sparse learning starts, or the first round."""
         self.follow()
-        if self._learning:
-            self._pruner = self._new_pruner(self.model)
-        else:
+        if not self._learning:
             self._decide_in_time()
 
     def _decide_in_time(self) -> None:
@@ -304,7 +301,8 @@ class DepGraph(Adapter):
         if self._learning:
             assert self.training is not None
             assert self.training.sparse is not None
-            assert self._pruner is not None
+            if self._pruner is None:
+                self._pruner = self._new_pruner(self.model)
             if self.clock and self.clock % self.training.sparse.steps_per_epoch == 0:
                 self._pruner.update_regularizer()
             self._pruner.regularize()
@@ -318,7 +316,6 @@ class DepGraph(Adapter):
                 return
             self._learning, self.clock = False, 0
             if self.dpm is not None:
-                self._pruner = self._new_pruner(self.model)
                 self.dpm.clock = 0
         self._decide_in_time()
 
@@ -356,10 +353,9 @@ class DepGraph(Adapter):
 
     # ------------------------------------------------------------------ saving
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base class's state, and how far sparse learning and the rounds are."""
+    def own_state(self) -> dict[str, Any]:
+        """How far sparse learning and the rounds are."""
         return {
-            **super().state_dict(),
             "learning": self._learning,
             "round": self._round,
             "chosen": self._chosen,
@@ -371,12 +367,6 @@ class DepGraph(Adapter):
         super().load_state_dict(state)
         self._learning, self._round = state["learning"], state["round"]
         self._chosen, self._left = state["chosen"], state["left"]
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; in sparse learning, with a new pruner of upstream's."""
-        super().restore(state)
-        if self._learning:
-            self._pruner = self._new_pruner(self.model)
 
 
 def structure_groups(

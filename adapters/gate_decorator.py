@@ -287,7 +287,8 @@ class GateDecorator(Adapter):
         removal = Removal(self._method.melt(self.example))
         self._hand_over(before)
         for optimizer in self.optimizers:
-            optimizer.state.clear()
+            for parameter in self.model.parameters():
+                optimizer.state.pop(parameter, None)
         for group in self.param_groups():
             if "momentum" in group:
                 group["momentum"] = self.options.finetune_momentum
@@ -296,12 +297,9 @@ class GateDecorator(Adapter):
 
     # ------------------------------------------------------------------ saving
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base class's state, its own progress and the scores; the model has the gates."""
-        if self._state is not None:  # loaded, and not taken up yet
-            return super().state_dict()
+    def own_state(self) -> dict[str, Any]:
+        """Its own progress and the scores; gates and masks are in the model."""
         return {
-            **super().state_dict(),
             "steps": self._steps_done,
             "tuned_from": self._tuned_from,
             "released": self._released,

@@ -210,7 +210,7 @@ class OTOv2(Adapter):
 
     def selection(self) -> Structures:
         """Whatever upstream has set to zero."""
-        return {g.name: (g.norms() == 0).nonzero()[:, 0] for g in self.groups()}
+        return {n: (g.norms() == 0).nonzero()[:, 0] for n, g in self.grouped().items()}
 
     def before_step(self) -> None:
         """Upstream penalises while too few structures are zero or on their way.
@@ -258,7 +258,6 @@ class OTOv2(Adapter):
         score[self._dhspg.penalised_in(group)] -= 2 * score.abs().max() + 1
         score[~free] = -torch.inf
         best: Tensor = score.argsort(descending=True, stable=True)[:count]
-        self._dhspg.exchange(group, [], best.tolist())
         return best
 
     def _exchange(self, dpm: DecayPruning) -> None:
@@ -268,7 +267,7 @@ class OTOv2(Adapter):
             if event.kind == "release":
                 self._dhspg.exchange(event.group, event.structures, [])
                 released = True
-            elif event.wave:
+            elif event.kind == "decay" and event.wave:
                 self._dhspg.exchange(event.group, [], event.structures)
         for _ in range(self._goal - self._dhspg.penalised() if released else 0):
             self._widen(dpm)
@@ -355,19 +354,16 @@ class OTOv2(Adapter):
 
     def take_out(self, going: Structures) -> Removal:
         """By the dependency graph. DHSPG is of the full size: another optimizer has to follow."""
-        groups = {g.root: g for g in otov2.groups(self._graph, self.model)}
-        removal = Removal(
-            (g, groups[g].channels_of(torch.as_tensor(k).tolist())) for g, k in going.items()
-        )
+        removal = Removal((g, self.channels(g, k)) for g, k in going.items())
         removal.apply(self.model, self.example)
         self._graph = None
         return removal
 
     # ------------------------------------------------------------------ saving
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base class's state, and its own progress; the optimizer saves itself."""
-        return {**super().state_dict(), "goal": self._goal, "round": self._round}
+    def own_state(self) -> dict[str, Any]:
+        """Its own progress; the optimizer saves itself."""
+        return {"goal": self._goal, "round": self._round}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave, with the next attach()."""

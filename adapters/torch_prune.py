@@ -74,7 +74,6 @@ class TorchPrune(Adapter):
     def check(self) -> None:
         """Refuse too short a training, odd layers, and an amount that takes all or nothing."""
         self.check_length()
-        self.check_ignored(self.options.ignored)
         groups, amount = self.grouped(), self.options.amount
         if not groups:
             raise AdapterError("no group of layers is left to prune; shorten `ignored`")

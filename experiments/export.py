@@ -10,9 +10,11 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from dpm_core.third_party.running import evaluating
+
 from .files import write
 from .run import RunError, load_model
-from .training import evaluating, outputs
+from .training import outputs
 
 TOLERANCE = 1e-4
 """How far outputs may be from the model's, as a share of its largest one, or of 1 below that."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from dpm_core import DecayPruning, DecayPruningError, Phase
 from dpm_core.adapters.base import Adapter, AdapterError, new_optimizer
 from dpm_core.adapters.removal import Removal
+from dpm_core.third_party.running import evaluating
 
 from .config import Compute, Curve, Stage
 from .data import Images, mixing
@@ -68,18 +68,6 @@ class DivergedError(DecayPruningError, RuntimeError):
 def learning_rate(stage: Stage, epoch: int) -> float:
     """The learning rate of an epoch, 0-based: a pure function, so a resumed run needs no state."""
     return stage.learning_rate * stage.gamma ** sum(epoch >= m for m in stage.milestones)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; every module returns to its own."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @torch.no_grad()

@@ -157,7 +157,7 @@ print(f"+SR: {accuracy(model, images):.1f}% in the end")
 # attach. The run ends in the same bits as the one that was not interrupted.
 
 # %%
-saved = torch.load(OUT / "depgraph.pt")
+saved = torch.load(OUT / "depgraph.pt", weights_only=True)
 resumed, second = start(SmoothPruning(steps=20), SelfRectifying())
 second.load_state_dict(saved["run"])
 resumed.load_state_dict(saved["model"])

@@ -28,6 +28,7 @@ from dpm_core.adapters.saved import (
     save_pruned,
 )
 from experiments.models import build
+from tests.support.damage import each_bit_flipped
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
 REMOVALS = {
@@ -341,17 +342,9 @@ def test_cut_off_files_leave_the_model_as_it_was(written):
 
 def test_every_flipped_bit_is_refused(written):
     content, path = written
-    with path.open("r+b") as file:  # in place: the disk would make it slow
-        file.write(content)
-        for bit in range(8 * len(content)):
-            place, old = bit // 8, content[bit // 8]
-            for value in (old ^ 1 << bit % 8, old):
-                file.seek(place)
-                file.write(bytes([value]))
-                file.flush()
-                if value != old:
-                    with pytest.raises((DamagedError, VersionError)):
-                        read(path)
+    for _ in each_bit_flipped(path, content):
+        with pytest.raises((DamagedError, VersionError)):
+            read(path)
     assert read(path).removal == SMALL_REMOVAL
 
 
@@ -404,6 +397,7 @@ import torch
 from torch import nn
 from dpm_core.adapters import saved
 from dpm_core.adapters.removal import Removal
+from tests.support.damage import each_bit_flipped
 
 torch.set_num_threads(1)
 folder, mode = Path(sys.argv[1]), sys.argv[2]

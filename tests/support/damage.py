@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 from hypothesis import strategies as st
+
+
+def each_bit_flipped(path: Path, content: bytes) -> Iterator[int]:
+    """Flip one bit of a file after another; at the end the file is whole.
+
+    In place, as writing a file anew each time would be slow.
+    """
+    with path.open("r+b") as file:
+        file.write(content)
+        for bit in range(8 * len(content)):
+            place, old = bit // 8, content[bit // 8]
+            for value in (old ^ 1 << bit % 8, old):
+                file.seek(place)
+                file.write(bytes([value]))
+                file.flush()
+                if value != old:
+                    yield bit
 
 
 def damaged(data: st.DataObject, content: bytes) -> bytes:
