@@ -397,7 +397,6 @@ import torch
 from torch import nn
 from dpm_core.adapters import saved
 from dpm_core.adapters.removal import Removal
-from tests.support.damage import each_bit_flipped
 
 torch.set_num_threads(1)
 folder, mode = Path(sys.argv[1]), sys.argv[2]
