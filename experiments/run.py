@@ -41,6 +41,7 @@ from .files import FileError, load_tensors, save_json, save_tensors, save_text, 
 from .names import LAST_SEED, check_text, folder_of, shown
 from .places import alone_in, check, clean
 from .ranks import Ranks
+from .starting import start_from
 from .training import Loop, Progress, Stopped, accuracy, latency, outputs
 
 Variant = Literal["base", "sp", "sr", "random", "least-resistant"]
@@ -553,6 +554,8 @@ def _build(request: Request, images: data.Images) -> nn.Module:
     config = request.config
     seed = config.dense_seed(request.seed)
     model = models.build(config.model, images.channels, images.classes, seed=seed)
+    if config.dense is not None and config.dense.checkpoint is not None:
+        start_from(model, Path(config.dense.checkpoint).expanduser())
     return model.to(request.device)
 
 
@@ -610,7 +613,7 @@ def _dense_model(
         model=model,
         images=images,
         seed=seed,
-        stages=[("dense", config.dense)],
+        stages=[("dense", config.dense)] if config.dense.epochs else [],
         adapter=None,
         curve=config.curve,
         compute=config.compute,
