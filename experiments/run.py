@@ -85,6 +85,8 @@ class Request:
         force: start anew; an old record is replaced when the new one is complete, an old checkpoint
             is removed when the new run is known to be possible.
         save_every: seconds between checkpoints; 0 writes one after every step.
+        graphs: on a GPU, replay the passes of a training step as CUDA graphs, where that can be
+            done; see :func:`experiments.training.captured`.
         ranks: this process among those that carry the run out together.
     """
 
@@ -97,6 +99,7 @@ class Request:
     resume: bool = False
     force: bool = False
     save_every: float = 30.0
+    graphs: bool = False
     ranks: Ranks = field(default_factory=Ranks)
 
     @property
@@ -169,6 +172,8 @@ def _carry_out(request: Request) -> Path:
     saved = None if request.force else _checkpoint(folder / CHECKPOINT, request)
 
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # What is read before it is written would show as NaN, at the price of writing all memory twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     with ranks.first_alone():  # downloads and decoded images are written once, then read
         images = data.load(
             config.data.name,
@@ -617,6 +622,7 @@ def _dense_model(
         adapter=None,
         curve=config.curve,
         compute=config.compute,
+        graphs=request.graphs,
         ranks=request.ranks,
         save=lambda loop: _save(request, "dense", loop, name=own),
         stop=stop,
@@ -657,6 +663,7 @@ def _framework_loop(
         adapter=adapter,
         curve=config.curve,
         compute=config.compute,
+        graphs=request.graphs,
         ranks=request.ranks,
         save=lambda loop: _save(request, "framework", loop, dense=start),
         stop=stop,
