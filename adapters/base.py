@@ -429,6 +429,7 @@ class Adapter(ABC):
         self.follow()
         if self.dpm is not None and state["dpm"] is not None:
             self.dpm.load_state_dict(state["dpm"])
+            self._seen = state["seen"]  # follow() has begun a core that had nothing to report
 
     def decide(self) -> None:
         """Let the framework decide now: what it selects decays, or is due for removal."""

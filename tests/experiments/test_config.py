@@ -28,6 +28,25 @@ def test_every_shipped_configuration_loads(path):
     assert config.hash() == load(path).hash()
 
 
+def gate_decorator(path: Path, target: str) -> Path:
+    """Gate-Decorator's configuration for the digits, with another target."""
+    (digits,) = (p for p in SHIPPED if p.stem == "gate-decorator-digits")
+    lines = digits.read_text().splitlines()
+    (at,) = (n for n, line in enumerate(lines) if line.startswith("macs ="))
+    path.write_text("\n".join([*lines[:at], target, *lines[at + 1 :]]))
+    return path
+
+
+def test_gate_decorators_target_may_be_of_parameters(tmp_path):
+    config = load(gate_decorator(tmp_path / "c.toml", "parameters = 0.25"))
+    assert config.build_options().parameters == 0.25
+    assert config.build_options().macs is None
+    assert "macs" not in config.options  # a configuration says no more than its file
+    for target, word in (("", "neither of macs and"), ("macs = 0.2\nparameters = 0.2", "both of")):
+        with pytest.raises(ConfigError, match=word):
+            load(gate_decorator(tmp_path / "c.toml", target))
+
+
 def test_every_framework_has_a_configuration_for_the_bundled_digits():
     small = {load(p).framework: load(p) for p in SHIPPED if p.stem.endswith("-digits")}
     assert set(small) == set(ADAPTERS)
