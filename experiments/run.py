@@ -173,7 +173,7 @@ def _carry_out(request: Request) -> Path:
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     # What is read before it is written would show as NaN, at the price of writing all memory twice.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     with ranks.first_alone():  # downloads and decoded images are written once, then read
         images = data.load(
             config.data.name,
