@@ -130,8 +130,6 @@ class Adapter(ABC):
     """Whether the framework's schedule depends on the training's length."""
     refills: ClassVar[bool] = True
     """Whether released structures are replaced at once, in their group: by :meth:`choose`."""
-    trains_all: ClassVar[bool] = True
-    """Whether every training step trains all parameters that are trained at all."""
     channels_last: ClassVar[bool] = True
     """Whether the framework can do with parameters that are not contiguous."""
 

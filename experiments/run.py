@@ -85,8 +85,6 @@ class Request:
         force: start anew; an old record is replaced when the new one is complete, an old checkpoint
             is removed when the new run is known to be possible.
         save_every: seconds between checkpoints; 0 writes one after every step.
-        graphs: on a GPU, replay the passes of a training step as CUDA graphs, where that can be
-            done; see :func:`experiments.training.captured`.
         ranks: this process among those that carry the run out together.
     """
 
@@ -99,7 +97,6 @@ class Request:
     resume: bool = False
     force: bool = False
     save_every: float = 30.0
-    graphs: bool = False
     ranks: Ranks = field(default_factory=Ranks)
 
     @property
@@ -622,7 +619,6 @@ def _dense_model(
         adapter=None,
         curve=config.curve,
         compute=config.compute,
-        graphs=request.graphs,
         ranks=request.ranks,
         save=lambda loop: _save(request, "dense", loop, name=own),
         stop=stop,
@@ -663,7 +659,6 @@ def _framework_loop(
         adapter=adapter,
         curve=config.curve,
         compute=config.compute,
-        graphs=request.graphs,
         ranks=request.ranks,
         save=lambda loop: _save(request, "framework", loop, dense=start),
         stop=stop,
