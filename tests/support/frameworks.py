@@ -174,7 +174,7 @@ class Case:
         kind, steps = registry.load(self.framework), stages or self.stages
         return kind(
             model,
-            EXAMPLE.to(next(model.parameters()).dtype),
+            EXAMPLE.to(next(model.parameters())),  # its device and type
             kind.Options(**(self.options if options is None else options)),
             None if variant == "base" else smooth or SmoothPruning(6),
             rectify if variant == "sr" else None,
@@ -289,7 +289,8 @@ class Drive:
         return training.steps + (0 if training.sparse is None else training.sparse.steps)
 
     def loss(self) -> Tensor:
-        images, labels = batch(self.step)
+        device = next(self.model.parameters()).device
+        images, labels = (t.to(device) for t in batch(self.step))
         self.step += 1
         return functional.cross_entropy(self.model(images), labels)
 
