@@ -198,7 +198,8 @@ class Adapter(ABC):
 
         Args:
             optimizer: of the model's parameters; or several, each of a part of them, which step
-                one after the other. Wrappers, such as accelerate's, are looked through.
+                one after the other. Wrappers, such as accelerate's, are looked through. Of several,
+                those that hold nothing of the model are left out.
             loss: runs the model on the next training batch and returns the mean loss; for
                 :class:`~dpm_core.Hearing` and :class:`~dpm_core.Exchange` alone. Each call uses up
                 a step of the training.
@@ -212,8 +213,7 @@ class Adapter(ABC):
             AttachmentError: see :meth:`dpm_core.DecayPruning.attach`.
         """
         _require_whole(self.model)  # it may have been sharded since
-        optimizers = all_unwrapped(optimizer)
-        self._require_own(optimizers)
+        optimizers = self._training(all_unwrapped(optimizer))
         self._bring_example()
         if not (self.checked or self.complete):
             self.check()
@@ -321,6 +321,10 @@ class Adapter(ABC):
             self._bring_example()
             removed.apply(self.model, self.example, cut=True)
         self.checked, self.removed, self._grouped = True, removed, None
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether this adapter's model is a module, or a part of it."""
+        return any(m is self.model for m in module.modules())
 
     # ------------------------------------------------------------------ for comparisons
 
@@ -542,15 +546,20 @@ class Adapter(ABC):
         """The parameter groups of all optimizers."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def _require_own(self, optimizers: Sequence[Optimizer]) -> None:
-        own = {p for p in self.model.parameters() if p.requires_grad}
-        optimized = {p for o in optimizers for group in o.param_groups for p in group["params"]}
-        if not own <= optimized and not optimized <= set(self.model.parameters()):
+    def _training(self, optimizers: list[Optimizer]) -> list[Optimizer]:
+        """Those that hold parameters of the model."""
+        parameters = set(self.model.parameters())
+        held = [{p for group in o.param_groups for p in group["params"]} for o in optimizers]
+        own = {p for p in parameters if p.requires_grad}
+        optimized = set().union(*held)
+        if not own <= optimized and not optimized <= parameters:
             raise AdapterError(
                 "the optimizer is of another model: it holds parameters that this one has not, and "
                 "lacks some that this one has, as after a removal. Give the one that went through "
                 "the removal, or a new one of model.parameters()"
             )
+        ours = [o for o, params in zip(optimizers, held, strict=True) if params & parameters]
+        return ours or optimizers
 
 
 def new_optimizer(
