@@ -3,7 +3,7 @@
 ::
 
     pruner = tp.pruner.MagnitudePruner(model, example, tp.importance.MagnitudeImportance(), ...)
-    run = TorchPruning(pruner, SmoothPruning(200), SelfRectifying())
+    run = DepGraph(pruner, SmoothPruning(200), SelfRectifying())  # a TorchPruning
     run.attach(optimizer)
     for images, labels in loader:
         ...

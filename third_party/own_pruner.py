@@ -83,7 +83,7 @@ class OwnPruner:
     """
 
     def __init__(self, upstream: Any, adapt: Callable[[nn.Module], object] | None = None) -> None:
-        if not isinstance(upstream, tp.pruner.BasePruner):
+        if not graph.is_pruner(upstream):
             raise AdapterError(
                 f"{type(upstream).__name__} is no pruner of torch-pruning; give one derived from "
                 "torch_pruning.pruner.BasePruner, as you constructed it"
@@ -267,6 +267,20 @@ class OwnPruner:
 
         decision = Decision()
         enough, ranking = self._graph.check_pruning_group, up.estimate_importance
+        grouped = self._graph.get_pruning_group
+
+        def group_of(layer: nn.Module, function: Any, idxs: list[int]) -> Any:
+            out = self._graph.is_out_channel_pruning_fn(function)
+            channels = (self._graph.get_out_channels if out else self._graph.get_in_channels)(layer)
+            if channels is not None and max(idxs, default=0) >= channels:
+                if len(idxs) < channels:
+                    raise AdapterError(
+                        f"{self._importance} gives more scores than the {channels} channels of "
+                        f"{self._graph._module2name[layer]!r}, as behind a flatten; take another "
+                        "importance, or put the layer into the pruner's ignored_layers"
+                    )
+                idxs = list(range(channels))  # upstream will leave it whole
+            return grouped(layer, function, idxs)
 
         def checked(group: Any) -> bool:
             stays: bool = enough(group)
@@ -275,6 +289,7 @@ class OwnPruner:
             return stays
 
         up.estimate_importance, self._graph.check_pruning_group = estimate, checked
+        self._graph.get_pruning_group = group_of
         try:
             with self._at_work(), _fisher_stays(up.importance):
                 for group in up.step(interactive=True):
@@ -295,6 +310,7 @@ class OwnPruner:
             ) from cause
         finally:
             del up.estimate_importance, self._graph.check_pruning_group
+            del self._graph.get_pruning_group
             if own is not None:
                 up.estimate_importance = own
         for name in _PARTS:

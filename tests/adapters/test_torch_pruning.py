@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning
 from dpm_core.adapters.base import AdapterError
-from dpm_core.adapters.depgraph import LeftUnprunedWarning
+from dpm_core.adapters.depgraph import DepGraph, LeftUnprunedWarning
 from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.torch_pruning import TorchPruning
 from dpm_core.third_party import dependency
@@ -697,6 +697,33 @@ def test_an_importance_that_fails_is_named_with_its_layer():
         return pruner(m, importance=failing)
 
     refused(small_resnet(), make, match="failing fails at the group of 'hidden' .KeyError")
+
+
+def test_an_importance_with_more_scores_than_channels():
+    """As upstream's of activations behind a flatten; what upstream leaves whole stays."""
+
+    def counting(group):
+        channels = len(group[0].idxs)
+        return torch.arange(channels if channels != 10 else 90).float().flip(0)
+
+    def make(ratio):
+        return lambda m: pruner(m, importance=counting, pruning_ratio=ratio)
+
+    refused(small_resnet(), make(0.05), match="more scores than the 10 channels of 'last'")
+    model = small_resnet()
+    with pytest.warns(LeftUnprunedWarning, match="'last' whole"):
+        run = running(model, make(0.4))
+    while run.due:
+        run.remove()
+    assert same(model, by_upstream(small_resnet(), make(0.4)))
+
+
+def test_depgraph_takes_a_pruner_in_place_of_the_model():
+    model = small_resnet()
+    run = DepGraph(pruner(model), SMOOTH, EAGER, every=2)
+    assert isinstance(run, TorchPruning)
+    assert (run.model, run.smooth, run.rectify) == (model, SMOOTH, EAGER)
+    assert run.options.every == 2
 
 
 def test_other_objects_and_settings():
