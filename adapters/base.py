@@ -29,6 +29,7 @@ To go on from a checkpoint, make the adapter of the dense model, as at the start
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -80,6 +81,10 @@ class Training:
     steps: int
     steps_per_epoch: int = 1
     sparse: Training | None = None
+
+
+class UnfinishedWarning(UserWarning):
+    """A training has ended before the last removal."""
 
 
 class Adapter(ABC):
@@ -187,6 +192,8 @@ class Adapter(ABC):
         self._seen = 0  # events of the core that new_events() has given
         self._grouped: dict[str, StructureGroup] | None = None  # without a core
         self._state: Mapping[str, Any] | None = None  # to be taken up when attached
+        self._type = running.type_of(model)
+        self._attached = False
 
     # ------------------------------------------------------------------ for users
 
@@ -236,11 +243,27 @@ class Adapter(ABC):
 
     def detach(self) -> None:
         """Leave the optimizer. What is decaying stays as it is, and goes on when attached again."""
+        self._attached = False
         if self._steps is not None:
             self._steps.remove()
             self._steps = None
         if self.dpm is not None:
             self.dpm.detach()
+
+    def finish(self) -> None:
+        """Leave the optimizer at the end of a training; warn if a removal is still to come."""
+        early, decaying = self._attached and not self.complete, 0
+        if early and self.dpm is not None:
+            decaying = self.dpm.count(Phase.DECAYING)
+        self.detach()
+        if early:
+            still = f"{decaying} structures still decay" if decaying else "a removal is still to come"
+            warnings.warn(
+                f"the training has ended, and {still}, so the model has not its final size: train "
+                "on, give it more epochs, or shorten smooth.steps",
+                UnfinishedWarning,
+                stacklevel=2,
+            )
 
     @property
     def due(self) -> bool:
@@ -455,6 +478,7 @@ class Adapter(ABC):
 
     def follow(self) -> None:
         """Put hooks on the optimizer's step: the core's, and this adapter's around them."""
+        self._attached = True
         if self.complete or self.smooth is None:
             self._steps = Attachment(self.optimizers, [], self.before_step, self._after)
             return
@@ -523,9 +547,16 @@ class Adapter(ABC):
         self.after_step()
 
     def _bring_example(self) -> None:
-        """A trainer may have moved the model to another device since."""
-        place = running.device_of((), self.model)
-        self.example = running.map_tensors(self.example, lambda t: t.to(place))
+        """A trainer may have moved the model to another device or another type since."""
+        place, before, self._type = (
+            running.device_of((), self.model),
+            self._type,
+            running.type_of(self.model),
+        )
+        self.example = running.map_tensors(
+            self.example,
+            lambda t: t.to(place, self._type if t.dtype == before else t.dtype),
+        )
 
     def _none_decays(self) -> bool:
         return self.dpm is None or self.dpm.count(Phase.DECAYING) == 0

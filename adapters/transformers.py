@@ -115,7 +115,7 @@ class DecayPruningCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Leave the optimizer."""
-        self.run.detach()
+        self.run.finish()
         self._resumed = False
 
 
