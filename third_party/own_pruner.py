@@ -336,7 +336,7 @@ class OwnPruner:
             return ""
         return (
             "; the model has no gradients: if the importance needs them, run backward() before "
-            "attach(), or give every=None and call decide() after it"
+            "attach(), or give first=1, so that the decision falls in the first step"
         )
 
     def _note(self, decision: Decision, group: Any) -> None:

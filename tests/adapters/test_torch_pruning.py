@@ -488,6 +488,22 @@ def test_several_steps_one_after_the_other_or_in_ones_own_time():
     assert shapes(model) == shapes(by_upstream(small_resnet(), make))
 
 
+def test_the_first_decision_has_the_gradients_of_the_step_before():
+    def make(m):
+        return pruner(m, importance=IMP.GroupTaylorImportance())
+
+    model = small_resnet()
+    run = running(model, make, SMOOTH, first=1)
+    assert not run.decided
+    train(run)
+    twin = copy.deepcopy(model)
+    for one, other in zip(twin.parameters(), model.parameters(), strict=True):
+        one.grad = other.grad.clone()
+    small = copy.deepcopy(model)
+    decaying(run).apply(small, EXAMPLE, cut=True)
+    assert same(small, by_upstream(twin, make))
+
+
 def test_the_pruners_own_regularization_goes_on_over_a_removal():
     model = small_resnet()
     run = running(model, lambda m: pruner(m, P.GroupNormPruner, iterative_steps=2), SMOOTH)
@@ -730,9 +746,12 @@ def test_other_objects_and_settings():
     model = small_resnet()
     with pytest.raises(AdapterError, match="SmallResNet is no pruner of torch-pruning"):
         TorchPruning(model)
-    for every in (-1, 1.5, True):
-        with pytest.raises(AdapterError, match="every is"):
-            TorchPruning(pruner(model), every=every)
+    for steps in (-1, 1.5, True):
+        for name in ("first", "every"):
+            with pytest.raises(AdapterError, match=f"{name} is"):
+                TorchPruning(pruner(model), **{name: steps})
+    with pytest.raises(AdapterError, match="first is None"):
+        TorchPruning(pruner(model), first=None)
     own = pruner(model)
     with pytest.raises(AdapterError, match="decide\\(\\) comes after attach"):
         TorchPruning(own).decide()
