@@ -7,6 +7,9 @@ In rounds (iterative pruning) that happens several times in one training: every 
 model of that time a part of the way, by upstream's ranking at that time. Ours: the MACs or the
 channels shrink by the same factor in every round; and a structure that was released is immune for
 the rest of its round, but not in the next one, which decides anew.
+
+A pruner of one's own takes the model's place: ``DepGraph(pruner, SmoothPruning(200))`` is a
+:class:`~dpm_core.adapters.torch_pruning.TorchPruning` of it.
 """
 
 from __future__ import annotations
@@ -91,6 +94,14 @@ class DepGraph(Adapter):
     Options: ClassVar[type] = DepGraphOptions
     options: DepGraphOptions
     learns_sparse: ClassVar[bool] = True
+
+    def __new__(cls, model: Any = None, *given: Any, **settings: Any) -> Any:
+        """A pruner in the model's place has an adapter of its own."""
+        if not graph.is_pruner(model):
+            return super().__new__(cls)
+        from .torch_pruning import TorchPruning
+
+        return TorchPruning(model, *given, **settings)
 
     def __init__(
         self,

@@ -79,6 +79,7 @@ def inexact(
     example: Any,
     groups: Sequence[UpstreamGroup],
     progress: Callable[[str], object] = str,
+    build: dependency.Build = graph.build,
 ) -> dict[str, str]:
     """The groups for which removing structures is not the same as setting them to zero.
 
@@ -87,6 +88,7 @@ def inexact(
         example: of its inputs, on its device.
         groups: those of :func:`dpm_core.third_party.graph.read`, or another upstream's.
         progress: called now and then with what is going on.
+        build: gives the graph that removals go by, of a copy of the model.
 
     Returns:
         By the group's root why, in words that follow its name; empty if none is at fault.
@@ -95,7 +97,7 @@ def inexact(
     groups = sorted((g for g in groups if g.structures > 1), key=lambda g: _kind(g.root))
     if not groups:
         return {}
-    trial = Trial(model, example, groups)
+    trial = Trial(model, example, groups, build)
     faults = {g.root: trial.unfelt(g) or trial.parts_ties(g) for g in groups}
     odd = {root: why for root, why in faults.items() if why is not None}
     while left := [g for g in groups if g.root not in odd]:
@@ -141,15 +143,22 @@ class Trial:
         model: left as it is.
         example: of its inputs, on its device.
         groups: of it.
+        build: gives the graph that removals go by.
     """
 
-    def __init__(self, model: nn.Module, example: Any, groups: Sequence[UpstreamGroup]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        groups: Sequence[UpstreamGroup],
+        build: dependency.Build = graph.build,
+    ) -> None:
         graph.require_plain_weights(model)
         example = running.shortened(model, running.informative(example), ROWS)
         precision = running.Precision(model, example)
         copies: dict[int, Any] = {}
         self._model = running.copied(model, copies).eval()
-        self._graph = graph.build(self._model, example)  # in the network's own type
+        self._graph = build(self._model, example)  # in the network's own type
         precision.cast_(self._model)
         self._example = precision.example(example)
         self._own = {id(s.parameter): copies[id(s.parameter)] for g in groups for s in g.shares}
