@@ -257,7 +257,7 @@ class Adapter(ABC):
             decaying = self.dpm.count(Phase.DECAYING)
         self.detach()
         if early:
-            still = f"{decaying} structures still decay" if decaying else "a removal is still to come"
+            still = f"{decaying} structures still decay" if decaying else "a removal is to come"
             warnings.warn(
                 f"the training has ended, and {still}, so the model has not its final size: train "
                 "on, give it more epochs, or shorten smooth.steps",

@@ -90,7 +90,7 @@ def device_of(example: Any, model: nn.Module) -> torch.device:
 
 
 def type_of(model: nn.Module) -> torch.dtype | None:
-    """The floating-point type of a model's first parameter of such a type; ``None``: it has none."""
+    """The type of a model's first parameter of floating point; ``None``: it has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
