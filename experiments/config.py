@@ -37,8 +37,8 @@ from dpm_core import (
 from dpm_core.adapters import registry
 from dpm_core.adapters.base import Adapter, AdapterError, Training
 
-from .models import MODELS
 from .names import LARGEST, Name, Text, faults, one_line
+from .networks import Network, NetworkError, fingerprint
 
 LARGEST_IMAGE = 1024
 """Pixels to a side; images are held in memory, all of them."""
@@ -46,6 +46,16 @@ LARGEST_IMAGE = 1024
 
 class ConfigError(DecayPruningError, ValueError):
     """A configuration cannot be run. The message names the key and what it may be."""
+
+
+LATER: tuple[tuple[str, str, Any], ...] = (
+    ("dense", "seeds", None),
+    ("", "model_options", {}),
+    ("", "model_sha256", None),
+)
+"""Keys that earlier releases did not know: their table, and the value that they have unless given.
+
+Hashes go without those that have it, so that they are the earlier releases'."""
 
 
 class _Table(BaseModel):
@@ -191,7 +201,12 @@ class Config(_Table):
 
     name: Name
     framework: str
-    model: str
+    model: Text
+    """A built-in network's name, or what is imported for it: see :mod:`experiments.networks`."""
+    model_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the function that builds the network; none for a built-in one."""
+    model_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Of the file that ``model`` names, if it names one; :func:`load` fills it in, or checks it."""
     data: Data = Data()
     dense: Dense | None = None
     """Training of the dense model, before the framework starts; without it, it starts untrained."""
@@ -209,8 +224,8 @@ class Config(_Table):
         # Values under [options] have no limits of their own, as other keys have.
         if wrong := list(faults(self.model_dump())):
             raise ValueError("; ".join(wrong))
-        if self.model not in MODELS:
-            raise ValueError(f"unknown model {self.model!r}; there are: {', '.join(MODELS)}")
+        self.network.check()
+        self.network.require_hash()
         try:
             adapter = self.adapter()
         except AdapterError as cause:
@@ -226,6 +241,11 @@ class Config(_Table):
         self.build_options()
         self.rectify.build().decision_step(self.build_smooth().steps)
         return self
+
+    @property
+    def network(self) -> Network:
+        """How the network is built."""
+        return Network(self.model, self.model_options, self.model_sha256)
 
     def ordered_stages(self) -> list[tuple[str, Stage]]:
         """The framework's stages in the order in which they are trained."""
@@ -258,8 +278,10 @@ class Config(_Table):
     def hash(self) -> str:
         """A hash of the configuration's content: 16 hex digits."""
         content = self.model_dump(mode="json")
-        if self.dense is not None and self.dense.seeds is None:
-            del content["dense"]["seeds"]  # the hashes of older records go without it
+        for name, key, default in LATER:
+            table = content[name] if name else content
+            if table is not None and table[key] == default:
+                del table[key]
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -278,13 +300,15 @@ class Config(_Table):
         Args:
             images: a hash of the training images, or what stands for it.
         """
-        parts = [
+        parts: list[Any] = [
             self.model,
             images,
             self.data.size,
             self.compute.model_dump(mode="json"),
             self.dense and self.dense.model_dump(mode="json", exclude={"seeds"}),
         ]
+        if self.model_options or self.model_sha256:
+            parts.append([self.model_options, self.model_sha256])
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -352,6 +376,7 @@ def load(path: Path, *, data: str | None = None, validation: int | None = None) 
             table["validation"] = validation
     if wrong := list(faults(raw)):  # not all of it can be written as JSON
         raise ConfigError(f"{path}: " + "; ".join(wrong))
+    _name_file(raw, path)
     try:
         # Strict JSON mode takes lists for tuples and whole numbers for floats, and nothing else.
         return Config.model_validate_json(json.dumps(raw, default=_plain), strict=True)
@@ -359,3 +384,20 @@ def load(path: Path, *, data: str | None = None, validation: int | None = None) 
         raise ConfigError(f"{path}: " + "; ".join(_lines(cause))) from cause
     except (AdapterError, ConfigurationError, ImportError) as cause:
         raise ConfigError(f"{path}: {cause}") from cause
+
+
+def _name_file(raw: dict[str, Any], path: Path) -> None:
+    """Put the SHA-256 of a network's own file into a configuration, or check the one in it.
+
+    Raises:
+        ConfigError: the file cannot be read, or is another one.
+    """
+    try:
+        sha256 = fingerprint(str(raw.get("model", "")))
+    except NetworkError as cause:
+        raise ConfigError(f"{path}: {cause}") from cause
+    if sha256 is not None and raw.setdefault("model_sha256", sha256) != sha256:
+        raise ConfigError(
+            f"{path}: model_sha256: {raw['model'].rpartition(':')[0]} has another one, {sha256}; "
+            "put the right file there, or leave model_sha256 out"
+        )

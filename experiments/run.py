@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from tqdm import tqdm
 
@@ -27,21 +26,19 @@ from dpm_core.adapters.base import Adapter, count_macs, count_parameters
 from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.saved import (
     DamagedError,
-    Saved,
-    SavedModelError,
     checksum,
     read,
     save_pruned,
 )
 from dpm_core.third_party.upstreams import PINS, require
 
-from . import data, models
-from .config import LARGEST_IMAGE, Config, ConfigError, Control
+from . import data, networks
+from .config import Config, ConfigError, Control
 from .files import FileError, load_tensors, save_json, save_tensors, save_text, vouches
-from .names import LAST_SEED, check_text, folder_of, shown
+from .names import LAST_SEED, check_text, folder_of
 from .places import alone_in, check, clean
 from .ranks import Ranks
-from .training import Loop, Progress, Stopped, accuracy, latency, outputs
+from .training import Loop, Progress, Stopped, accuracy, latency
 
 Variant = Literal["base", "sp", "sr", "random", "least-resistant"]
 VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
@@ -167,6 +164,7 @@ def _carry_out(request: Request) -> Path:
     record_path = folder / RECORD
     saved = None if request.force else _checkpoint(folder / CHECKPOINT, request)
 
+    config.network.find()  # before images are decoded, which may take hours
     torch.use_deterministic_algorithms(True, warn_only=True)
     with ranks.first_alone():  # downloads and decoded images are written once, then read
         images = data.load(
@@ -182,14 +180,7 @@ def _carry_out(request: Request) -> Path:
         _go_on_alike(request, saved)
     model = _build(request, images)
     example = images.normalize(images.test[:2])
-    try:
-        outputs(model, example)
-    except RuntimeError as cause:
-        size = "x".join(map(str, example.shape[1:]))
-        raise ConfigError(
-            f"{config.model} cannot take images of {size} ({_first_line(cause)}); choose another "
-            "model or larger images"
-        ) from cause
+    networks.require_logits(config.network, model, example, images.classes)
     _adapter(request, images, model, example).check()
     if config.dense is not None:
         images.steps_per_epoch(config.dense.batch)
@@ -225,7 +216,7 @@ def _carry_out(request: Request) -> Path:
         model,
         adapter.removed,
         {
-            "model": config.model,
+            **config.network.facts(),
             "framework": config.framework,
             "in_channels": images.channels,
             "classes": images.classes,
@@ -381,77 +372,6 @@ def _start_anew(request: Request) -> None:
     (request.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
-class _Facts(BaseModel):
-    """What the file of a run's model says about it, to build it again."""
-
-    model_config = ConfigDict(strict=True)
-
-    model: str
-    in_channels: Annotated[int, Field(ge=1)]
-    classes: Annotated[int, Field(ge=1)]
-    image_size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)]
-
-
-def load_model(path: Path) -> tuple[nn.Module, torch.Tensor]:
-    """The pruned model of a run, rebuilt from its file alone, in eval mode.
-
-    Args:
-        path: a run's ``model.safetensors``.
-
-    Returns:
-        The model, and an example of what it takes: random images, (4, C, H, W).
-
-    Raises:
-        RunError: the file cannot be read, or is no model of a run.
-        DamagedError, VersionError: see :func:`dpm_core.adapters.saved.read`.
-    """
-    try:
-        saved = read(path)
-    except OSError as cause:
-        raise RunError(f"{path} cannot be read ({cause.strerror})") from cause
-    try:
-        facts = _Facts.model_validate(saved.facts)
-        _check_facts(facts, saved)
-        model = models.build(facts.model, facts.in_channels, facts.classes)
-        shape = (4, facts.in_channels, facts.image_size, facts.image_size)
-        example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return saved.load_into(model, example).eval(), example
-    except SavedModelError as cause:
-        raise RunError(f"{path} is no model of a run: {cause}") from cause
-    except ValidationError as cause:
-        first = cause.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "all"
-        raise RunError(f"{path} is no model of a run: its facts, {key}: {first['msg']}") from cause
-
-
-def _check_facts(facts: _Facts, saved: Saved) -> None:
-    """Refuse facts that do not fit the tensors, before a network of that size is built.
-
-    Raises:
-        SavedModelError: with what differs.
-    """
-    if facts.model not in models.MODELS:
-        raise SavedModelError(
-            f"its model is {shown(facts.model)!r}, and there are: {', '.join(models.MODELS)}"
-        )
-    gone = sum(len(channels) for _, channels in saved.removal)
-    try:
-        with torch.device("meta"):
-            dense = models.build(facts.model, facts.in_channels, facts.classes).state_dict()
-    except (RuntimeError, OverflowError, TypeError) as cause:
-        raise SavedModelError("its facts ask for a larger model than there can be") from cause
-    if dense.keys() != saved.tensors.keys():
-        raise SavedModelError(f"its tensors are not those of a {facts.model}; save the model anew")
-    for name in sorted(dense):
-        small, whole = saved.tensors[name].shape, dense[name].shape
-        pairs = zip(small, whole, strict=False)
-        if len(small) != len(whole) or any(not s <= w <= s + gone for s, w in pairs):
-            raise SavedModelError(
-                f"{name!r} has shape {tuple(small)}, and what was removed does not make it that "
-                f"from {tuple(whole)}, as the file's facts have it; save the model anew"
-            )
-
-
 def revision() -> str | None:
     """The checkout's git revision, marked where files differ from it; ``None`` outside of git."""
     here = Path(__file__).parent
@@ -552,7 +472,7 @@ def _run_of(request: Request, images: data.Images) -> dict[str, Any]:
 def _build(request: Request, images: data.Images) -> nn.Module:
     config = request.config
     seed = config.dense_seed(request.seed)
-    model = models.build(config.model, images.channels, images.classes, seed=seed)
+    model = config.network.build(images.channels, images.classes, seed)
     return model.to(request.device)
 
 
@@ -577,7 +497,8 @@ def _adapter(
 def _dense_path(request: Request, images: data.Images) -> Path:
     config = request.config
     seed = config.dense_seed(request.seed)
-    name = f"{config.model}-{config.dense_hash(images.training_digest())}-seed{seed}.pt"
+    start = config.dense_hash(images.training_digest())
+    name = f"{folder_of(config.model)}-{start}-seed{seed}.pt"
     return request.out / "dense" / name
 
 
@@ -840,6 +761,7 @@ def _versions(config: Config) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **upstream,
+        **networks.version(config.network),
     }
 
 

@@ -24,7 +24,8 @@ from experiments import run as run_module
 from experiments.config import ConfigError
 from experiments.data import DataError
 from experiments.ranks import Averaging, Ranks
-from experiments.run import RunError, load_model, run
+from experiments.rebuild import load_model
+from experiments.run import RunError, run
 from experiments.training import Stopped
 from tests.support import rounding, tiny
 from tests.support.frameworks import CASES, small_resnet

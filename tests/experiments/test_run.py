@@ -16,6 +16,7 @@ from experiments import data, table, training
 from experiments import run as run_module
 from experiments.__main__ import STOPPED, main
 from experiments.files import load_tensors, save_tensors
+from experiments.rebuild import load_model
 from experiments.run import (
     CHECKPOINT,
     MODEL,
@@ -23,7 +24,6 @@ from experiments.run import (
     VARIANTS,
     Request,
     RunError,
-    load_model,
     run,
 )
 from experiments.training import Loop, Stopped, accuracy, laid_out, outputs
