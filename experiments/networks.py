@@ -172,7 +172,8 @@ class Network:
             near = difflib.get_close_matches(name, callables, 3)
             raise NetworkError(f"model: {name!r} {what} in {code}{_like(near)}")
         self._arguments(function, 1, 2)
-        return function
+        building: Callable[..., Any] = function
+        return building
 
     def build(self, in_channels: int, classes: int, seed: int | None = None) -> nn.Module:
         """A freshly initialised network, on the host.
