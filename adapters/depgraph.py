@@ -49,7 +49,8 @@ class DepGraphOptions:
         importance: upstream's ranking: ``magnitude`` (of groups), ``taylor``, ``hessian``,
             ``fpgm``, ``lamp``, ``bn-scale`` (it leaves groups without a BatchNorm as they are); or
             ``random``: drawn from the adapter's ``seed``, to see what a rectifier makes of a blind
-            ranking. Sparse learning goes by the magnitude, unless a ranking is drawn.
+            ranking (the experiments draw alike in every run, unless ``draw_by_seed`` is set).
+            Sparse learning goes by the magnitude, unless a ranking is drawn.
         batches: training batches that ``taylor`` and ``hessian`` get their gradients from before a
             decision; they count as steps of the training. With sparse learning its last steps are
             these. Ours: ``hessian`` takes the mean square of batches' gradients, as a training loop

@@ -52,6 +52,7 @@ LATER: tuple[tuple[str, str, Any], ...] = (
     ("dense", "seeds", None),
     ("", "model_options", {}),
     ("", "model_sha256", None),
+    ("", "draw_by_seed", False),
 )
 """Keys that earlier releases did not know: their table, and the value that they have unless given.
 
@@ -214,6 +215,9 @@ class Config(_Table):
     """The framework's stages, by name."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The framework's own settings."""
+    draw_by_seed: bool = False
+    """Whether what a framework draws, as DepGraph's ``importance = "random"``, differs from seed to
+    seed; by default all runs draw alike."""
     smooth: Smooth = Smooth()
     rectify: Rectify = Rectify()
     curve: Curve = Curve()

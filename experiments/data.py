@@ -136,7 +136,7 @@ class Images:
         """
         steps = self.steps_per_epoch(size)
         epoch, step = divmod(position, steps)
-        draw = torch.Generator().manual_seed(_mix(seed, 2, position))
+        draw = torch.Generator().manual_seed(mix(seed, 2, position))
         rows = self._order(seed, epoch)[step * size : (step + 1) * size]
         images = self.train[rows.to(self.train.device)]
         return self.normalize(self._augment(images, draw)), self.train_labels[
@@ -147,7 +147,7 @@ class Images:
         """The order of an epoch; the last one is kept, as the next batch asks for it again."""
         cached: tuple[tuple[int, int], Tensor] | None = getattr(self, "_cached_order", None)
         if cached is None or cached[0] != (seed, epoch):
-            draw = torch.Generator().manual_seed(_mix(seed, 1, epoch))
+            draw = torch.Generator().manual_seed(mix(seed, 1, epoch))
             cached = ((seed, epoch), torch.randperm(len(self.train), generator=draw))
             object.__setattr__(self, "_cached_order", cached)
         return cached[1]
@@ -171,7 +171,7 @@ class Images:
         return cut.view(n, channels, height, width)
 
 
-def _mix(seed: int, purpose: int, number: int) -> int:
+def mix(seed: int, purpose: int, number: int) -> int:
     """A seed for one purpose: neighbouring numbers give unrelated streams."""
     text = f"{seed}/{purpose}/{number}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
@@ -193,8 +193,8 @@ def mixing(alpha: float, size: int, position: int, seed: int) -> tuple[float, Te
     """
     if alpha == 0:
         return 1.0, None
-    draw = random.Random(_mix(seed, 3, position))  # noqa: S311
-    order = torch.Generator().manual_seed(_mix(seed, 4, position))
+    draw = random.Random(mix(seed, 3, position))  # noqa: S311
+    order = torch.Generator().manual_seed(mix(seed, 4, position))
     return draw.betavariate(alpha, alpha), torch.randperm(size, generator=order)
 
 

@@ -490,6 +490,7 @@ def _adapter(
         None if variant == "base" else config.build_smooth(),
         None if variant in ("base", "sp") else rectify,
         training=config.training(images.steps_per_epoch),
+        seed=request.seed if config.draw_by_seed else 0,
         progress=_Spinner(request.ranks.hidden),
     )
 

@@ -21,7 +21,7 @@ from dpm_core.adapters.removal import Removal
 from dpm_core.third_party.running import evaluating
 
 from .config import Compute, Curve, Stage
-from .data import Images, mixing
+from .data import Images, mix, mixing
 from .ranks import Ranks
 
 EVALUATION_BATCH = 500
@@ -106,7 +106,7 @@ class Progress:
         curve: (steps since the decision, test accuracy in %), with a point at ``zero_at``.
         events: what the core reported until the latest removal, with structures numbered as in the
             dense model.
-        heard: batches that hearings used up until then.
+        heard: batches that hearings and rankings used up until then.
         trace: norms of the structures that have decayed so far, in rounds since the latest removal:
             by the core's clock, by group and by number in the dense model. A decay gets
             :data:`POINTS` of them or more.
@@ -211,11 +211,14 @@ class Loop:
         """
         return self._loss(self.model)
 
+    @property
+    def _stream(self) -> int:
+        """What the present stage draws from: its own, the same for all variants of a seed."""
+        return 1000 * self.seed + self.progress.stage + (0 if self.adapter is None else 1)
+
     def _loss(self, model: Callable[[Tensor], Tensor]) -> Tensor:
-        p, stage = self.progress, self.stages[self.progress.stage][1]
+        p, stage, stream = self.progress, self.stages[self.progress.stage][1], self._stream
         started = time.perf_counter()
-        # Every stage reads a stream of its own, the same for all variants of a seed.
-        stream = 1000 * self.seed + p.stage + (0 if self.adapter is None else 1)
         images, labels = self.images.batch(stage.batch, p.step, stream)
         share, partners = mixing(stage.mixup, stage.batch, p.step, stream)
         others = None
@@ -289,6 +292,10 @@ class Loop:
         return self.ranks.averaging(compiled)
 
     def _begin(self) -> None:
+        # What the network draws itself, as dropout does: whether or not the dense model was trained
+        # in this run, and the same in all processes, so that a checkpoint's state is every one's.
+        torch.manual_seed(mix(self._stream, 5, 0))
+        self.model.train()
         self.optimizer = self.new_optimizer()
         if self.adapter is not None:
             self.adapter.attach(self.optimizer, self.next_loss)
@@ -331,7 +338,7 @@ class Loop:
         p, probe = self.progress, self.images.normalize(self.images.test[:64])
         if adapter.dpm is not None:
             p.events += [asdict(e) for e in adapter.events()]
-            p.heard += adapter.dpm.heard
+        p.heard = adapter.heard
         # What is not zero yet, as in DepGraph's base, is cut off: there is nothing to compare.
         zero = adapter.dpm is not None or adapter.settled
         before = outputs(self.model, probe)

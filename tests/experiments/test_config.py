@@ -289,6 +289,7 @@ def test_what_is_no_list_of_seeds_is_refused(capsys, text):
 OTHERS = {
     "name": "other",
     "model": "resnet20",
+    "draw_by_seed": True,
     "model_sha256": None,  # of a file that `model` names: see test_networks.py
     "data.name": "cifar10",
     "data.size": 64,

@@ -557,3 +557,34 @@ def test_a_configuration_without_dense_training_takes_such_a_network(file, tmp_p
     record = run(run_module.Request(config, "sp", 0, out=tmp_path / "out"))
     assert json.loads(record.read_text())["accuracy"]["dense"] is None
     load_model(record.parent / MODEL, allow=[str(file)])
+
+
+@pytest.mark.usefixtures("one_thread", "miniature")
+def test_what_a_network_draws_in_training_is_the_runs_own(tmp_path):
+    """Whatever ran before it in the process, and wherever it was stopped."""
+    path = tmp_path / "dropping.py"
+    path.write_text(
+        "from torch import nn\n"
+        "def f(num_classes):\n"
+        "    layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(8, 8, 3)]\n"
+        "    return nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(128, num_classes))\n"
+    )
+    changes = {**MINIATURE, "model": f"{path}:f"}
+    config = load(tiny.write(tmp_path / "c.toml", changes))
+
+    def request(out: str, variant: str = "sr", seed: int = 0) -> run_module.Request:
+        return run_module.Request(config, variant, seed, out=tmp_path / out)
+
+    torch.manual_seed(1)
+    whole = run(request("whole"))
+    torch.manual_seed(2)
+    run(request("other", "base"))  # the dense model is read by the next one
+    tiny.assert_same_bits(whole, run(request("other")))
+    stopped = tiny.run_with_stops(request("stopped"), [2, 4 + 3, 4 + 8 + 4])
+    tiny.assert_same_bits(whole, stopped)
+    other = read(run(request("seed", seed=1)).parent / MODEL).tensors
+    assert any(
+        (v != other[k]).any()
+        for k, v in read(whole.parent / MODEL).tensors.items()
+        if v.shape == other[k].shape
+    )

@@ -532,6 +532,35 @@ def test_what_a_hearing_reads_counts_as_training_steps(tmp_path):
     assert records[1]["structures"]["released"] > 0
 
 
+RANKED = {**MINIATURE, "options": {"speed_up": 1.5, "steps": 8, "round_to": 2, "batches": 3}}
+
+
+@pytest.mark.parametrize("importance", ["taylor", "hessian", "fpgm", "lamp", "bn-scale"])
+@pytest.mark.usefixtures("miniature")
+def test_upstreams_rankings_are_settings_and_all_variants_end_alike(tmp_path, importance):
+    changes = {**RANKED, "options": {**RANKED["options"], "importance": importance}}
+    records = [json.loads(run(tiny.request(tmp_path, v, changes)).read_text()) for v in VARIANTS]
+    reads = 3 if importance in ("taylor", "hessian") else 0
+    assert [r["steps"]["heard"] for r in records] == [reads] * 3
+    assert [r["steps"]["total"] for r in records] == [24] * 3
+    assert [r["steps"]["decision"] for r in records] == [8] * 3
+    assert records[0]["channels"] == records[1]["channels"] == records[2]["channels"]
+    assert all(now % 2 == 0 for _, now in records[0]["channels"].values())
+    assert records[0]["macs"]["pruned"] <= records[0]["macs"]["dense"] / 1.5
+    assert records[2]["structures"]["released"] > 0
+
+
+@pytest.mark.parametrize("by_seed", [False, True])
+@pytest.mark.usefixtures("miniature")
+def test_what_a_framework_draws_is_alike_or_by_seed(tmp_path, by_seed):
+    changes = {**SCRATCH, "options.importance": "random", "draw_by_seed": by_seed}
+    drawn = []
+    for seed in (0, 1):
+        path = run(tiny.request(tmp_path, "base", changes, seed=seed))
+        drawn.append(list(read(path.parent / MODEL).removal))
+    assert (drawn[0] != drawn[1]) == by_seed
+
+
 # ---------------------------------------------------------------------- checkpoints
 
 
