@@ -37,11 +37,12 @@ from dpm_core import (
 from dpm_core.adapters import registry
 from dpm_core.adapters.base import Adapter, AdapterError, Training
 
+from .images import Augmentation
 from .names import LARGEST, Name, Text, faults, one_line
 from .networks import Network, NetworkError, fingerprint
 
 LARGEST_IMAGE = 1024
-"""Pixels to a side; images are held in memory, all of them."""
+"""Pixels to a side."""
 
 
 class ConfigError(DecayPruningError, ValueError):
@@ -53,6 +54,7 @@ LATER: tuple[tuple[str, str, Any], ...] = (
     ("", "model_options", {}),
     ("", "model_sha256", None),
     ("", "draw_by_seed", False),
+    ("data", "augmentation", "shift"),
 )
 """Keys that earlier releases did not know: their table, and the value that they have unless given.
 
@@ -79,6 +81,9 @@ class Data(_Table):
     """Height and width that a folder's images are brought to."""
     train: Count | None = None
     """Train on so many of the training images, always the same, equally many of each class."""
+    augmentation: Augmentation = "shift"
+    """How training images are varied: ``shift``, or ``resized-crop``, as on ImageNet; half of them
+    are mirrored besides, but not digits."""
     validation: Count | None = None
     """Set so many of the other training images apart, and measure on them, not on the test images:
     for choosing settings; ``--validation`` overrides it."""
@@ -311,8 +316,13 @@ class Config(_Table):
             self.compute.model_dump(mode="json"),
             self.dense and self.dense.model_dump(mode="json", exclude={"seeds"}),
         ]
-        if self.model_options or self.model_sha256:
-            parts.append([self.model_options, self.model_sha256])
+        later = {
+            "model_options": self.model_options or None,
+            "model_sha256": self.model_sha256,
+            "augmentation": None if self.data.augmentation == "shift" else "resized-crop",
+        }
+        if any(later.values()):
+            parts.append(later)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -35,6 +35,7 @@ from dpm_core.third_party.upstreams import PINS, require
 from . import data, networks
 from .config import Config, ConfigError, Control
 from .files import FileError, load_tensors, save_json, save_tensors, save_text, vouches
+from .images import Images
 from .names import LAST_SEED, check_text, folder_of
 from .places import alone_in, check, clean
 from .ranks import Ranks
@@ -174,6 +175,7 @@ def _carry_out(request: Request) -> Path:
             label=config.data.label,
             train=config.data.train,
             validation=config.data.validation,
+            augmentation=config.data.augmentation,
         ).to(request.device)
     _check_images(request, images, saved)
     if saved is not None:
@@ -220,7 +222,7 @@ def _carry_out(request: Request) -> Path:
             "framework": config.framework,
             "in_channels": images.channels,
             "classes": images.classes,
-            "image_size": images.train.shape[2],
+            "image_size": images.size[0],
             "run": _run_of(request, images),
         },
     )
@@ -395,7 +397,7 @@ def _check_seed(request: Request) -> None:
         raise RunError(f"the seed is {request.seed}; give 0 to {LAST_SEED}")
 
 
-def _check_places(request: Request, images: data.Images, model: nn.Module) -> None:
+def _check_places(request: Request, images: Images, model: nn.Module) -> None:
     """Refuse what would otherwise fail only after the training.
 
     Raises:
@@ -432,7 +434,7 @@ def _check_shares(config: Config, processes: int) -> None:
             )
 
 
-def _check_images(request: Request, images: data.Images, saved: Mapping[str, Any] | None) -> None:
+def _check_images(request: Request, images: Images, saved: Mapping[str, Any] | None) -> None:
     """Refuse images that are not those of the run's beginning, or not those of the runs beside it.
 
     Raises:
@@ -460,7 +462,7 @@ def _check_images(request: Request, images: data.Images, saved: Mapping[str, Any
             )
 
 
-def _run_of(request: Request, images: data.Images) -> dict[str, Any]:
+def _run_of(request: Request, images: Images) -> dict[str, Any]:
     return {
         "config_hash": request.config.hash(),
         "variant": request.variant,
@@ -469,16 +471,14 @@ def _run_of(request: Request, images: data.Images) -> dict[str, Any]:
     }
 
 
-def _build(request: Request, images: data.Images) -> nn.Module:
+def _build(request: Request, images: Images) -> nn.Module:
     config = request.config
     seed = config.dense_seed(request.seed)
     model = config.network.build(images.channels, images.classes, seed)
     return model.to(request.device)
 
 
-def _adapter(
-    request: Request, images: data.Images, model: nn.Module, example: torch.Tensor
-) -> Adapter:
+def _adapter(request: Request, images: Images, model: nn.Module, example: torch.Tensor) -> Adapter:
     config = request.config
     variant = request.variant
     control = variant if variant in CONTROLS else None
@@ -495,7 +495,7 @@ def _adapter(
     )
 
 
-def _dense_path(request: Request, images: data.Images) -> Path:
+def _dense_path(request: Request, images: Images) -> Path:
     config = request.config
     seed = config.dense_seed(request.seed)
     start = config.dense_hash(images.training_digest())
@@ -505,7 +505,7 @@ def _dense_path(request: Request, images: data.Images) -> Path:
 
 def _dense_model(
     request: Request,
-    images: data.Images,
+    images: Images,
     saved: Mapping[str, Any] | None,
     stop: Callable[[], bool],
 ) -> nn.Module:
@@ -552,7 +552,7 @@ def _dense_model(
 
 def _framework_loop(
     request: Request,
-    images: data.Images,
+    images: Images,
     dense: nn.Module,
     example: torch.Tensor,
     saved: Mapping[str, Any] | None,

@@ -21,10 +21,12 @@ from dpm_core.adapters.removal import Removal
 from dpm_core.third_party.running import evaluating
 
 from .config import Compute, Curve, Stage
-from .data import Images, mix, mixing
+from .images import Images, mix, mixing
 from .ranks import Ranks
 
 EVALUATION_BATCH = 500
+LARGE = 64 * 64
+"""Images of more pixels are evaluated fewer at a time, so that a batch takes no more memory."""
 POINTS = 40
 BETWEEN_CHECKS = 50
 """Steps between checks of the loss, if a check has to wait for a GPU or other processes."""
@@ -73,20 +75,27 @@ def learning_rate(stage: Stage, epoch: int) -> float:
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
     """Share of the test images classified right, in percent. The model stays in its mode."""
-    right = torch.zeros((), dtype=torch.int64, device=images.test.device)
-    batches = images.test.split(EVALUATION_BATCH)
+    right = torch.zeros((), dtype=torch.int64, device=images.device)
     with evaluating(model):
-        for batch, labels in zip(batches, images.test_labels.split(EVALUATION_BATCH), strict=True):
-            right += (model(images.normalize(batch)).argmax(1) == labels).sum()
+        for part in _parts(len(images.test), images):
+            logits = model(images.normalize(images.test[part]))
+            right += (logits.argmax(1) == images.test_labels[part]).sum()
     return 100 * int(right) / len(images.test)
 
 
 def reestimated(model: nn.Module, images: Images, batches: int = 20) -> nn.Module:
     """A copy whose BatchNorm running statistics are means over some training batches."""
     fresh = copy.deepcopy(model)
-    chunks = images.train[: batches * EVALUATION_BATCH].split(EVALUATION_BATCH)
-    update_bn((images.normalize(c) for c in chunks), fresh)
+    parts = _parts(len(images.train), images)[:batches]
+    update_bn((images.normalize(images.plain(part)) for part in parts), fresh)
     return fresh
+
+
+def _parts(count: int, images: Images) -> list[slice]:
+    """So many images in batches of :data:`EVALUATION_BATCH`; of large images in smaller ones."""
+    pixels = images.size[0] * images.size[1]
+    batch = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * LARGE // pixels))
+    return [slice(start, min(count, start + batch)) for start in range(0, count, batch)]
 
 
 @dataclass

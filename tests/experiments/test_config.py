@@ -327,6 +327,7 @@ OTHERS = {
     "curve.until": 70,
     "data.label": "others",
     "data.train": 900,
+    "data.augmentation": "resized-crop",
     "data.validation": 100,
     "compute.precision": "bfloat16",
     "compute.compile": True,
@@ -335,6 +336,7 @@ HEARING_OTHERS = {"rectify.batches": 3, "rectify.threshold": 0.3}
 IN_DENSE_HASH = {k for k in OTHERS if k.startswith("dense.") and k != "dense.seeds"} | {
     "model",
     "data.size",
+    "data.augmentation",
     "compute.precision",
     "compute.compile",
 }

@@ -24,9 +24,9 @@ from experiments import places, rebuild
 from experiments import run as run_module
 from experiments.__main__ import count, folder, main, pause, seed, seeds
 from experiments.config import ConfigError
-from experiments.data import DataError
 from experiments.errors import carried_out, reported
 from experiments.files import save_text
+from experiments.images import DataError
 from experiments.names import LAST_SEED
 from experiments.places import BusyError, alone_in, busy, clean, explained
 from experiments.rebuild import load_model

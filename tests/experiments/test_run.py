@@ -16,6 +16,7 @@ from experiments import data, table, training
 from experiments import run as run_module
 from experiments.__main__ import STOPPED, main
 from experiments.files import load_tensors, save_tensors
+from experiments.images import Images
 from experiments.rebuild import load_model
 from experiments.run import (
     CHECKPOINT,
@@ -93,7 +94,7 @@ def assert_fields(record, fields, where="record"):
             assert type(record[key]) in kinds, f"{where}.{key}"
 
 
-def digits() -> data.Images:
+def digits() -> Images:
     return data.load("digits", Path("unused"))
 
 
@@ -413,7 +414,7 @@ def test_seeds_end_in_different_models(tmp_path):
 def test_variants_read_the_same_batches_in_the_same_steps(tmp_path, monkeypatch):
     read: dict[str, list[tuple[int, int, int]]] = {}
     mixed: dict[str, list[tuple[float, int, int, int]]] = {}
-    batch, mixing = data.Images.batch, data.mixing
+    batch, mixing = Images.batch, training.mixing
     for variant in VARIANTS:
         seen, drawn = read.setdefault(variant, []), mixed.setdefault(variant, [])
 
@@ -426,7 +427,7 @@ def test_variants_read_the_same_batches_in_the_same_steps(tmp_path, monkeypatch)
             return mixing(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(data.Images, "batch", note)
+            patch.setattr(Images, "batch", note)
             patch.setattr(training, "mixing", note_mixing)
             run(tiny.request(tmp_path / variant, variant, MINIATURE))
     assert read["base"] == read["sp"] == read["sr"]
@@ -434,7 +435,7 @@ def test_variants_read_the_same_batches_in_the_same_steps(tmp_path, monkeypatch)
     assert mixed["base"] == mixed["sp"] == mixed["sr"] == [(0.0, *at) for at in read["base"]]
     assert len(read["base"]) == len(set(read["base"])) == 4 + 8 + 16
     # Another seed shares no batch with it.
-    monkeypatch.setattr(data.Images, "batch", lambda *args: (other.add(args[1:]), batch(*args))[1])
+    monkeypatch.setattr(Images, "batch", lambda *args: (other.add(args[1:]), batch(*args))[1])
     other: set[tuple[int, int, int]] = set()
     run(tiny.request(tmp_path, "base", MINIATURE, seed=1))
     assert len(other) == 4 + 8 + 16
