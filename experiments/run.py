@@ -38,8 +38,9 @@ from .files import FileError, load_tensors, save_json, save_tensors, save_text, 
 from .images import Images
 from .names import LAST_SEED, check_text, folder_of
 from .places import alone_in, check, clean
+from .progress import Bar, Spinner
 from .ranks import Ranks
-from .training import Loop, Progress, Stopped, accuracy, latency
+from .training import Loop, Progress, Stopped, accuracy, latency, steps
 
 Variant = Literal["base", "sp", "sr", "random", "least-resistant"]
 VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
@@ -194,14 +195,14 @@ def _carry_out(request: Request) -> Path:
             (folder / DENSE_CHECKPOINT).unlink(missing_ok=True)
     ranks.wait()
 
-    with _asked_to_stop() as asked:
+    with _asked_to_stop() as asked, Bar(ranks.hidden) as bar:
 
         def stop() -> bool:
             return ranks.any(asked())
 
         try:
-            dense = _dense_model(request, images, saved, stop)
-            loop, adapter = _framework_loop(request, images, dense, example, saved, stop)
+            dense = _dense_model(request, images, saved, stop, bar)
+            loop, adapter = _framework_loop(request, images, dense, example, saved, stop, bar)
             model = loop.model
             loop.run()
         except Stopped:
@@ -270,9 +271,7 @@ def _carry_out(request: Request) -> Path:
                 "zero": p.zero_at,
                 "removal": p.removed_at,
                 "heard": p.heard,
-                "dense": 0
-                if config.dense is None
-                else config.dense.epochs * images.steps_per_epoch(config.dense.batch),
+                "dense": 0 if config.dense is None else steps([("dense", config.dense)], images),
             },
             "latency": {
                 "batch": LATENCY_BATCH,
@@ -491,7 +490,7 @@ def _adapter(request: Request, images: Images, model: nn.Module, example: torch.
         None if variant in ("base", "sp") else rectify,
         training=config.training(images.steps_per_epoch),
         seed=request.seed if config.draw_by_seed else 0,
-        progress=_Spinner(request.ranks.hidden),
+        progress=Spinner(request.ranks.hidden),
     )
 
 
@@ -508,6 +507,7 @@ def _dense_model(
     images: Images,
     saved: Mapping[str, Any] | None,
     stop: Callable[[], bool],
+    bar: Bar,
 ) -> nn.Module:
     """The dense model, trained once for all variants, frameworks and seeds that start from it."""
     config, model = request.config, _build(request, images)
@@ -539,6 +539,8 @@ def _dense_model(
         ranks=request.ranks,
         save=lambda loop: _save(request, "dense", loop, name=own),
         stop=stop,
+        bar=bar,
+        after=steps(config.ordered_stages(), images),
         save_every=request.save_every,
     )
     if saved is not None and saved["part"] == "dense":
@@ -557,6 +559,7 @@ def _framework_loop(
     example: torch.Tensor,
     saved: Mapping[str, Any] | None,
     stop: Callable[[], bool],
+    bar: Bar,
 ) -> tuple[Loop, Adapter]:
     """The framework's stages on a copy of the dense model, from the start or a checkpoint."""
     config, model = request.config, copy.deepcopy(dense)
@@ -579,6 +582,7 @@ def _framework_loop(
         ranks=request.ranks,
         save=lambda loop: _save(request, "framework", loop, dense=start),
         stop=stop,
+        bar=bar,
         save_every=request.save_every,
     )
     if saved is not None and saved["part"] == "framework":
@@ -708,23 +712,6 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
     finally:
         for kind, handler in previous.items():
             signal.signal(kind, handler)
-
-
-class _Spinner:
-    """Progress of work between training steps, shown on a terminal only.
-
-    Args:
-        hidden: tqdm's ``disable``.
-    """
-
-    def __init__(self, hidden: bool | None) -> None:
-        self._hidden = hidden
-        self._bar: Any = None
-
-    def __call__(self, what: str) -> None:
-        if self._bar is None:
-            self._bar = tqdm(bar_format="{desc} [{elapsed}]", disable=self._hidden, leave=False)
-        self._bar.set_description_str(what)
 
 
 # ---------------------------------------------------------------------- what a record says

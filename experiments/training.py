@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
-from tqdm import tqdm
 
 from dpm_core import DecayPruning, DecayPruningError, Phase
 from dpm_core.adapters.base import Adapter, AdapterError, new_optimizer
@@ -22,6 +21,7 @@ from dpm_core.third_party.running import evaluating
 
 from .config import Compute, Curve, Stage
 from .images import Images, mix, mixing
+from .progress import Bar
 from .ranks import Ranks
 
 EVALUATION_BATCH = 500
@@ -70,6 +70,11 @@ class DivergedError(DecayPruningError, RuntimeError):
 def learning_rate(stage: Stage, epoch: int) -> float:
     """The learning rate of an epoch, 0-based: a pure function, so a resumed run needs no state."""
     return stage.learning_rate * stage.gamma ** sum(epoch >= m for m in stage.milestones)
+
+
+def steps(stages: Sequence[tuple[str, Stage]], images: Images) -> int:
+    """Training steps of some stages, (name, settings), in all."""
+    return sum(s.epochs * images.steps_per_epoch(s.batch) for _, s in stages)
 
 
 @torch.no_grad()
@@ -151,6 +156,8 @@ class Loop:
         save: writes a checkpoint of this loop; by default there are none.
         stop: asked after every step whether to save and stop; by default never.
         save_every: seconds between checkpoints.
+        bar: shows how far the run is.
+        after: steps of the run's loop that follows this one, for the bar.
         progress: where the run stands.
         optimizer: of the present stage.
         masked: the model as it was right before the latest removal, with its structures at zero;
@@ -170,6 +177,8 @@ class Loop:
     save_every: float = 30.0
     compute: Compute = field(default_factory=Compute)
     ranks: Ranks = field(default_factory=Ranks)
+    bar: Bar = field(default_factory=Bar)
+    after: int = 0
     progress: Progress = field(default_factory=Progress)
     optimizer: torch.optim.Optimizer | None = None
     masked: nn.Module | None = None
@@ -201,6 +210,7 @@ class Loop:
         """
         self._resumed_at, self._before = time.perf_counter(), self.progress.seconds
         self._saved_at = self._resumed_at
+        self.bar.begin(steps(self.stages, self.images), self.progress.total, self.after)
         while self.progress.stage < len(self.stages):
             self._run_stage(*self.stages[self.progress.stage])
             self.progress.stage += 1
@@ -254,35 +264,26 @@ class Loop:
         if self.optimizer is None:
             self._begin()
         self._forward = self._compiled()
-        bar = tqdm(
-            total=total,
-            initial=p.step,
-            desc=name,
-            unit="step",
-            disable=self.ranks.hidden,
-            leave=False,
-        )
-        with bar:
-            while True:
-                self._look()
-                if p.step >= total:
-                    self._require_finite_model()
-                    return
-                assert self.optimizer is not None
-                for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(stage, p.step // per_epoch)
-                self.model.train()
-                started = time.perf_counter()
-                self.optimizer.zero_grad()
-                loss = self._loss(self._forward)
-                self._watch(loss.detach())
-                loss.backward()
-                self.optimizer.step()
-                if self.adapter is not None:
-                    self._follow_norms(self.adapter)
-                self.seconds_training += time.perf_counter() - started
-                bar.update(p.step - bar.n)
-                self._save_or_stop()
+        while True:
+            self._look()
+            if p.step >= total:
+                self._require_finite_model()
+                return
+            assert self.optimizer is not None
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(stage, p.step // per_epoch)
+            self.model.train()
+            started = time.perf_counter()
+            self.optimizer.zero_grad()
+            loss = self._loss(self._forward)
+            self._watch(loss.detach())
+            loss.backward()
+            self.optimizer.step()
+            if self.adapter is not None:
+                self._follow_norms(self.adapter)
+            self.seconds_training += time.perf_counter() - started
+            self.bar.at(p.total, name)
+            self._save_or_stop()
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """The present stage's optimizer, of the model as it is."""
