@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -59,6 +59,16 @@ LATER: tuple[tuple[str, str, Any], ...] = (
 """Keys that earlier releases did not know: their table, and the value that they have unless given.
 
 Hashes go without those that have it, so that they are the earlier releases'."""
+
+
+def as_before(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's plain values without the keys of :data:`LATER` that say nothing new."""
+    left = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
+    for name, key, default in LATER:
+        table = left.get(name) if name else left
+        if table and key in table and table[key] == default:
+            del table[key]
+    return left
 
 
 class _Table(BaseModel):
@@ -286,12 +296,7 @@ class Config(_Table):
 
     def hash(self) -> str:
         """A hash of the configuration's content: 16 hex digits."""
-        content = self.model_dump(mode="json")
-        for name, key, default in LATER:
-            table = content[name] if name else content
-            if table is not None and table[key] == default:
-                del table[key]
-        text = json.dumps(content, sort_keys=True)
+        text = json.dumps(as_before(self.model_dump(mode="json")), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def dense_seed(self, seed: int) -> int:
