@@ -208,8 +208,8 @@ class Adapter(ABC):
                 one after the other. Wrappers, such as accelerate's, are looked through. Of several,
                 those that hold nothing of the model are left out.
             loss: runs the model on the next training batch and returns the mean loss; for
-                :class:`~dpm_core.Hearing` and :class:`~dpm_core.Exchange` alone. Each call uses up
-                a step of the training.
+                :class:`~dpm_core.Hearing`, :class:`~dpm_core.Exchange`, and a framework's ranking
+                by gradients alone. Each call uses up a step of the training.
 
         Returns:
             self.
@@ -363,7 +363,7 @@ class Adapter(ABC):
 
     @property
     def heard(self) -> int:
-        """Batches that hearings have used up; they count as steps of the training."""
+        """Batches that hearings and rankings have used up; they count as steps of the training."""
         return self._heard + (0 if self.dpm is None else self.dpm.heard)
 
     def numbers(self, group: str) -> Sequence[int]:

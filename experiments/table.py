@@ -412,8 +412,9 @@ def _counterpart(records: Sequence[Record]) -> tuple[str, bool]:
 
 def _benchmark(records: Sequence[Record]) -> published.Benchmark | None:
     options = records[0]["config"].get("options", {})
-    if options.get("importance", "magnitude") != "magnitude":
-        return None  # the published figures are of upstream's ranking
+    own = ("round_to", "isomorphic", "max_pruning_ratio")
+    if options.get("importance", "magnitude") != "magnitude" or any(key in options for key in own):
+        return None  # the published figures are of upstream's ranking, and of widths as they fall
     return published.load().benchmark(*_counterpart(records))
 
 

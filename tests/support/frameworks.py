@@ -210,6 +210,16 @@ CASES = [
         short=14,
         removals=2,
     ),
+    # Reads batches before each decision, and rounds what it leaves.
+    Case(
+        "depgraph-taylor",
+        "depgraph",
+        {**_DEPGRAPH, "importance": "taylor", "batches": 2, "round_to": 2},
+        {"sparse": 7, "prune": 18},
+        0.5,
+        {"speed_up": 1e6},
+        short=7,
+    ),
     Case(
         "depgraph-mixed",
         "depgraph",
