@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 TIMES = 10.0
 """Outputs may differ by this times the measured rounding: a removal regroups sums. Ours."""
@@ -224,13 +225,20 @@ class Watched(TorchDispatchMode):
 
     A draw then depends on how many came before it, not on their sizes.
 
+    Args:
+        counting: whether to count floating-point operations, as PyTorch's FlopCounterMode counts
+            them all together, which takes several times as long for counting them by module, too.
+
     Attributes:
         draws: shapes of what was drawn, in order.
         eps: machine epsilon of the coarsest precision that something was computed in.
+        flops: operations so far, if they are counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counting: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.counting = counting
+        self.flops = 0
         self.draws: list[torch.Size] = []
         self.eps = 0.0
         self._generators: dict[torch.Generator, Tensor] = {}
@@ -242,6 +250,13 @@ class Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        formula = flop_registry.get(func._overloadpacket) if self.counting else None
+        if self.counting and formula is None and func not in _WHOLE:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+            _WHOLE.add(func)
         drawing = _draws(func)
         if drawing:
             torch.manual_seed(len(self.draws))
@@ -255,7 +270,13 @@ class Watched(TorchDispatchMode):
                 self.eps = max(self.eps, _eps(tensor.dtype))
                 if drawing:
                     self.draws.append(tensor.shape)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
         return out
+
+
+_WHOLE: set[Any] = {torch.ops.prim.device.default}
+"""Operations that are no composition of others."""
 
 
 @functools.cache
