@@ -188,7 +188,7 @@ class DepGraph(Adapter):
         def reached() -> bool:
             nonlocal left
             left = count_macs(model, example)
-            return left <= goal
+            return bool(left <= goal)
 
         plan = pruner.run(reached, self.progress)
         if left > goal:

@@ -97,23 +97,23 @@ class Comparison:
             )
 
     def _differs(self, small: nn.Module) -> str | None:
-        large, first, example = self.large.model, self.large.outputs, self.large.example
+        large, example = self.large.model, self.large.example
         try:
-            last = running.outputs(small, example)
+            left = running.outputs(small, example)
         except Exception as cause:
             return f"leaves a model that cannot run ({_line(cause)})"
-        moved = running.rounding(large, example, first)
-        why = running.unlike(first, last, moved, doubts=False)
-        first = None if why else running.outputs_in_training(large, example)
-        if first is None:
+        moved = running.rounding(large, example, self.large.outputs)
+        why = running.unlike(self.large.outputs, left, moved, doubts=False)
+        trained = running.outputs_in_training(large, example)
+        if why or trained is None:
             return why
-        last = running.outputs_in_training(small, example)
-        if last is None:
+        left_in_training = running.outputs_in_training(small, example)
+        if left_in_training is None:
             return "leaves a model that cannot run in training mode"
-        if first.draws:  # of other shapes in a small model
+        if trained.draws:  # of other shapes in a small model
             return None
-        moved = running.rounding(large, example, first, training=True)
-        why = running.unlike(first, last, moved, doubts=False)
+        moved = running.rounding(large, example, trained, training=True)
+        why = running.unlike(trained, left_in_training, moved, doubts=False)
         return f"{why}, in training mode" if why else None
 
 
