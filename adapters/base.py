@@ -129,6 +129,8 @@ class Adapter(ABC):
     """Whether the framework's schedule depends on the training's length."""
     refills: ClassVar[bool] = True
     """Whether released structures are replaced at once, in their group: by :meth:`choose`."""
+    trains_all: ClassVar[bool] = True
+    """Whether every training step trains all parameters that are trained at all."""
     channels_last: ClassVar[bool] = True
     """Whether the framework can do with parameters that are not contiguous."""
 
@@ -426,6 +428,7 @@ class Adapter(ABC):
         self.follow()
         if self.dpm is not None and state["dpm"] is not None:
             self.dpm.load_state_dict(state["dpm"])
+            self._seen = state["seen"]  # follow() has begun a core that had nothing to report
 
     def decide(self) -> None:
         """Let the framework decide now: what it selects decays, or is due for removal."""

@@ -39,6 +39,7 @@ from dpm_core.adapters.base import Adapter, AdapterError, Training
 
 from .models import MODELS
 from .names import LARGEST, Name, Text, faults, one_line
+from .starting import digest
 
 LARGEST_IMAGE = 1024
 """Pixels to a side; images are held in memory, all of them."""
@@ -46,6 +47,10 @@ LARGEST_IMAGE = 1024
 
 class ConfigError(DecayPruningError, ValueError):
     """A configuration cannot be run. The message names the key and what it may be."""
+
+
+LATER = (("dense", "seeds", None), ("dense", "checkpoint", None), ("smooth", "shape", "linear"))
+"""Keys that earlier releases did not know, and the values that stand for what those did."""
 
 
 class _Table(BaseModel):
@@ -127,17 +132,32 @@ class Stage(_Table):
 
 
 class Dense(Stage):
-    """Training of the dense model."""
+    """Training of the dense model, or where its weights come from."""
 
+    epochs: Annotated[int, Field(ge=0)] = 0
+    """0: the checkpoint as it is."""
+    learning_rate: Rate = 0.1
+    checkpoint: Text | None = None
+    """A file of weights that training starts from: safetensors, or a ``state_dict`` that
+    ``torch.save`` wrote."""
     seeds: Count | None = None
     """Train so many dense models, and let runs share them: seed s starts from model s modulo
-    ``seeds``. By default every seed has its own."""
+    ``seeds``. By default every seed has its own; with a checkpoint there is one for all."""
+
+    @model_validator(mode="after")
+    def _begun(self) -> Dense:
+        if self.epochs == 0 and self.checkpoint is None:
+            raise ValueError("epochs: give 1 or more, or a checkpoint to start from")
+        if self.epochs and "learning_rate" not in self.model_fields_set:
+            raise ValueError("learning_rate: Field required")
+        return self
 
 
 class Smooth(_Table):
     """The decay."""
 
     steps: Count = 20
+    shape: Literal["linear", "cosine"] = "linear"
 
 
 class Rectify(_Table):
@@ -253,13 +273,15 @@ class Config(_Table):
 
     def build_smooth(self) -> SmoothPruning:
         """The core's settings of the decay."""
-        return SmoothPruning(self.smooth.steps)
+        return SmoothPruning(self.smooth.steps, self.smooth.shape)
 
     def hash(self) -> str:
         """A hash of the configuration's content: 16 hex digits."""
         content = self.model_dump(mode="json")
-        if self.dense is not None and self.dense.seeds is None:
-            del content["dense"]["seeds"]  # the hashes of older records go without it
+        # The hashes of older records go without the keys that came later.
+        for table, key, default in LATER:
+            if content[table] is not None and content[table][key] == default:
+                del content[table][key]
         text = json.dumps(content, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -269,7 +291,11 @@ class Config(_Table):
         Args:
             seed: of the run.
         """
-        shared = None if self.dense is None else self.dense.seeds
+        if self.dense is None:
+            return seed
+        shared = self.dense.seeds
+        if shared is None and self.dense.checkpoint is not None:
+            shared = 1
         return seed if shared is None else seed % shared
 
     def dense_hash(self, images: str) -> str:
@@ -277,13 +303,19 @@ class Config(_Table):
 
         Args:
             images: a hash of the training images, or what stands for it.
+
+        Raises:
+            CheckpointError: the checkpoint to start from cannot be read.
         """
+        dense = self.dense and self.dense.model_dump(mode="json", exclude={"seeds", "checkpoint"})
+        if dense and self.dense and self.dense.checkpoint is not None:
+            dense["checkpoint"] = digest(Path(self.dense.checkpoint).expanduser())
         parts = [
             self.model,
             images,
             self.data.size,
             self.compute.model_dump(mode="json"),
-            self.dense and self.dense.model_dump(mode="json", exclude={"seeds"}),
+            dense,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

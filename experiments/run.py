@@ -41,6 +41,7 @@ from .files import FileError, load_tensors, save_json, save_tensors, save_text, 
 from .names import LAST_SEED, check_text, folder_of, shown
 from .places import alone_in, check, clean
 from .ranks import Ranks
+from .starting import start_from
 from .training import Loop, Progress, Stopped, accuracy, latency, outputs
 
 Variant = Literal["base", "sp", "sr", "random", "least-resistant"]
@@ -84,6 +85,8 @@ class Request:
         force: start anew; an old record is replaced when the new one is complete, an old checkpoint
             is removed when the new run is known to be possible.
         save_every: seconds between checkpoints; 0 writes one after every step.
+        graphs: on a GPU, replay the passes of a training step as CUDA graphs, where that can be
+            done; see :func:`experiments.training.captured`.
         ranks: this process among those that carry the run out together.
     """
 
@@ -96,6 +99,7 @@ class Request:
     resume: bool = False
     force: bool = False
     save_every: float = 30.0
+    graphs: bool = False
     ranks: Ranks = field(default_factory=Ranks)
 
     @property
@@ -168,6 +172,8 @@ def _carry_out(request: Request) -> Path:
     saved = None if request.force else _checkpoint(folder / CHECKPOINT, request)
 
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # What is read before it is written would show as NaN, at the price of writing all memory twice.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     with ranks.first_alone():  # downloads and decoded images are written once, then read
         images = data.load(
             config.data.name,
@@ -553,6 +559,8 @@ def _build(request: Request, images: data.Images) -> nn.Module:
     config = request.config
     seed = config.dense_seed(request.seed)
     model = models.build(config.model, images.channels, images.classes, seed=seed)
+    if config.dense is not None and config.dense.checkpoint is not None:
+        start_from(model, Path(config.dense.checkpoint).expanduser())
     return model.to(request.device)
 
 
@@ -610,10 +618,11 @@ def _dense_model(
         model=model,
         images=images,
         seed=seed,
-        stages=[("dense", config.dense)],
+        stages=[("dense", config.dense)] if config.dense.epochs else [],
         adapter=None,
         curve=config.curve,
         compute=config.compute,
+        graphs=request.graphs,
         ranks=request.ranks,
         save=lambda loop: _save(request, "dense", loop, name=own),
         stop=stop,
@@ -654,6 +663,7 @@ def _framework_loop(
         adapter=adapter,
         curve=config.curve,
         compute=config.compute,
+        graphs=request.graphs,
         ranks=request.ranks,
         save=lambda loop: _save(request, "framework", loop, dense=start),
         stop=stop,

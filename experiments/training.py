@@ -126,6 +126,42 @@ class Progress:
     trace: list[Norms] = field(default_factory=list)
 
 
+class _Whole(nn.Module):
+    """A model in a module of its own, so that what is done to that leaves the model alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.model(images)
+        return out
+
+
+def captured(model: nn.Module, example: Tensor, compute: Compute) -> Callable[[Tensor], Tensor]:
+    """A model's forward pass in training, it and its backward pass captured as CUDA graphs.
+
+    The arithmetic is that of the plain passes, kernel by kernel, but the host starts two graphs
+    where it started hundreds of kernels: small networks keep a GPU waiting for the host.
+
+    Args:
+        model: on a GPU. Parameters must keep their storage, and whether they are trained.
+        example: a batch; all that follow have its shape.
+        compute: the precision.
+    """
+    whole = _Whole(model).train()
+    before = [buffer.clone() for buffer in model.buffers()]  # the capture tries the passes out
+    half = compute.precision == "bfloat16"
+    with torch.autocast(example.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+        forward: Any = torch.cuda.make_graphed_callables(
+            whole, (example,), allow_unused_input=True
+        )
+    with torch.no_grad():
+        for buffer, saved in zip(model.buffers(), before, strict=True):
+            buffer.copy_(saved)
+    return forward  # type: ignore[no-any-return]
+
+
 @dataclass
 class Loop:
     """One run's training: a dense stage, or the stages of a framework.
@@ -138,6 +174,7 @@ class Loop:
         adapter: the framework, or ``None`` for a dense model.
         curve: how densely and how long the accuracy is taken after the decision.
         compute: how the arithmetic of training steps is done.
+        graphs: whether its passes are captured as CUDA graphs, where that can be done.
         ranks: which of several processes this is; each trains on its share of every batch.
         save: writes a checkpoint of this loop; by default there are none.
         stop: asked after every step whether to save and stop; by default never.
@@ -160,6 +197,7 @@ class Loop:
     stop: Callable[[], bool] = lambda: False
     save_every: float = 30.0
     compute: Compute = field(default_factory=Compute)
+    graphs: bool = False
     ranks: Ranks = field(default_factory=Ranks)
     progress: Progress = field(default_factory=Progress)
     optimizer: torch.optim.Optimizer | None = None
@@ -286,6 +324,11 @@ class Loop:
         Hearings keep the plain one: they hook modules, which compiled code would not see.
         """
         compiled: Any = torch.compile(self.model) if self.compute.compile else self.model
+        frozen = self.adapter is not None and not self.adapter.trains_all
+        if self.graphs and self.images.train.is_cuda and self.ranks.count == 1 and not frozen:
+            batch = self.stages[self.progress.stage][1].batch
+            example = self.images.normalize(self.images.train[:batch])
+            return captured(compiled, example, self.compute)
         return self.ranks.averaging(compiled)
 
     def _begin(self) -> None:

@@ -236,6 +236,8 @@ def test_a_run_taken_up_from_its_state_ends_in_the_same_bits(case, variant, shar
     model.load_state_dict(saved["model"])
     second = Drive(case, adapter, first.step, case.new_optimizer(adapter))
     second.optimizer.load_state_dict(saved["optimizer"])
+    adapter.attach(second.optimizer, second.loss)
+    assert difference(adapter.state_dict(), first.adapter.state_dict()) is None
     second.run()
     assert_equal_weights(second.model, whole.model)
     assert adapter.removed == whole.adapter.removed
