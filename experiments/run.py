@@ -196,7 +196,8 @@ def _carry_out(request: Request) -> Path:
             f"{config.model} cannot take images of {size} ({_first_line(cause)}); choose another "
             "model or larger images"
         ) from cause
-    _adapter(request, images, model, example).check()
+    if saved is None:  # else the run has passed it before
+        _adapter(request, images, model, example).check()
     if config.dense is not None:
         images.steps_per_epoch(config.dense.batch)
     if ranks.first:
@@ -648,6 +649,7 @@ def _framework_loop(
     """The framework's stages on a copy of the dense model, from the start or a checkpoint."""
     config, model = request.config, copy.deepcopy(dense)
     adapter = _adapter(request, images, model, example)
+    adapter.checked = True  # on a model of the same layers, before the dense training
     start = checksum("dense", dense.state_dict())
     if saved is not None and saved["part"] == "framework" and saved["dense"] != start:
         raise RunError(

@@ -153,9 +153,7 @@ def captured(model: nn.Module, example: Tensor, compute: Compute) -> Callable[[T
     before = [buffer.clone() for buffer in model.buffers()]  # the capture tries the passes out
     half = compute.precision == "bfloat16"
     with torch.autocast(example.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-        forward: Any = torch.cuda.make_graphed_callables(
-            whole, (example,), allow_unused_input=True
-        )
+        forward: Any = torch.cuda.make_graphed_callables(whole, (example,), allow_unused_input=True)
     with torch.no_grad():
         for buffer, saved in zip(model.buffers(), before, strict=True):
             buffer.copy_(saved)
