@@ -39,7 +39,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 
 from dpm_core import (
     DecayPruning,
@@ -651,21 +650,20 @@ def structure_group(group: UpstreamGroup) -> StructureGroup:
 def count_macs(model: nn.Module, example: Any) -> int:
     """Multiply-accumulates of convolutions and linear layers for one sample.
 
-    Counted by PyTorch's own FlopCounterMode on the model as it is; the model stays in its mode.
+    By the formulas of PyTorch's own FlopCounterMode, on the model as it is. It stays in its mode.
 
     Args:
         model: what to count.
         example: of its inputs; one row is taken of every tensor with as many rows as the first.
     """
-    counter = FlopCounterMode(display=False)
-    # Attention's fast path is one operation to the counter, which it does not know.
-    with torch.no_grad(), counter:
+    watched = running.Watched(counting=True)
+    with torch.no_grad():
         try:
-            running.probe(model, running.first(example))
+            running.probe(model, running.first(example), watched=watched)
         except Exception:  # rows that are no samples, as of a graph: then the whole example
-            counter.flop_counts.clear()
-            running.probe(model, example)
-    return int(counter.get_total_flops()) // 2
+            watched = running.Watched(counting=True)
+            running.probe(model, example, watched=watched)
+    return watched.flops // 2
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -268,12 +268,18 @@ class DepGraph(Adapter):
                 )
             return plan
         assert o.speed_up is not None
-        goal = self._macs / o.speed_up ** self._way()
-        plan = pruner.run(lambda: count_macs(model, example) <= goal, self.progress)
-        if count_macs(model, example) > goal:
+        goal, left = self._macs / o.speed_up ** self._way(), self._macs
+
+        def reached() -> bool:
+            nonlocal left
+            left = count_macs(model, example)
+            return bool(left <= goal)
+
+        plan = pruner.run(reached, self.progress)
+        if left > goal:
             raise AdapterError(
-                f"speed_up {o.speed_up} was not reached: {count_macs(model, example)} "
-                f"MACs are left, {goal:.0f} wanted; lower speed_up or raise steps"
+                f"speed_up {o.speed_up} was not reached: {left} MACs are left, {goal:.0f} wanted; "
+                "lower speed_up or raise steps"
             )
         return plan
 

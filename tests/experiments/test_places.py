@@ -32,7 +32,7 @@ from experiments.places import BusyError, alone_in, busy, clean, explained
 from experiments.rebuild import load_model
 from experiments.run import CHECKPOINT, FORCED, MODEL, RECORD, RunError, finished, run
 from experiments.training import DivergedError, Stopped
-from tests.support import tiny
+from tests.support import forked, tiny
 from tests.support.tiny import MINIATURE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -309,7 +309,7 @@ def test_a_current_folder_that_is_gone_is_said(tmp_path):
         "sys.exit(m.main(sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *command(Path("out"))],
+        [forked.python(), "-c", code, *command(Path("out"))],
         cwd=gone,
         env={**os.environ, "PYTHONPATH": str(tiny.ROOT)},
         capture_output=True,
@@ -325,7 +325,7 @@ def test_a_reader_that_has_gone_ends_a_command_quietly(tmp_path, tiny_runs):
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "experiments", *arguments],
+        [forked.python(), "-m", "experiments", *arguments],
         cwd=tiny.ROOT,
         stdout=writer,
         stderr=subprocess.PIPE,
@@ -542,7 +542,7 @@ def test_a_comparisons_runs_end_and_save_themselves_with_it_whatever_ends_it(tmp
     arguments = ["compare", str(path), "--variants", "base", "--seeds", "0-1", "--jobs", "2"]
     arguments += ["--out", str(out), "--data-root", str(tmp_path / "data"), "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "experiments", *arguments],
+        [forked.python(), "-m", "experiments", *arguments],
         cwd=tiny.ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -559,7 +559,7 @@ def test_a_comparisons_runs_end_and_save_themselves_with_it_whatever_ends_it(tmp
             runs = children(out)
         if kind == "SIGHUP":  # no second one begins meanwhile
             again = subprocess.run(
-                [sys.executable, "-m", "experiments", *arguments],
+                [forked.python(), "-m", "experiments", *arguments],
                 cwd=tiny.ROOT,
                 capture_output=True,
                 text=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -28,7 +27,7 @@ from experiments.ranks import Averaging, Ranks
 from experiments.rebuild import load_model
 from experiments.run import RunError, run
 from experiments.training import Stopped
-from tests.support import rounding, tiny
+from tests.support import forked, rounding, tiny
 from tests.support.frameworks import CASES, small_resnet
 from tests.support.ranks import COUNT, two
 from tests.support.ranks import Ranks as Pair
@@ -389,7 +388,7 @@ def test_adapters_refuse_what_is_wrapped_or_sharded(pair):
 
 
 def start(out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [forked.python(), "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "-m", "experiments", "run", str(tiny.PATH)]
     command += ["--variant", "sr", "--seed", "0", "--out", str(out), "--device", "cpu", *more]
     return subprocess.Popen(

@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def miniature(patch: pytest.MonkeyPatch) -> None:
         lambda channels, classes: models.VGG((8, 8, 0, 16), channels, classes),
     )
     patch.setattr(run_module.data, "load", lambda name, root, **settings: images)
+    patch.setattr(run_module, "latency", partial(run_module.latency, rounds=3))
 
 
 def request(out: Path, variant: str, changes: Changes | None = None, **settings: Any) -> Request:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from dpm_core.adapters.base import count_macs
 from dpm_core.adapters.saved import read
 from experiments import models
+from tests.support import forked
 from tutorials.make_notebooks import SCRIPTS, cells
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ def test_the_tutorial_runs_and_leaves_what_it_says(script, tmp_path):
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     settings = {**os.environ, "MPLBACKEND": "Agg", "PYTHONPATH": paths}
     done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=settings, capture_output=True, text=True,
+        [forked.python(), script], cwd=tmp_path, env=settings, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
