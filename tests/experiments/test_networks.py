@@ -351,7 +351,7 @@ def refused(tmp_path, capsys, name, options, words):
 def test_kept_records_have_the_hashes_of_their_configurations():
     """Also where releases since have added keys."""
     kept = {r["config_hash"]: r["config"] for r in table.read([results.RECORDS])}
-    assert len(kept) == 11
+    assert len(kept) >= 11
     for hashed, content in kept.items():
         assert run_module.Config.model_validate_json(json.dumps(content)).hash() == hashed
         path = results.ROOT / "experiments" / "configs" / f"{content['name']}.toml"
