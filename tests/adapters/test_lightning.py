@@ -180,7 +180,9 @@ def test_a_training_ends_in_the_same_bits_as_a_loop(variant, kind):
     assert_same(module, alone)
 
 
-LOOPS = [c for c in CASES if c.name not in ("depgraph", "depgraph-mixed", "depgraph-sparse")]
+# A ranking by gradients draws batches of its own, which the trainer's loader would not skip.
+LEFT_OUT = {"depgraph", "depgraph-mixed", "depgraph-sparse", "depgraph-taylor"}
+LOOPS = [c for c in CASES if c.name not in LEFT_OUT]
 
 
 @pytest.mark.parametrize("case", LOOPS, ids=lambda c: c.name)
