@@ -262,6 +262,12 @@ class OwnPruner:
             asked.append(self._graph._module2name[group[0].dep.target.module])
             found = ranking(group, *given, **named)
             if found is not None:
+                if len(found) < len(group[0].idxs):
+                    raise AdapterError(
+                        f"{self._importance} gives {len(found)} scores for the "
+                        f"{len(group[0].idxs)} channels of {asked[-1]!r}; it has to give one for "
+                        "each"
+                    )
                 scores[self._key(group)] = found.detach().float().cpu()
             return found
 
@@ -417,7 +423,8 @@ class OwnPruner:
         things = [*self.model.modules(), self.upstream, self._graph, *nodes]
         things += [d for node in nodes for d in node.dependencies]
         things += [n.module for n in nodes if not isinstance(n.module, nn.Parameter)]
-        things += [self.upstream.importance] * hasattr(self.upstream.importance, "__dict__")
+        if hasattr(self.upstream.importance, "__dict__"):
+            things.append(self.upstream.importance)
         return running.attributes_of({id(thing): thing for thing in things}.values())
 
     # ------------------------------------------------------------------ removal

@@ -746,6 +746,17 @@ def test_depgraph_takes_a_pruner_in_place_of_the_model():
     assert run.options.every == 2
 
 
+def test_an_importance_with_fewer_scores_than_channels():
+    def short(group):
+        return torch.rand(len(group[0].idxs) - 1)
+
+    refused(
+        small_resnet(),
+        lambda m: pruner(m, importance=short),
+        match=r"short gives \d+ scores for the \d+ channels of '.*'; it has to give one for each",
+    )
+
+
 def test_an_importance_that_fails_in_a_later_step_leaves_all_as_it_was():
     calls = []
 
