@@ -4,6 +4,7 @@ What this file works around, all of it in that version:
 
 - Pruners share dictionaries given as mutable defaults (``BasePruner.__init__``), so fresh ones are
   passed.
+- Every step walks through all groups anew and ranks them, though it changes a few (``_prune``).
 - Channels are counted and ranked one by one, except in grouped layers and heads, though removing
   one may take others along (``BasePruner._prune``). Here what goes together is ranked together.
 - A layer that would lose all its channels loses none (``DependencyGraph.check_pruning_group``).
@@ -23,7 +24,8 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -167,6 +169,7 @@ class Pruner:
         self.upstream.least = lambda root: self._least(names[root])
         self.upstream.kept = set()
         self._tied = {model.get_submodule(g.root) for g in self.groups if not self._tie(g)}
+        self._wholes = _Wholes()
 
     def _tie(self, group: UpstreamGroup) -> bool:
         """Let upstream rank and count the channels of a structure as one, if it can say so.
@@ -204,9 +207,12 @@ class Pruner:
         """Whether the importance says anything about a group; upstream leaves others whole."""
         return self._scores(group) is not None
 
-    def _by_structure(self, group: Any, **settings: Any) -> Any:
+    def _by_structure(self, group: Any) -> Any:
         """Upstream's importance, in which all channels of a structure get their mean."""
-        scores = self._importance(self._rankable(group), **settings)
+        return self._wholes.scores(group, self._scores_by_structure)
+
+    def _scores_by_structure(self, group: Any) -> Any:
+        scores = self._importance(self._rankable(group))
         if scores is None:
             return None
         if group[0].dep.target.module in self._tied:
@@ -259,34 +265,43 @@ class Pruner:
     def run(self, reached: Callable[[], bool], progress: Callable[[str], object]) -> Plan:
         """Upstream's own pruning, step by step until the target is reached or the steps are done.
 
+        Args:
+            reached: whether the target is; it leaves the model's weights as they are.
+            progress: called with what is going on.
+
         Returns:
             What was removed, by the channels' positions before the run.
         """
-        names = {m: n for n, m in self._model.named_modules()}
         trained = {n: p.requires_grad for n, p in _parameters(self._model)}
+        with graph.upstream(self._model), self._wholes.during_run(self._graph):
+            plan = self._run(reached, progress)
+        for name, parameter in _parameters(self._model):
+            parameter.requires_grad_(trained[name])
+        return plan
+
+    def _run(self, reached: Callable[[], bool], progress: Callable[[str], object]) -> Plan:
+        names = {m: n for n, m in self._model.named_modules()}
         left: dict[str, list[int]] = {}
         removed: dict[str, list[int]] = {}
         up = self.upstream
         while not reached() and up.current_step < up.iterative_steps:
             self._count_heads()
             self.left_whole.clear()
-            with graph.upstream(self._model):
-                for group in up.step(interactive=True):
-                    if not group[0].idxs:  # all of it has to stay
-                        continue
-                    root, here = group[0].dep.target.module, sorted(group[0].idxs)
-                    attention = graph.attention_of(self._graph, group, self._attentions)
-                    if attention is not None:  # inputs and values are counted alike
-                        root = attention.value
-                    name = names[root]
-                    before = left.setdefault(name, list(range(up.DG.get_out_channels(root))))
-                    removed.setdefault(name, []).extend(before[i] for i in here)
-                    gone = set(here)
-                    left[name] = [c for i, c in enumerate(before) if i not in gone]
-                    group.prune()
+            for group in up.step(interactive=True):
+                if not group[0].idxs:  # all of it has to stay
+                    continue
+                root, here = group[0].dep.target.module, sorted(group[0].idxs)
+                attention = graph.attention_of(self._graph, group, self._attentions)
+                if attention is not None:  # inputs and values are counted alike
+                    root = attention.value
+                name = names[root]
+                before = left.setdefault(name, list(range(up.DG.get_out_channels(root))))
+                removed.setdefault(name, []).extend(before[i] for i in here)
+                gone = set(here)
+                left[name] = [c for i, c in enumerate(before) if i not in gone]
+                group.prune()
+                self._wholes.forget(group)
             progress(f"selecting {up.current_step}/{up.iterative_steps}")
-        for name, parameter in _parameters(self._model):
-            parameter.requires_grad_(trained[name])
         return [(name, sorted(channels)) for name, channels in removed.items() if channels]
 
     def _count_heads(self) -> None:
@@ -309,6 +324,55 @@ class Pruner:
     def regularize(self) -> None:
         """Upstream's, after backward."""
         self.upstream.regularize(self._model)
+
+
+class _Wholes:
+    """Whole groups and their scores, each kept until a removal touches one of its layers.
+
+    What a group holds, and how it ranks, depends on the layers and operations in it alone.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[nn.Module, Any], Any] = {}
+        self._nodes: dict[int, set[int]] = {}
+        self._scores: dict[int, Any] = {}
+
+    @contextmanager
+    def during_run(self, built: Any) -> Iterator[None]:
+        """Let upstream's graph hand out what is kept, while weights stay as they are."""
+        anew = built.get_pruning_group
+
+        def group_of(layer: nn.Module, function: Any, idxs: Sequence[int]) -> Any:
+            out = built.is_out_channel_pruning_fn(function)
+            if not idxs or not out or len(idxs) != built.get_out_channels(layer):
+                return anew(layer, function, idxs)
+            if (layer, function) not in self._groups:
+                group = self._groups[layer, function] = anew(layer, function, idxs)
+                self._nodes[id(group)] = {id(item.dep.target) for item in group.items}
+            return self._groups[layer, function]
+
+        built.get_pruning_group = group_of
+        try:
+            yield
+        finally:
+            del built.get_pruning_group
+            self._groups, self._nodes, self._scores = {}, {}, {}
+
+    def scores(self, group: Any, rank: Callable[[Any], Any]) -> Any:
+        """A group's scores, by ``rank`` unless they are kept."""
+        if id(group) not in self._nodes:
+            return rank(group)
+        if id(group) not in self._scores:
+            self._scores[id(group)] = rank(group)
+        return self._scores[id(group)]
+
+    def forget(self, removed: Any) -> None:
+        """To be called with every group of which some channels were removed."""
+        touched = {id(item.dep.target) for item in removed.items}
+        for key, group in list(self._groups.items()):
+            if not touched.isdisjoint(self._nodes[id(group)]):
+                del self._groups[key], self._nodes[id(group)]
+                self._scores.pop(id(group), None)
 
 
 def _rankable(group: Any) -> Any:
