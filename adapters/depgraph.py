@@ -237,11 +237,6 @@ class DepGraph(Adapter):
                 f"to {needed}, but the training has {steps}; give it more epochs or "
                 "shorten smooth.steps, or lower rounds or round_epochs"
             )
-        if o.ratio is not None and graph.attentions(self.model):
-            raise AdapterError(
-                "upstream counts a ratio of attention heads within one step only; with rounds give "
-                "speed_up"
-            )
 
     # ------------------------------------------------------------------ the run
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from . import graph, running
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
+from .heads import Heads
 
 Build = Callable[[nn.Module, Any], Any]
 """Gives upstream's graph of a model, for an example of its inputs."""
@@ -184,10 +186,25 @@ def gathered(built: Any, model: nn.Module, plan: Plan) -> list[tuple[Any, list[i
     """All that one removal takes, by a model's graph: each dependency, with its positions."""
     taken: dict[tuple[Any, Any], tuple[Any, set[int]]] = {}
     for name, channels in plan:
+        heads = built.heads.of(name)
+        if heads is not None:
+            taken[name, None] = (_OfHeads(heads, model), set(channels))
+            continue
         layer = model.get_submodule(name)
         for dep, idxs in graph.whole(built, layer, channels).items:
             taken.setdefault((dep.target, dep.handler), (dep, set()))[1].update(idxs)
     return [(dep, sorted(positions)) for dep, positions in taken.values()]
+
+
+class _OfHeads:
+    """The removal of whole heads, in the form of upstream's dependencies."""
+
+    def __init__(self, heads: Heads, model: nn.Module) -> None:
+        self._heads, self._model = heads, model
+        self.target = SimpleNamespace(module=model.get_submodule(heads.root))
+
+    def __call__(self, channels: Sequence[int]) -> None:
+        self._heads.remove(self._model, self._heads.structures_of(channels))
 
 
 def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) -> None:

@@ -43,7 +43,7 @@ class CostModel:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             running.probe(copied, running.first(example))
         self.dense = counter.get_total_flops() // 2
-        kinds = tuple(graph.ROOTS)
+        kinds = graph.roots()
         layers = {n: m for n, m in copied.named_modules() if isinstance(m, kinds)}
         by_name, prefix = counter.get_flop_counts(), type(copied).__name__
         macs = [sum(by_name.get(f"{prefix}.{n}", {}).values()) // 2 for n in layers]
