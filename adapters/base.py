@@ -627,7 +627,7 @@ def count_macs(model: nn.Module, example: Any) -> int:
     """
     counter = FlopCounterMode(display=False)
     # Attention's fast path is one operation to the counter, which it does not know.
-    with torch.no_grad(), counter:
+    with running.without_gradients(model), counter:
         try:
             running.probe(model, running.first(example))
         except Exception:  # rows that are no samples, as of a graph: then the whole example

@@ -1,23 +1,25 @@
-"""Whole attention heads, in whatever layers and parameters a network keeps them. All of this is ours.
+"""Whole attention heads, in whatever layers and parameters a network keeps them.
 
-torch-pruning follows channels from operation to operation, and loses them where a forward pass
-divides them among heads. Here the heads are read off autograd instead. Behind every product with a
-softmax, or PyTorch's fused one, comes a layer whose inputs belong to one head each; what has a
-gradient from one head's inputs alone is that head's: rows of queries, keys and values, fused or
-not, their biases, columns of a table of positions. What heads share ties them together, as a head
-of keys and values that serves several of queries; what all of them share stays. The numbers of
-heads that modules keep are found by trying.
+All of this is ours. torch-pruning follows channels from operation to operation, and loses them
+where a forward pass divides them among heads. Here the heads are read off autograd instead. Behind
+every product with a softmax, or PyTorch's fused one, comes a layer whose inputs belong to one head
+each; what has a gradient from one head's inputs alone is that head's: rows of queries, keys and
+values, fused or not, their biases, columns of a table of positions. What heads share ties them
+together, as a head of keys and values that serves several of queries; what all of them share stays.
+The numbers of heads that modules keep are found by trying.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import re
 import sys
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, combinations
+from functools import reduce
 from typing import Any
 
 import torch
@@ -91,23 +93,18 @@ class Heads:
     def without(self, structures: Iterable[int]) -> Heads:
         """What is left of these heads when some have gone, with positions counted anew."""
         gone = set(structures)
-        left: dict[Leaf, Table] = {}
-        for leaf, table in self.parts.items():
-            missing = sorted(p for k in gone for p in table[k])
-            left[leaf] = [
-                [p - bisect_left(missing, p) for p in positions]
-                for k, positions in enumerate(table)
-                if k not in gone
-            ]
-        owners = tuple((n, self._moved(n, gone)) for n, _ in self.owners)
-        return replace(self, parts=left, owners=owners)
 
-    def _moved(self, layer: str, gone: set[int]) -> Table:
-        table = dict(self.owners)[layer]
-        out = next(t for (n, _), t in self.parts.items() if n == f"{layer}.weight")
-        missing = sorted(p for k in gone for p in out[k])
-        kept = [positions for k, positions in enumerate(table) if k not in gone]
-        return [[p - bisect_left(missing, p) for p in positions] for positions in kept]
+        def left(table: Table, of: Table) -> Table:
+            missing = sorted(p for k in gone for p in of[k])
+            kept = [positions for k, positions in enumerate(table) if k not in gone]
+            return [[p - bisect_left(missing, p) for p in positions] for positions in kept]
+
+        rows = {name: table for (name, _), table in self.parts.items()}
+        return replace(
+            self,
+            parts={leaf: left(table, table) for leaf, table in self.parts.items()},
+            owners=tuple((n, left(table, rows[f"{n}.weight"])) for n, table in self.owners),
+        )
 
     def remove(self, model: nn.Module, structures: Iterable[int]) -> None:
         """Take heads out of a model, in place; parameters become new objects.
@@ -118,19 +115,18 @@ class Heads:
         gone = set(structures)
         if len(gone) >= self.count:
             raise UnsupportedLayerError(f"the removal leaves no head of {self.root!r}")
-        cut: dict[str, Tensor] = {}
+        names = _all_names(model)
         for (name, dim), table in self.parts.items():
-            missing = {p for k in gone for p in table[k]}
             old = _tensor(model, name)
+            missing = {p for k in gone for p in table[k]}
             keep = [p for p in range(old.shape[dim]) if p not in missing]
-            value = cut.get(name, old.detach())
-            cut[name] = value.index_select(dim, torch.tensor(keep, device=old.device))
-        for name, value in cut.items():
-            _exchange(model, name, value)
-        for name in {_owner(name) for name in cut}:
-            _renumber(model.get_submodule(name))
-        for name, attribute in self.numbers:
-            _scale(model.get_submodule(name), attribute, self.count - len(gone), self.count)
+            new = _selected(old, dim, torch.tensor(keep, device=old.device))
+            for other in names[name]:
+                setattr(model.get_submodule(_owner(other)), other.rpartition(".")[2], new)
+        for layer in {_owner(name) for name, _ in self.parts}:
+            _renumber(model.get_submodule(layer))
+        for module, attribute in self.numbers:
+            _scale(model.get_submodule(module), attribute, self.count - len(gone), self.count)
 
 
 @dataclass
@@ -207,14 +203,24 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _exchange(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give a model a new value for a parameter or buffer, under all names that it has."""
-    old = _tensor(model, name)
-    listed = (model.named_parameters, model.named_buffers)
-    names = [n for named in listed for n, t in named(remove_duplicate=False) if t is old]
-    new = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
-    for other in names:
-        setattr(model.get_submodule(_owner(other)), other.rpartition(".")[2], new)
+def _all_names(model: nn.Module) -> dict[str, list[str]]:
+    """For each name of a parameter or buffer all names of the same one."""
+    same: dict[int, list[str]] = {}
+    for listed in (model.named_parameters, model.named_buffers):
+        for name, tensor in listed(remove_duplicate=False):
+            same.setdefault(id(tensor), []).append(name)
+    return {name: names for names in same.values() for name in names}
+
+
+def _selected(old: Tensor, dim: int, keep: Tensor) -> Tensor:
+    """Some positions of a parameter, with its gradient, or of a buffer."""
+    value = old.detach().index_select(dim, keep)
+    if not isinstance(old, nn.Parameter):
+        return value
+    new = nn.Parameter(value, old.requires_grad)
+    if old.grad is not None:
+        new.grad = old.grad.index_select(dim, keep)
+    return new
 
 
 def _scale(module: nn.Module, attribute: str, left: int, of: int) -> None:
@@ -305,6 +311,10 @@ def _shape(node: Any) -> tuple[int, ...]:
 
 # ---------------------------------------------------------------------- finding the heads
 
+_KNOWN: dict[str, Found] = {}
+_REMEMBERED = 16
+"""Of so many networks the heads are remembered, as one removal asks for them several times."""
+
 
 def find(model: nn.Module, example: Any) -> Found:
     """All heads of a network that can be removed whole.
@@ -315,12 +325,41 @@ def find(model: nn.Module, example: Any) -> Found:
     """
     if not any(weight_dims(m) for m in model.modules()):
         return Found()
-    example = running.shortened(model, running.informative(example), 1)
-    precision = running.Precision(model, example)
-    model, example = precision.of(model, example)
-    model.eval().requires_grad_(True)
-    running.draw_values(model, example)
-    return _Search(model, example).found
+    signature = _signature(model, example)
+    if signature not in _KNOWN:
+        few = running.shortened(model, running.informative(example), 1)
+        drawn, few = running.Precision(model, few).of(model, few)
+        drawn.eval().requires_grad_(True)
+        running.draw_values(drawn, few)
+        while len(_KNOWN) >= _REMEMBERED:
+            del _KNOWN[next(iter(_KNOWN))]
+        _KNOWN[signature] = _Search(drawn, few).found
+    return _KNOWN[signature]
+
+
+def _signature(model: nn.Module, example: Any) -> str:
+    """What tells networks apart, but for the values of their parameters; and their examples."""
+    digest = hashlib.sha256()
+
+    def add(*values: object) -> None:
+        digest.update(repr(values).encode())
+
+    def plain(of: Any) -> list[tuple[str, object]]:
+        kinds = (int, str, float, bool, tuple, list, type(None))
+        return [(k, v) for k, v in vars(of).items() if isinstance(v, kinds) and k != "training"]
+
+    for name, module in model.named_modules(remove_duplicate=False):
+        add(name, id(type(module)), plain(module), id(vars(module).get("forward")))
+        config = vars(module).get("config")
+        if hasattr(config, "__dict__"):
+            add(plain(config))
+    for name, names in _all_names(model).items():
+        tensor = _tensor(model, name)
+        add(name, names, tensor.shape, tensor.dtype, tensor.device)
+    add(running.map_tensors(example, lambda t: (t.shape, t.dtype, t.device)))
+    for tensor in running.tensors(example):
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -342,36 +381,41 @@ class _Call:
     columns: Table = field(default_factory=list)
     touched: dict[Leaf, Tensor] = field(default_factory=dict)
 
+    def felt(self, leaf: Leaf) -> Tensor:
+        """Whether each head depends on a position of a leaf, (heads, size) bool."""
+        return self.touched[leaf][0::2] | self.touched[leaf][1::2]
+
+    def own(self, leaf: Leaf) -> Tensor:
+        """Whether a position of a leaf belongs to some heads, and not to all, (size,) bool."""
+        count = self.felt(leaf).sum(0)
+        return (count > 0) & (count < len(self.columns))
+
 
 class _Search:
-    """The search in a copy that may be changed."""
+    """The search, in a copy of a model that may be changed."""
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         self._model, self._example = model, example
         self._names = {m: n for n, m in model.named_modules()}
-        self._tensors = {id(t): n for n, t in _all_tensors(model)}
-        self._numbers: dict[Any, tuple[tuple[str, str], ...] | str] = {}
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self._tensors = {id(t): n for n, t in tensors}
+        self._layers = {n: m for m, n in self._names.items() if weight_dims(m) is not None}
         self.found = Found()
-        self._known = {n: m for n, m in model.named_modules() if weight_dims(m) is not None}
-        calls = []
-        for call in self._calls():
-            why = self._divide(call)
-            if why is None:
-                calls.append(call)
-            elif why:
-                self._refuse(call, why)
-            if why != "":
-                self.found.layers |= {self._layer_of(t) for t in call.behind.leaves.values()}
-        self.found.layers &= self._known.keys()
+        for buffer in self._buffers():
+            buffer.requires_grad_(True)
+        calls = [call for call in self._calls() if self._divide(call)]
+        for buffer in self._buffers():
+            buffer.requires_grad_(False)
+        self._outputs = None
         for together in _joined(calls):
-            self._put_together(together)
+            layers = {_owner(self._tensors[i]): None for c in together for i in c.behind.leaves}
+            layers = {n: None for n in layers if n in self._layers}
+            self.found.layers |= layers.keys()
+            try:
+                self.found.heads.append(self._heads(together))
+            except UnsupportedLayerError as why:
+                self.found.refused[next(iter(layers), together[0].layer)] = str(why)
         self._find_numbers()
-
-    def _layer_of(self, leaf: Tensor) -> str:
-        return _owner(self._tensors[id(leaf)])
-
-    def _refuse(self, call: _Call, why: str) -> None:
-        self.found.refused.setdefault(call.layer, why)
 
     def _calls(self) -> list[_Call]:
         """Calls of layers whose inputs come from an attention."""
@@ -385,38 +429,35 @@ class _Search:
             apart = inputs[0].detach().requires_grad_(inputs[0].requires_grad)
             return apart.clone(), *inputs[1:]
 
-        hooks = [layer.register_forward_pre_hook(cut) for layer in self._known.values()]
-        for buffer in self._buffers():
-            buffer.requires_grad_(True)
+        hooks = [layer.register_forward_pre_hook(cut) for layer in self._layers.values()]
         try:
-            with torch.enable_grad():
-                # Keeps the graph alive: nothing else holds on to what is between.
+            with torch.enable_grad():  # kept, as nothing else may hold on to what is between
                 self._outputs = running.probe(self._model, self._example)
         finally:
             for hook in hooks:
                 hook.remove()
-        calls = [
-            _Call(name, t, _behind(t, self._tensors)) for name, t in given if t.grad_fn is not None
-        ]
+        calls = [_Call(n, t, _behind(t, self._tensors)) for n, t in given if t.grad_fn is not None]
         return [c for c in calls if c.behind.cores]
 
     def _buffers(self) -> Iterator[Tensor]:
         """Buffers that may hold a part of every head."""
         for module in self._model.modules():
             if not isinstance(module, _NormBase):
-                for buffer in module.buffers(recurse=False):
-                    if buffer.is_floating_point():
-                        yield buffer
+                yield from (b for b in module.buffers(recurse=False) if b.is_floating_point())
 
-    def _divide(self, call: _Call) -> str | None:
-        """Find out what belongs to which head; else say why not, "" if there is but one head."""
+    # ------------------------------------------------------------------ one call
+
+    def _divide(self, call: _Call) -> bool:
+        """Find out what belongs to which head; false if nothing tells heads apart.
+
+        Too fine a division does no harm: what a head shares with another ties them.
+        """
         width = call.given.shape[_axis(self._model, call.layer)]
         counts = [shape[-3] for shape in call.behind.cores if len(shape) >= 4]
         counts += self._heads_by_name(call)
-        counts = [n for n in dict.fromkeys(counts) if n > 1 and width % n == 0]
-        if not counts:
-            return ""
-        for count in counts:
+        for count in dict.fromkeys(counts):
+            if count < 2 or width % count:
+                continue
             size = width // count
             for columns in (
                 [list(range(k * size, (k + 1) * size)) for k in range(count)],
@@ -425,270 +466,232 @@ class _Search:
                 call.columns = columns
                 call.touched = self._touched(call)
                 if call.touched:
-                    return None
-        return "is an attention whose heads are mixed before they reach a layer"
+                    return True
+        return False
 
     def _heads_by_name(self, call: _Call) -> list[int]:
+        """The numbers of heads that a module around a layer keeps."""
         layer = call.layer
         while layer:
             layer = _owner(layer)
             own = vars(self._model.get_submodule(layer))
             numbers = [v for k, v in own.items() if type(v) is int and _counts(k)]
             if numbers:
-                return numbers
+                return sorted(numbers, reverse=True)
         return []
 
     def _touched(self, call: _Call) -> dict[Leaf, Tensor]:
         leaves = list(call.behind.leaves.values())
         draw = torch.Generator().manual_seed(0)
         weights = (torch.rand(call.given.shape, generator=draw) + 0.5).to(call.given)
-        axis = _axis(self._model, call.layer) % call.given.dim()
-        rows: list[tuple[Tensor | None, ...]] = []
+        axis = _axis(self._model, call.layer) % weights.dim()
+        felt: list[list[Tensor]] = [[] for _ in leaves]
         for columns in call.columns:
             half = len(columns) // 2
             for part in (columns[:half], columns[half:]):
-                if not part:
-                    rows.append((None,) * len(leaves))
-                    continue
-                only = torch.zeros(call.given.shape[axis], dtype=weights.dtype)
-                only[part] = 1
-                shape = [-1 if d == axis else 1 for d in range(weights.dim())]
-                seed = weights * only.view(shape).to(weights)
-                rows.append(
-                    torch.autograd.grad(
-                        call.given, leaves, seed, retain_graph=True, allow_unused=True
-                    )
+                only = torch.tensor(part, dtype=torch.int64, device=weights.device)
+                seed = torch.zeros_like(weights)
+                seed.index_copy_(axis, only, weights.index_select(axis, only))
+                gradients = torch.autograd.grad(
+                    call.given, leaves, seed, retain_graph=True, allow_unused=True
                 )
+                for rows, leaf, gradient in zip(felt, leaves, gradients, strict=True):
+                    rows.append(torch.zeros_like(leaf) if gradient is None else gradient)
         touched: dict[Leaf, Tensor] = {}
-        for i, leaf in enumerate(leaves):
-            felt = torch.stack(
-                [
-                    torch.zeros(leaf.shape, dtype=torch.bool) if row[i] is None else (row[i] != 0)
-                    for row in rows
-                ]
-            ).cpu()
+        for leaf, rows in zip(leaves, felt, strict=True):
             for dim in range(leaf.dim()):
-                over = [d + 1 for d in range(leaf.dim()) if d != dim]
-                along = felt.sum(over) > 0 if over else felt
+                over = [d for d in range(leaf.dim()) if d != dim]
+                lines = [(g != 0).any(over) if over else g != 0 for g in rows]
+                along = torch.stack(lines).cpu()
                 by_head = along[0::2] | along[1::2]
-                if bool((by_head != by_head[0]).any()):
+                if not torch.equal(by_head, by_head[:1].expand_as(by_head)):
                     touched[self._tensors[id(leaf)], dim] = along
         return touched
 
     # ------------------------------------------------------------------ one group
 
-    def _put_together(self, calls: list[_Call]) -> None:
-        """Attentions that share parts of their heads, as one group of structures."""
-        try:
-            heads = self._heads(calls)
-        except UnsupportedLayerError as why:
-            self._refuse(calls[0], str(why))
-        else:
-            self.found.heads.append(heads)
+    def _heads(self, calls: Sequence[_Call]) -> Heads:
+        """Attentions that share parts of their heads, as one group of structures.
 
-    def _heads(self, calls: list[_Call]) -> Heads:
-        of = _structures(calls)
-        structures = 1 + max(k for by_head in of for k in by_head)
+        Raises:
+            UnsupportedLayerError: its heads cannot go, and why, in words that follow its name.
+        """
+        of, structures = _structures(calls)
         parts: dict[Leaf, Table] = {}
         values: dict[Leaf, Table] = {}
-        doubtful: dict[Leaf, Table] = {}
         for call, by_head in zip(calls, of, strict=True):
-            for leaf, along in call.touched.items():
-                if len([d for n, d in call.touched if n == leaf[0]]) > 1:
-                    raise UnsupportedLayerError(
-                        f"has heads of which each has rows and columns of {leaf[0]!r}"
-                    )
-                table, own = _positions(along, by_head, structures)
-                for tables, new in ((parts, table), (values, own)):
-                    old = tables.setdefault(leaf, [[] for _ in range(structures)])
-                    tables[leaf] = [sorted({*a, *b}) for a, b in zip(old, new, strict=True)]
-        if structures < 2 or not any(chain.from_iterable(values.values())):
+            for leaf in call.touched:
+                _merge(parts, leaf, _table(call.felt(leaf), call.own(leaf), by_head, structures))
+                once = call.own(leaf) & ~(call.touched[leaf][0::2] & call.touched[leaf][1::2]).any(
+                    0
+                )
+                _merge(values, leaf, _table(call.felt(leaf), once, by_head, structures))
+        owners = [
+            (_owner(name), table)
+            for (name, dim), table in values.items()
+            if all(table) and self._rows(name) == dim
+        ]
+        if structures < 2 or not owners:
             raise UnsupportedLayerError(
-                "is an attention whose heads share the same values, so that none of them can go "
-                "alone"
+                "is an attention in which all heads share the same values, or their values come "
+                "from no layer, so that none of them can go alone"
             )
-        self._complete(parts, calls, doubtful)
+        self._complete(parts, calls)
         inputs: set[Leaf] = set()
         for call, by_head in zip(calls, of, strict=True):
-            dims = weight_dims(self._known[call.layer])
-            assert dims is not None
             columns: Table = [[] for _ in range(structures)]
             for k, mine in zip(by_head, call.columns, strict=True):
-                columns[k] += mine
-            leaf = (f"{call.layer}.weight", dims[1])
+                columns[k] = sorted([*columns[k], *mine])
+            leaf = (f"{call.layer}.weight", 1 - self._rows(f"{call.layer}.weight"))
             if parts.setdefault(leaf, columns) != columns:
-                raise UnsupportedLayerError(
-                    f"has heads that {call.layer!r} reads in two different orders"
-                )
+                raise UnsupportedLayerError(f"has heads that {call.layer!r} reads in several ways")
             inputs.add(leaf)
         for (name, _), table in parts.items():
-            if len(set(map(len, table))) != 1:
-                raise UnsupportedLayerError(
-                    f"has heads with unequal parts of {name!r}; an example with more, and more "
-                    "varied, inputs may show them all"
-                )
             self._require_known(name)
-        owners = [
-            (_owner(name), values[name, dim])
-            for name, dim in values
-            if any(values[name, dim])
-            and _owner(name) in self._known
-            and weight_dims(self._known[_owner(name)]) == (dim, 1 - dim)
-            and name == f"{_owner(name)}.weight"
-        ]
-        if not owners:
-            raise UnsupportedLayerError("is an attention whose values come from no layer")
+            if len({len(positions) for positions in table}) != 1:
+                raise UnsupportedLayerError(
+                    f"has heads with unequal parts of {name!r}; if they are equal, an example "
+                    "with more, and more varied, inputs shows it"
+                )
+            if len({d for n, d in parts if n == name}) > 1:
+                raise UnsupportedLayerError(f"has heads with both rows and columns of {name!r}")
         return Heads(owners[0][0], parts, frozenset(inputs), tuple(owners))
 
-    def _complete(
-        self, parts: dict[Leaf, Table], calls: list[_Call], doubtful: dict[Leaf, Table]
-    ) -> None:
-        """Fill in what has no gradient: a bias of keys, which a softmax takes no notice of."""
-        sizes = {leaf: _tensor(self._model, leaf[0]).shape[leaf[1]] for leaf in parts}
-        tables: dict[int, list[Table]] = {}
-        for leaf, table in parts.items():
-            tables.setdefault(sizes[leaf], []).append(table)
-        for name, dim in list(parts):  # rows of a layer's weight are those of its bias
-            layer = self._known.get(_owner(name))
-            if (
-                layer is not None
-                and name.endswith(".weight")
-                and weight_dims(layer) == (dim, 1 - dim)
-            ):
-                if isinstance(getattr(layer, "bias", None), Tensor):
-                    parts[f"{_owner(name)}.bias", 0] = parts[name, dim]
-        for module_name in {_owner(name) for name, _ in parts}:
-            module = self._model.get_submodule(module_name)
-            if isinstance(module, _NormBase):
-                table = next(t for (n, _), t in parts.items() if _owner(n) == module_name)
-                for what in ("weight", "bias", "running_mean", "running_var"):
-                    if isinstance(getattr(module, what, None), Tensor):
-                        parts[f"{module_name}.{what}", 0] = table
+    def _rows(self, name: str) -> int:
+        """The dimension of outputs in a layer's weight; -1 if the name is no such weight's."""
+        dims = weight_dims(self._layers.get(_owner(name), nn.Identity()))
+        return -1 if dims is None or not name.endswith(".weight") else dims[0]
+
+    def _complete(self, parts: dict[Leaf, Table], calls: Sequence[_Call]) -> None:
+        """Add what no gradient shows: a bias of keys, of which a softmax takes no notice, say."""
+        for (name, dim), table in list(parts.items()):
+            layer = self._model.get_submodule(_owner(name))
+            if self._rows(name) == dim or isinstance(layer, _NormBase):
+                for what in ("bias", "weight", "running_mean", "running_var"):
+                    tensor = getattr(layer, what, None)
+                    if isinstance(tensor, Tensor) and (what != "weight" or tensor.dim() == 1):
+                        parts[f"{_owner(name)}.{what}", 0] = table
         for call in calls:
             for leaf in call.behind.leaves.values():
                 name = self._tensors[id(leaf)]
-                if leaf.dim() != 1 or _owner(name) in self._known:
+                if leaf.dim() != 1 or _owner(name) in self._layers:
                     continue
-                mine = parts.get((name, 0), [])
-                for table in tables.get(len(leaf), ()):
-                    fits = all({*m} <= {*t} for m, t in zip(mine, table, strict=False))
-                    if fits and (mine or not bool(leaf.detach().any())):
+                seen = parts.get((name, 0), [])
+                for (other, dim), table in list(parts.items()):
+                    like = len(leaf) == _tensor(self._model, other).shape[dim] and other != name
+                    fits = all({*a} <= {*b} for a, b in zip(seen, table, strict=False))
+                    if like and fits and (seen or not bool(leaf.any())):
                         parts[name, 0] = table
                         break
 
     def _require_known(self, name: str) -> None:
-        """Refuse a part of a module whose other numbers are not known here."""
+        """Refuse parts of a module whose other numbers are not known here."""
         module = self._model.get_submodule(_owner(name))
-        odd = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.MultiheadAttention, nn.RNNBase))
-        grouped = isinstance(module, _ConvNd) and 1 < module.groups != module.out_channels
-        if odd or grouped or isinstance(module, _ConvTransposeNd):
+        odd = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RNNBase, _ConvTransposeNd))
+        split = isinstance(module, _ConvNd) and 1 < module.groups != module.out_channels
+        if odd or split or ".parametrizations." in name:
             raise UnsupportedLayerError(
                 f"has heads with parts of {_owner(name)!r} ({type(module).__name__}), from which "
-                "heads cannot be taken"
+                "they cannot be taken"
             )
 
     # ------------------------------------------------------------------ numbers of heads
 
     def _find_numbers(self) -> None:
-        """Which numbers shrink, for each kind of attention once."""
-        kept = []
-        self._outputs = None
-        for buffer in self._buffers():
-            buffer.requires_grad_(False)
+        """Which numbers shrink with the heads, for each kind of attention once."""
+        kinds: dict[Any, list[Heads]] = {}
         for heads in self.found.heads:
-            kind = self._kind(heads)
-            if kind not in self._numbers:
-                self._numbers[kind] = self._tried(heads)
-            chosen = self._numbers[kind]
-            if isinstance(chosen, str):
-                self.found.refused[heads.root] = chosen
-            else:
-                modules = self._scope(heads)
-                numbers = tuple((modules[int(place)], what) for place, what in chosen)
-                kept.append(replace(heads, numbers=numbers))
-        self.found.heads = kept
+            kinds.setdefault(self._kind(heads), []).append(heads)
+        self.found.heads = []
+        for alike in kinds.values():
+            numbers = self._tried(alike[0])
+            if isinstance(numbers, str) and len(alike) > 1:  # they may depend on one another
+                whole = reduce(_together, alike)
+                others = self._tried(whole)
+                if not isinstance(others, str):
+                    alike, numbers = [whole], others
+            for heads in alike:
+                if isinstance(numbers, str):
+                    self.found.refused[heads.root] = numbers
+                else:
+                    scope = self._scope(heads)
+                    chosen = tuple((scope[place], what) for place, what in numbers)
+                    self.found.heads.append(replace(heads, numbers=chosen))
 
     def _kind(self, heads: Heads) -> Any:
-        modules = [self._model.get_submodule(n) for n in self._scope(heads)]
-        return tuple(
-            (
-                type(m),
-                tuple((k, v) for k, v in vars(m).items() if type(v) is int and "idx" not in k),
-            )
-            for m in modules
-        )
+        """What attentions have in common that keep their numbers alike."""
+        modules = [self._model.get_submodule(name) for name in self._scope(heads)]
+        whole = [{k: v for k, v in vars(m).items() if type(v) is int} for m in modules]
+        numbers = [tuple(i for i in w.items() if not re.search("idx|index", i[0])) for w in whole]
+        return tuple(zip(map(type, modules), numbers, strict=True)), heads.count
 
     def _scope(self, heads: Heads) -> list[str]:
         """Names of the modules that may keep numbers of these heads, in order."""
         layers = {_owner(name) for name, _ in heads.parts}
         scope: list[str] = []
         for reader in sorted({_owner(name) for name, _ in heads.inputs}):
+            others = [n for n in layers & self._layers.keys() if n != reader]
             top = _owner(reader)
-            others = [n for n in layers & self._known.keys() if n != reader]
             while top and not any(n.startswith(f"{top}.") for n in others):
                 top = _owner(top)
             inside = f"{top}." if top else ""
             scope += [n for n in self._names.values() if n == top or n.startswith(inside)]
         return list(dict.fromkeys([*scope, *sorted(layers)]))
 
-    def _tried(self, heads: Heads) -> tuple[tuple[str, str], ...] | str:
-        """The numbers of one attention, by the modules' places in its scope; or why there are none.
+    def _tried(self, heads: Heads) -> tuple[tuple[int, str], ...] | str:
+        """The numbers of one attention, by the modules' places in its scope; or why none will do.
 
-        Some of its heads are set to zero, and removed, with one choice of numbers after the other,
-        until both give the same outputs.
+        Some heads are set to zero, and removed with one choice of numbers after the other, until
+        both give the same outputs.
         """
-        model, example = self._model, self._example
-        scope = self._scope(heads)
-        dense = running.outputs(model, example)
-        rounding = running.rounding(model, example, dense)
+        model, example, scope = self._model, self._example, self._scope(heads)
+        rounding = running.rounding(model, example, running.outputs(model, example))
         gone = [0] if heads.count < 4 else [0, heads.count // 2]
         kept = running.parts(model)
         with _at_zero(heads.group(model), gone):
             zeroed = running.outputs(model, example)
         first = ""
         for numbers in self._choices(heads, scope):
-            trial = replace(heads, numbers=tuple((scope[int(i)], what) for i, what in numbers))
+            chosen = replace(heads, numbers=tuple((scope[i], what) for i, what in numbers))
             try:
-                with torch.no_grad():
-                    trial.remove(model, gone)
-                why = running.unlike(zeroed, running.outputs(model, example), rounding, doubts=True)
-                why = why and f"gives different outputs at zero and removed: its removal {why}"
+                chosen.remove(model, gone)
+                off = running.unlike(zeroed, running.outputs(model, example), rounding, doubts=True)
             except Exception as cause:  # whatever a forward pass with a wrong number breaks on
-                why = f"cannot be removed ({type(cause).__name__}: {_line(cause)})"
+                line = (str(cause).splitlines() or [""])[0]
+                off = f"leaves a model that cannot run ({type(cause).__name__}: {line})"
             finally:
                 running.put_back(kept)
-            if why is None:
+            if off is None:
                 return numbers
-            first = first or why
-        return f"{first}: its heads are not all that the forward pass goes by"
+            first = first or off
+        return (
+            f"has heads, of which the removal of one {first}: its forward pass takes their number, "
+            "or that of their channels, from elsewhere"
+        )
 
-    def _choices(self, heads: Heads, scope: Sequence[str]) -> Iterator[tuple[tuple[str, str], ...]]:
+    def _choices(self, heads: Heads, scope: Sequence[str]) -> Iterator[tuple[tuple[int, str], ...]]:
         """Choices of numbers to shrink, the likeliest first."""
-        widths = {_tensor(self._model, name).shape[dim] for name, dim in heads.parts}
-        of_heads = {len(t[0]) * heads.count for t in heads.parts.values()}
-        counted: list[tuple[str, str]] = []
-        others: list[tuple[str, str]] = []
-        shared: list[tuple[str, str]] = []
+        widths = {len(table[0]) * heads.count for table in heads.parts.values()}
+        counted: list[tuple[int, str]] = []
+        others: list[tuple[int, str]] = []
+        shared: list[tuple[int, str]] = []
         for i, name in enumerate(scope):
             module = self._model.get_submodule(name)
             for key, value in vars(module).items():
-                if type(value) is int and value > 1 and value % heads.count == 0:
-                    if _counts(key) or key == "all_head_size":
-                        counted.append((str(i), key))
-                    elif value in widths | of_heads and name not in self._known:
-                        others.append((str(i), key))
+                if type(value) is not int or value < 1 or value % heads.count:
+                    continue
+                if _counts(key) or key == "all_head_size":
+                    counted.append((i, key))
+                elif value in widths and name not in self._layers:
+                    others.append((i, key))
             config = vars(module).get("config")
             for key, value in vars(config).items() if hasattr(config, "__dict__") else ():
-                if type(value) is int and value % heads.count == 0 and _counts(key):
-                    shared.append((str(i), f"config.{key}"))
-        few = others[:8]
-        some = [c for n in range(min(len(few), 2) + 1) for c in combinations(few, n)]
-        some += [tuple(few)] if len(few) > 2 else []
-        for more in some:
-            yield (*counted, *more)
+                if type(value) is int and value > 0 and not value % heads.count and _counts(key):
+                    shared.append((i, f"config.{key}"))
+        more = [(), *((one,) for one in others[:12]), *([tuple(others)] if others[1:] else [])]
+        yield from ((*counted, *some) for some in more)
         if shared:
-            for more in some:
-                yield (*counted, *more, *shared)
+            yield from ((*counted, *some, *shared) for some in more)
         if counted:
             yield ()
 
@@ -696,56 +699,47 @@ class _Search:
 def _counts(attribute: str) -> bool:
     """Whether an attribute's name is one for a number of heads."""
     return "head" in attribute and not re.search(
-        r"dim|size|width|per_|channel|mask|index|idx|group|feature|scale", attribute
+        "dim|size|width|per|channel|mask|index|idx|group|feature|scale|hidden", attribute
     )
 
 
-class _at_zero:  # noqa: N801
+def _together(one: Heads, other: Heads) -> Heads:
+    """Two attentions with as many heads, of which the same go in both."""
+    return Heads(
+        one.root, one.parts | other.parts, one.inputs | other.inputs, one.owners + other.owners
+    )
+
+
+@contextmanager
+def _at_zero(group: UpstreamGroup, structures: Sequence[int]) -> Iterator[None]:
     """Some structures of a group at zero, for a while."""
-
-    def __init__(self, group: UpstreamGroup, structures: Sequence[int]) -> None:
-        self._group, self._structures = group, structures
-
-    def __enter__(self) -> None:
-        self._values = [(s.parameter, s.parameter.detach().clone()) for s in self._group.shares]
+    values = [(s.parameter, s.parameter.detach().clone()) for s in group.shares]
+    with torch.no_grad():
+        for share in group.shares:
+            at = torch.tensor([p for k in structures for p in share.index[k]])
+            share.parameter.index_fill_(share.dim, at.to(share.parameter.device), 0)
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for share in self._group.shares:
-                at = torch.tensor([p for k in self._structures for p in share.index[k]])
-                share.parameter.index_fill_(share.dim, at.to(share.parameter.device), 0)
-
-    def __exit__(self, *_: object) -> None:
-        with torch.no_grad():
-            for parameter, value in self._values:
+            for parameter, value in values:
                 parameter.copy_(value)
 
 
-def _all_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _line(cause: BaseException) -> str:
-    return (str(cause).splitlines() or [type(cause).__name__])[0]
-
-
 def _joined(calls: Sequence[_Call]) -> list[list[_Call]]:
-    """Calls by groups: those that share a part of their heads are in one."""
-    groups: list[list[_Call]] = []
+    """Calls by groups: those that share a part of their heads, or the layer, are in one."""
+    groups: list[tuple[set[Any], list[_Call]]] = []
     for call in calls:
-        own = set(call.touched) | {(f"{call.layer}.weight", -1)}
-        mine = [
-            g
-            for g in groups
-            if any(own & (set(c.touched) | {(f"{c.layer}.weight", -1)}) for c in g)
-        ]
-        for group in mine:
+        own, mine = {*call.touched, call.layer}, [call]
+        for group in [g for g in groups if g[0] & own]:
             groups.remove(group)
-        groups.append([c for g in mine for c in g] + [call])
-    return groups
+            own, mine = own | group[0], [*group[1], *mine]
+        groups.append((own, mine))
+    return [mine for _, mine in groups]
 
 
-def _structures(calls: Sequence[_Call]) -> list[list[int]]:
-    """For each call the structure of each head.
+def _structures(calls: Sequence[_Call]) -> tuple[list[list[int]], int]:
+    """For each call the structure of each head, and how many structures there are.
 
     Heads are one structure if they share a position that not all heads of the call have.
 
@@ -763,38 +757,36 @@ def _structures(calls: Sequence[_Call]) -> list[list[int]]:
             node = parent[node]
         return node
 
-    first: dict[tuple[Leaf, int], int] = {}
+    first: dict[Leaf, tuple[Tensor, list[int]]] = {}
     for call, nodes in zip(calls, label, strict=True):
-        for leaf, along in call.touched.items():
-            by_head = along[0::2] | along[1::2]
-            for position in range(by_head.shape[1]):
-                mine = by_head[:, position].nonzero()[:, 0].tolist()
-                if not mine or len(mine) == len(nodes):
-                    continue
-                one = first.setdefault((leaf, position), nodes[mine[0]])
-                for head in mine:
-                    parent[top(nodes[head])] = top(one)
+        for leaf in call.touched:
+            own, felt = call.own(leaf), call.felt(leaf)
+            for pattern in felt[:, own].T.unique(dim=0):
+                mine = [nodes[h] for h in pattern.nonzero()[:, 0].tolist()]
+                for node in mine:
+                    parent[top(node)] = top(mine[0])
+            heads = torch.where(own, felt.byte().argmax(0), -1)
+            there, others = first.setdefault(leaf, (heads, nodes))
+            both = torch.stack([there, heads])[:, (there >= 0) & (heads >= 0)]
+            for one, other in both.T.unique(dim=0).tolist():
+                parent[top(nodes[other])] = top(others[one])
     numbers: dict[int, int] = {}
     of = [[numbers.setdefault(top(n), len(numbers)) for n in nodes] for nodes in label]
     for by_head in of:
-        counts = [by_head.count(k) for k in range(len(numbers))]
-        if len(set(counts)) > 1:
+        if len({by_head.count(k) for k in range(len(numbers))}) > 1:
             raise UnsupportedLayerError("is an attention whose heads share unequal parts")
-    return of
+    return of, len(numbers)
 
 
-def _positions(along: Tensor, by_head: Sequence[int], structures: int) -> tuple[Table, Table]:
-    """A leaf's positions by structure: all of them, and those of values, each of one input."""
-    felt = along[0::2] | along[1::2]
-    once = along[0::2] ^ along[1::2]
+def _table(felt: Tensor, own: Tensor, by_head: Sequence[int], structures: int) -> Table:
+    """A leaf's positions by structure, among those that are ``own``."""
     table: Table = [[] for _ in range(structures)]
-    values: Table = [[] for _ in range(structures)]
-    for position in range(felt.shape[1]):
-        heads = felt[:, position].nonzero()[:, 0].tolist()
-        if not heads or len(heads) == len(by_head):
-            continue
-        structure = by_head[heads[0]]
-        table[structure].append(position)
-        if bool(once[heads, position].all()):
-            values[structure].append(position)
-    return table, values
+    heads = felt.byte().argmax(0).tolist()
+    for position in own.nonzero()[:, 0].tolist():
+        table[by_head[heads[position]]].append(position)
+    return table
+
+
+def _merge(tables: dict[Leaf, Table], leaf: Leaf, table: Table) -> None:
+    old = tables.setdefault(leaf, table)
+    tables[leaf] = [sorted({*a, *b}) for a, b in zip(old, table, strict=True)]

@@ -106,9 +106,11 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, float):
         yield torch.tensor(value, dtype=torch.float64)
-    elif isinstance(value, int | complex | str | bytes | type(None)) or id(value) in seen:
-        return
-    elif _is_cache(value):
+    elif (
+        isinstance(value, int | complex | str | bytes | type(None))
+        or id(value) in seen
+        or _is_cache(value)
+    ):
         return
     elif type(value).__module__ == "numpy" and hasattr(value, "dtype"):
         if hasattr(value, "shape") and value.dtype.kind in "biufc":  # no numpy.iinfo
@@ -308,6 +310,23 @@ def outputs_in_training(model: nn.Module, example: Any) -> Outputs | None:
         return outputs(model, example, training=True)
     except Exception:  # a norm over a single value, say
         return None
+
+
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Nothing is differentiated inside, not even a parameter that is the input of a layer.
+
+    PyTorch's own counter of operations fails at those.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

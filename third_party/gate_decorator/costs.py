@@ -40,7 +40,7 @@ class CostModel:
         if gated(model):
             raise GateError("the model has gates; the costs are those of the plain dense model")
         copied = running.copied(model).eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with running.without_gradients(copied), FlopCounterMode(display=False) as counter:
             running.probe(copied, running.first(example))
         self.dense = counter.get_total_flops() // 2
         kinds = graph.roots()
