@@ -28,6 +28,7 @@ from . import dependency, graph, running
 from .errors import AdapterError
 from .graph import Meeting
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
+from .heads import Found
 from .upstreams import require
 
 require("torch-pruning")
@@ -91,6 +92,7 @@ class OwnPruner:
         self.upstream, self.model = upstream, upstream.model
         graph.require_plain_weights(self.model)
         self._graph: Any = upstream.DG
+        self._graph.heads = Found()  # the user's settings say which
         self._adapt = adapt
         self.refused: dict[str, str] = {}
         self._tables: dict[Ranked, _Table] = {}
@@ -140,7 +142,7 @@ class OwnPruner:
                 try:
                     self._require_inside(group)
                     at, ties = self._ties(group, ranked)
-                    table = graph._table(self._graph, group, names, [], ties)
+                    table = graph._table(self._graph, group, names, ties)
                     of = table.structure_of()
                     entry = _Table(table, [of[c] for c in at])
                     self._tables[self._key(ranked)] = entry
@@ -402,6 +404,7 @@ class OwnPruner:
         twin.IGNORED_LAYERS_IN_TRACING = [layer(m) for m in built.IGNORED_LAYERS_IN_TRACING]
         twin._pruning_history = []
         twin.put_out = getattr(built, "put_out", set())
+        twin.heads = built.heads
         twin.roots = tuple(self.upstream.root_module_types)
         twin.maps_valid, twin.adapt = False, self._adapt
         return twin
