@@ -48,6 +48,7 @@ require("torch-pruning")
 import torch_pruning as tp  # noqa: E402  (only after its version is known)
 from torch_pruning.dependency import graph as _graph_module  # noqa: E402
 from torch_pruning.dependency import index_mapping as _index_mapping  # noqa: E402
+from torch_pruning.dependency import shape_infer as _shape_infer  # noqa: E402
 
 WALK = 20
 """A walk may take this many steps for every edge of the graph; ours. Most take one."""
@@ -121,9 +122,51 @@ class _Group(_graph_module.Group):  # type: ignore[misc]
                 module.offsets = list(accumulate([0, *module.split_sizes]))
 
 
+def _split_sizes(built: Any, node: Any) -> list[int] | None:
+    """The channels of all parts of a split, or ``None`` if it is along something else."""
+    traced = node.grad_fn
+    shape, dim = traced._saved_self_sym_sizes, traced._saved_dim
+    dim -= 2**64 if dim >= 2**63 else 0  # counted from the end
+    width = _shape_infer.infer_out_channels_recursively(built, node.inputs[0], [0])
+    if not -len(shape) <= dim < len(shape) or shape[dim] != width:
+        return None
+    if hasattr(traced, "_saved_split_sizes"):
+        return list(traced._saved_split_sizes)
+    size = traced._saved_split_size
+    return [min(size, width - start) for start in range(0, width, size)]
+
+
+def _map_split(built: Any, node: Any) -> None:
+    """The map of a split, by the numbers of its parts.
+
+    Upstream has none along a dimension that is counted from the front, unless it is the second, nor
+    behind a parameter with three dimensions; and it numbers the parts as it comes across them. Its
+    own map is taken where a part's reader is a layer that runs several times.
+    """
+    split = node.module
+    if not hasattr(node, "parts"):  # what autograd has kept is of the time of the tracing
+        sizes = _split_sizes(built, node)
+        edges = {r: r.grad_fn.next_functions for r in node.outputs}
+        node.parts = {r: [i for fn, i in e if fn is node.grad_fn] for r, e in edges.items()}
+        if sizes is None or any(len(p) != node.outputs.count(r) for r, p in node.parts.items()):
+            node.parts = None
+        else:
+            split.split_sizes, split.offsets = sizes, list(accumulate([0, *sizes]))
+    if node.parts is None:
+        _index_mapping.update_split_index_mapping(built, node)
+        return
+    for reader, parts in node.parts.items():
+        there = [dep for dep in node.dependencies if dep.target is reader]
+        back = [dep for dep in reader.dependencies if dep.target is node]
+        for part, one, other in zip(parts, there, back, strict=True):
+            offset = split.offsets[part : part + 2]
+            one.index_mapping[0] = _index_mapping._SplitIndexMapping(offset, reverse=False)
+            other.index_mapping[0] = _index_mapping._SplitIndexMapping(offset, reverse=True)
+
+
 _MAPS = {
     tp.ops.OPTYPE.CONCAT: _index_mapping.update_concat_index_mapping,
-    tp.ops.OPTYPE.SPLIT: _index_mapping.update_split_index_mapping,
+    tp.ops.OPTYPE.SPLIT: _map_split,
     tp.ops.OPTYPE.RESHAPE: _index_mapping.update_reshape_index_mapping,
     tp.ops.OPTYPE.UNBIND: _index_mapping.update_unbind_index_mapping,
     tp.ops.OPTYPE.EXPAND: _index_mapping.update_expand_index_mapping,
