@@ -401,21 +401,39 @@ class _Search:
         self._tensors = {id(t): n for n, t in tensors}
         self._layers = {n: m for m, n in self._names.items() if weight_dims(m) is not None}
         self.found = Found()
-        for buffer in self._buffers():
-            buffer.requires_grad_(True)
-        calls = [call for call in self._calls() if self._divide(call)]
-        for buffer in self._buffers():
-            buffer.requires_grad_(False)
-        self._outputs = None
-        for together in _joined(calls):
+        for together in _joined(self._divided()):
             layers = {_owner(self._tensors[i]): None for c in together for i in c.behind.leaves}
-            layers = {n: None for n in layers if n in self._layers}
-            self.found.layers |= layers.keys()
+            listed = [n for n in layers if n in self._layers]
+            self.found.layers |= set(listed)
             try:
                 self.found.heads.append(self._heads(together))
             except UnsupportedLayerError as why:
-                self.found.refused[next(iter(layers), together[0].layer)] = str(why)
+                self._refuse([*listed, together[0].layer][0], listed, str(why))
         self._find_numbers()
+
+    def _refuse(self, root: str, layers: Iterable[str], why: str) -> None:
+        self.found.refused[root] = f"{why} (the layers of its heads: {', '.join(layers)})"
+
+    def _divided(self) -> list[_Call]:
+        """Calls of layers that read heads, with what belongs to which head."""
+        buffers = [
+            buffer
+            for module in self._model.modules()
+            for buffer in module.buffers(recurse=False)
+            if buffer.is_floating_point() and not isinstance(module, _NormBase)
+        ]
+        for parts in (buffers, []):  # a buffer, too, may have a part for every head
+            for buffer in parts:
+                buffer.requires_grad_(True)
+            try:
+                return [call for call in self._calls() if self._divide(call)]
+            except (RuntimeError, NotImplementedError):  # as where a pass writes to a buffer
+                continue
+            finally:
+                for buffer in parts:
+                    buffer.requires_grad_(False)
+                self._outputs = None
+        return []  # something without a gradient
 
     def _calls(self) -> list[_Call]:
         """Calls of layers whose inputs come from an attention."""
@@ -438,12 +456,6 @@ class _Search:
                 hook.remove()
         calls = [_Call(n, t, _behind(t, self._tensors)) for n, t in given if t.grad_fn is not None]
         return [c for c in calls if c.behind.cores]
-
-    def _buffers(self) -> Iterator[Tensor]:
-        """Buffers that may hold a part of every head."""
-        for module in self._model.modules():
-            if not isinstance(module, _NormBase):
-                yield from (b for b in module.buffers(recurse=False) if b.is_floating_point())
 
     # ------------------------------------------------------------------ one call
 
@@ -612,7 +624,8 @@ class _Search:
                     alike, numbers = [whole], others
             for heads in alike:
                 if isinstance(numbers, str):
-                    self.found.refused[heads.root] = numbers
+                    listed = sorted(heads.layers & self._layers.keys())
+                    self._refuse(heads.root, listed, numbers)
                 else:
                     scope = self._scope(heads)
                     chosen = tuple((scope[place], what) for place, what in numbers)
