@@ -16,7 +16,7 @@ import hashlib
 import re
 import sys
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -79,7 +79,8 @@ class Heads:
             for (name, dim), index in self.parts.items()
             if (name, dim) not in self.inputs and name in own
         ]
-        owners = [(model.get_submodule(name), _axis(model, name), t) for name, t in self.owners]
+        layers = [(model.get_submodule(name), table) for name, table in self.owners]
+        owners = [(layer, _axis(layer), table) for layer, table in layers]
         return UpstreamGroup(self.root, self.members, True, shares, owners)
 
     def structures_of(self, channels: Sequence[int]) -> list[int]:
@@ -170,9 +171,9 @@ def weight_dims(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _axis(model: nn.Module, layer: str) -> int:
-    """The dimension of a layer's output that holds its channels."""
-    return 1 if isinstance(model.get_submodule(layer), _ConvNd) else -1
+def _axis(layer: nn.Module) -> int:
+    """The dimension of a layer's inputs and outputs that holds the channels."""
+    return 1 if isinstance(layer, _ConvNd) else -1
 
 
 def _renumber(module: nn.Module) -> None:
@@ -241,51 +242,80 @@ _VIEWS = re.compile(
 _PRODUCTS = re.compile(r"(Addmm|Mm|Bmm|Baddbmm|Linear|Mkldnn\w*|\w*Convolution\w*)Backward\d*")
 
 
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """What a tensor is computed from: a parameter, a buffer, or the output of a layer.
+
+    Attributes:
+        tensor: its value in the pass.
+        leaves: by dimension of the tensor what lies along it.
+    """
+
+    tensor: Tensor
+    leaves: dict[int, Leaf]
+
+
 @dataclass
 class _Behind:
     """What lies between a tensor and the layers that it comes from.
 
     Attributes:
-        leaves: parameters and buffers on the way, and of those layers.
+        sources: outputs of those layers, and parameters and buffers on the way.
         cores: shapes of the attentions on the way.
     """
 
-    leaves: dict[int, Tensor] = field(default_factory=dict)
+    sources: list[_Source] = field(default_factory=list)
     cores: list[tuple[int, ...]] = field(default_factory=list)
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of the modules that it all belongs to."""
+        return [_owner(name) for s in self.sources for name, _ in s.leaves.values()]
 
-def _behind(tensor: Tensor, own: Collection[int]) -> _Behind:
-    """Follow a tensor back; ``own`` are the ids of the model's tensors."""
+
+def _behind(tensor: Tensor, names: Mapping[int, str], outputs: Mapping[Any, _Source]) -> _Behind:
+    """Follow a tensor back.
+
+    Args:
+        tensor: of a pass with gradients.
+        names: of the model's parameters and buffers, by their ids.
+        outputs: of its layers, by their nodes.
+    """
     found = _Behind()
+    leaves: dict[int, Tensor] = {}
     ahead, seen = [(tensor.grad_fn, False)], set()
     while ahead:
         node, mixed = ahead.pop()  # mixed: by a product of two activations
         if node is None or (node, mixed) in seen:
             continue
+        if node in outputs:
+            if outputs[node] not in found.sources:
+                found.sources.append(outputs[node])
+            continue
         seen.add((node, mixed))
         name = node.name()
         if hasattr(node, "variable"):
-            if id(node.variable) in own:
-                found.leaves[id(node.variable)] = node.variable
+            leaves[id(node.variable)] = node.variable
         elif "ScaledDotProduct" in name or ("oftmax" in name and mixed):
             found.cores.append(_shape(node))
             ahead += [(n, False) for n, _ in node.next_functions]
         elif _PRODUCTS.fullmatch(name):
-            weights = [_weight(n, own) for n, _ in node.next_functions]
+            weights = [_weight(n, names) for n, _ in node.next_functions]
             for weight in weights:
-                found.leaves |= {id(t): t for t in weight or ()}
-            known = any(weights) and getattr(node, "_saved_groups", 1) == 1
-            if not known:
-                others = (
-                    n for (n, _), w in zip(node.next_functions, weights, strict=True) if not w
-                )
-                ahead += [(n, mixed or not any(weights)) for n in others]
+                leaves |= {id(t): t for t in weight or ()}
+            if not any(weights) or getattr(node, "_saved_groups", 1) > 1:
+                edges = zip(node.next_functions, weights, strict=True)
+                ahead += [(n, mixed or not any(weights)) for (n, _), w in edges if not w]
         else:
             ahead += [(n, mixed) for n, _ in node.next_functions]
+    for number, leaf in leaves.items():
+        if number in names:
+            dims = {d: (names[number], d) for d in range(leaf.dim())}
+            found.sources.append(_Source(leaf, dims))
     return found
 
 
-def _weight(node: Any, own: Collection[int]) -> list[Tensor] | None:
+def _weight(node: Any, names: Mapping[int, str]) -> list[Tensor] | None:
     """The parameters that an operand is, if it is nothing but those."""
     ahead, leaves, steps = [node], [], 0
     while ahead:
@@ -293,7 +323,7 @@ def _weight(node: Any, own: Collection[int]) -> list[Tensor] | None:
         if node is None or steps > 64:
             return None
         if hasattr(node, "variable"):
-            if id(node.variable) not in own:
+            if id(node.variable) not in names:
                 return None
             leaves.append(node.variable)
         elif _VIEWS.fullmatch(node.name()):
@@ -402,8 +432,8 @@ class _Search:
         self._layers = {n: m for m, n in self._names.items() if weight_dims(m) is not None}
         self.found = Found()
         for together in _joined(self._divided()):
-            layers = {_owner(self._tensors[i]): None for c in together for i in c.behind.leaves}
-            listed = [n for n in layers if n in self._layers]
+            behind = dict.fromkeys(n for call in together for n in call.behind.layers)
+            listed = [n for n in behind if n in self._layers]
             self.found.layers |= set(listed)
             try:
                 self.found.heads.append(self._heads(together))
@@ -438,6 +468,7 @@ class _Search:
     def _calls(self) -> list[_Call]:
         """Calls of layers whose inputs come from an attention."""
         given: list[tuple[str, Tensor]] = []
+        outputs: dict[Any, _Source] = {}
 
         def cut(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             """Note a layer's input, and let gradients end there: what is before is another's."""
@@ -447,14 +478,23 @@ class _Search:
             apart = inputs[0].detach().requires_grad_(inputs[0].requires_grad)
             return apart.clone(), *inputs[1:]
 
-        hooks = [layer.register_forward_pre_hook(cut) for layer in self._layers.values()]
+        def note(module: nn.Module, _inputs: object, output: object) -> None:
+            name = f"{self._names[module]}.weight"
+            axis, rows = _axis(module), self._rows(name)
+            weight: Any = module.weight
+            if isinstance(output, Tensor) and output.shape[axis] == weight.shape[rows]:
+                outputs[output.grad_fn] = _Source(output, {axis % output.dim(): (name, rows)})
+
+        hooks = [m.register_forward_pre_hook(cut) for m in self._layers.values()]
+        hooks += [m.register_forward_hook(note) for m in self._layers.values()]
         try:
             with torch.enable_grad():  # kept, as nothing else may hold on to what is between
                 self._outputs = running.probe(self._model, self._example)
         finally:
             for hook in hooks:
                 hook.remove()
-        calls = [_Call(n, t, _behind(t, self._tensors)) for n, t in given if t.grad_fn is not None]
+        traced = [(n, t) for n, t in given if t.grad_fn is not None]
+        calls = [_Call(n, t, _behind(t, self._tensors, outputs)) for n, t in traced]
         return [c for c in calls if c.behind.cores]
 
     # ------------------------------------------------------------------ one call
@@ -464,7 +504,7 @@ class _Search:
 
         Too fine a division does no harm: what a head shares with another ties them.
         """
-        width = call.given.shape[_axis(self._model, call.layer)]
+        width = call.given.shape[_axis(self._layers[call.layer])]
         counts = [shape[-3] for shape in call.behind.cores if len(shape) >= 4]
         counts += self._heads_by_name(call)
         for count in dict.fromkeys(counts):
@@ -493,32 +533,31 @@ class _Search:
         return []
 
     def _touched(self, call: _Call) -> dict[Leaf, Tensor]:
-        leaves = list(call.behind.leaves.values())
+        sources = call.behind.sources
+        tensors = [source.tensor for source in sources]
         draw = torch.Generator().manual_seed(0)
         weights = (torch.rand(call.given.shape, generator=draw) + 0.5).to(call.given)
-        axis = _axis(self._model, call.layer) % weights.dim()
-        felt: list[list[Tensor]] = [[] for _ in leaves]
-        for columns in call.columns:
-            half = len(columns) // 2
-            for part in (columns[:half], columns[half:]):
-                only = torch.tensor(part, dtype=torch.int64, device=weights.device)
-                seed = torch.zeros_like(weights)
-                seed.index_copy_(axis, only, weights.index_select(axis, only))
-                gradients = torch.autograd.grad(
-                    call.given, leaves, seed, retain_graph=True, allow_unused=True
-                )
-                for rows, leaf, gradient in zip(felt, leaves, gradients, strict=True):
-                    rows.append(torch.zeros_like(leaf) if gradient is None else gradient)
-        touched: dict[Leaf, Tensor] = {}
-        for leaf, rows in zip(leaves, felt, strict=True):
-            for dim in range(leaf.dim()):
-                over = [d for d in range(leaf.dim()) if d != dim]
-                lines = [(g != 0).any(over) if over else g != 0 for g in rows]
-                along = torch.stack(lines).cpu()
-                by_head = along[0::2] | along[1::2]
-                if not torch.equal(by_head, by_head[:1].expand_as(by_head)):
-                    touched[self._tensors[id(leaf)], dim] = along
-        return touched
+        axis = _axis(self._layers[call.layer]) % weights.dim()
+        lines: dict[Leaf, list[Tensor]] = {}
+        for row, part in enumerate(p for columns in call.columns for p in _halves(columns)):
+            only = torch.tensor(part, dtype=torch.int64, device=weights.device)
+            seed = torch.zeros_like(weights)
+            seed.index_copy_(axis, only, weights.index_select(axis, only))
+            gradients = torch.autograd.grad(
+                call.given, tensors, seed, retain_graph=True, allow_unused=True
+            )
+            for source, gradient in zip(sources, gradients, strict=True):
+                felt = torch.zeros_like(source.tensor) if gradient is None else gradient
+                for dim, leaf in source.leaves.items():
+                    over = [d for d in range(felt.dim()) if d != dim]
+                    line = ((felt != 0).any(over) if over else felt != 0).cpu()
+                    mine = lines.setdefault(leaf, [])
+                    if len(mine) > row:  # another output of the same layer
+                        line |= mine.pop()
+                    mine.append(line)
+        touched = {leaf: torch.stack(mine) for leaf, mine in lines.items()}
+        by_head = {leaf: along[0::2] | along[1::2] for leaf, along in touched.items()}
+        return {f: along for f, along in touched.items() if (by_head[f] != by_head[f][:1]).any()}
 
     # ------------------------------------------------------------------ one group
 
@@ -534,9 +573,8 @@ class _Search:
         for call, by_head in zip(calls, of, strict=True):
             for leaf in call.touched:
                 _merge(parts, leaf, _table(call.felt(leaf), call.own(leaf), by_head, structures))
-                once = call.own(leaf) & ~(call.touched[leaf][0::2] & call.touched[leaf][1::2]).any(
-                    0
-                )
+                both = (call.touched[leaf][0::2] & call.touched[leaf][1::2]).any(0)
+                once = call.own(leaf) & ~both
                 _merge(values, leaf, _table(call.felt(leaf), once, by_head, structures))
         owners = [
             (_owner(name), table)
@@ -584,8 +622,8 @@ class _Search:
                     if isinstance(tensor, Tensor) and (what != "weight" or tensor.dim() == 1):
                         parts[f"{_owner(name)}.{what}", 0] = table
         for call in calls:
-            for leaf in call.behind.leaves.values():
-                name = self._tensors[id(leaf)]
+            for source in call.behind.sources:
+                leaf, name = source.tensor, source.leaves[max(source.leaves)][0]
                 if leaf.dim() != 1 or _owner(name) in self._layers:
                     continue
                 seen = parts.get((name, 0), [])
@@ -601,7 +639,7 @@ class _Search:
         module = self._model.get_submodule(_owner(name))
         odd = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RNNBase, _ConvTransposeNd))
         split = isinstance(module, _ConvNd) and 1 < module.groups != module.out_channels
-        if odd or split or ".parametrizations." in name:
+        if odd or split or name not in self._tensors.values():
             raise UnsupportedLayerError(
                 f"has heads with parts of {_owner(name)!r} ({type(module).__name__}), from which "
                 "they cannot be taken"
@@ -658,7 +696,8 @@ class _Search:
         both give the same outputs.
         """
         model, example, scope = self._model, self._example, self._scope(heads)
-        rounding = running.rounding(model, example, running.outputs(model, example))
+        dense = running.outputs(model, example)
+        rounding = [100 * dense.eps * running.size(t) for t in dense.values]
         gone = [0] if heads.count < 4 else [0, heads.count // 2]
         kept = running.parts(model)
         with _at_zero(heads.group(model), gone):
@@ -707,6 +746,11 @@ class _Search:
             yield from ((*counted, *some, *shared) for some in more)
         if counted:
             yield ()
+
+
+def _halves(columns: list[int]) -> tuple[list[int], list[int]]:
+    half = len(columns) // 2
+    return columns[:half], columns[half:]
 
 
 def _counts(attribute: str) -> bool:
