@@ -249,10 +249,12 @@ class _Source:
     Attributes:
         tensor: its value in the pass.
         leaves: by dimension of the tensor what lies along it.
+        layer: whether it is a layer's output.
     """
 
     tensor: Tensor
     leaves: dict[int, Leaf]
+    layer: bool
 
 
 @dataclass
@@ -262,10 +264,12 @@ class _Behind:
     Attributes:
         sources: outputs of those layers, and parameters and buffers on the way.
         cores: shapes of the attentions on the way.
+        mixed: names of the modules whose outputs attention mixes.
     """
 
     sources: list[_Source] = field(default_factory=list)
     cores: list[tuple[int, ...]] = field(default_factory=list)
+    mixed: set[str] = field(default_factory=set)
 
     @property
     def layers(self) -> list[str]:
@@ -288,21 +292,22 @@ def _behind(tensor: Tensor, names: Mapping[int, str], outputs: Mapping[Any, _Sou
         node, mixed = ahead.pop()  # mixed: by a product of two activations
         if node is None or (node, mixed) in seen:
             continue
-        if node in outputs:
-            if outputs[node] not in found.sources:
-                found.sources.append(outputs[node])
-            continue
         seen.add((node, mixed))
         name = node.name()
-        if hasattr(node, "variable"):
+        if node in outputs:
+            source = outputs[node]
+            found.sources += [source] if source not in found.sources else []
+            found.mixed |= {_owner(leaf) for leaf, _ in source.leaves.values() if mixed}
+        elif hasattr(node, "variable"):
             leaves[id(node.variable)] = node.variable
         elif "ScaledDotProduct" in name or ("oftmax" in name and mixed):
             found.cores.append(_shape(node))
-            ahead += [(n, False) for n, _ in node.next_functions]
+            ahead += [(n, True) for n, _ in node.next_functions]
         elif _PRODUCTS.fullmatch(name):
             weights = [_weight(n, names) for n, _ in node.next_functions]
             for weight in weights:
                 leaves |= {id(t): t for t in weight or ()}
+                found.mixed |= {_owner(names[id(t)]) for t in weight or () if mixed}
             if not any(weights) or getattr(node, "_saved_groups", 1) > 1:
                 edges = zip(node.next_functions, weights, strict=True)
                 ahead += [(n, mixed or not any(weights)) for (n, _), w in edges if not w]
@@ -311,7 +316,7 @@ def _behind(tensor: Tensor, names: Mapping[int, str], outputs: Mapping[Any, _Sou
     for number, leaf in leaves.items():
         if number in names:
             dims = {d: (names[number], d) for d in range(leaf.dim())}
-            found.sources.append(_Source(leaf, dims))
+            found.sources.append(_Source(leaf, dims, False))
     return found
 
 
@@ -341,11 +346,6 @@ def _shape(node: Any) -> tuple[int, ...]:
 
 # ---------------------------------------------------------------------- finding the heads
 
-_KNOWN: dict[str, Found] = {}
-_REMEMBERED = 16
-"""Of so many networks the heads are remembered, as one removal asks for them several times."""
-
-
 def find(model: nn.Module, example: Any) -> Found:
     """All heads of a network that can be removed whole.
 
@@ -355,20 +355,22 @@ def find(model: nn.Module, example: Any) -> Found:
     """
     if not any(weight_dims(m) for m in model.modules()):
         return Found()
-    signature = _signature(model, example)
-    if signature not in _KNOWN:
+    known, signature = running.remembered(model), _signature(model, example)
+    if signature not in known:  # one removal asks several times
         few = running.shortened(model, running.informative(example), 1)
         drawn, few = running.Precision(model, few).of(model, few)
         drawn.eval().requires_grad_(True)
         running.draw_values(drawn, few)
-        while len(_KNOWN) >= _REMEMBERED:
-            del _KNOWN[next(iter(_KNOWN))]
-        _KNOWN[signature] = _Search(drawn, few).found
-    return _KNOWN[signature]
+        with torch.no_grad():  # or a softmax may choose one of its inputs, and have no gradient
+            for parameter in drawn.parameters():
+                parameter.mul_(0.5 if parameter.dim() > 1 else 1.0)
+        known[signature] = _Search(drawn, few).found
+    found: Found = known[signature]
+    return found
 
 
 def _signature(model: nn.Module, example: Any) -> str:
-    """What tells networks apart, but for the values of their parameters; and their examples."""
+    """What may have changed in a network, but for the values of its parameters; and its example."""
     digest = hashlib.sha256()
 
     def add(*values: object) -> None:
@@ -483,16 +485,19 @@ class _Search:
             axis, rows = _axis(module), self._rows(name)
             weight: Any = module.weight
             if isinstance(output, Tensor) and output.shape[axis] == weight.shape[rows]:
-                outputs[output.grad_fn] = _Source(output, {axis % output.dim(): (name, rows)})
+                dims = {axis % output.dim(): (name, rows)}
+                outputs[output.grad_fn] = _Source(output, dims, True)
 
         hooks = [m.register_forward_pre_hook(cut) for m in self._layers.values()]
         hooks += [m.register_forward_hook(note) for m in self._layers.values()]
         try:
             with torch.enable_grad():  # kept, as nothing else may hold on to what is between
-                self._outputs = running.probe(self._model, self._example)
+                watched = running.Watched()
+                self._outputs = running.probe(self._model, self._example, watched=watched)
         finally:
             for hook in hooks:
                 hook.remove()
+        self._eps = watched.eps
         traced = [(n, t) for n, t in given if t.grad_fn is not None]
         calls = [_Call(n, t, _behind(t, self._tensors, outputs)) for n, t in traced]
         return [c for c in calls if c.behind.cores]
@@ -546,11 +551,16 @@ class _Search:
             gradients = torch.autograd.grad(
                 call.given, tensors, seed, retain_graph=True, allow_unused=True
             )
+            largest = max(float(g.abs().max()) for g in gradients if g is not None)
             for source, gradient in zip(sources, gradients, strict=True):
                 felt = torch.zeros_like(source.tensor) if gradient is None else gradient
+                # What adds up to nothing but for rounding, as for a bias of all keys, is nothing.
+                felt = felt.abs() > (0.0 if source.layer else 1e3 * self._eps * largest)
                 for dim, leaf in source.leaves.items():
+                    if felt.shape[dim] == 1:
+                        continue
                     over = [d for d in range(felt.dim()) if d != dim]
-                    line = ((felt != 0).any(over) if over else felt != 0).cpu()
+                    line = (felt.any(over) if over else felt).cpu()
                     mine = lines.setdefault(leaf, [])
                     if len(mine) > row:  # another output of the same layer
                         line |= mine.pop()
@@ -576,10 +586,11 @@ class _Search:
                 both = (call.touched[leaf][0::2] & call.touched[leaf][1::2]).any(0)
                 once = call.own(leaf) & ~both
                 _merge(values, leaf, _table(call.felt(leaf), once, by_head, structures))
+        mixed = {name for call in calls for name in call.behind.mixed}
         owners = [
             (_owner(name), table)
             for (name, dim), table in values.items()
-            if all(table) and self._rows(name) == dim
+            if all(table) and self._rows(name) == dim and _owner(name) in mixed
         ]
         if structures < 2 or not owners:
             raise UnsupportedLayerError(
@@ -621,18 +632,13 @@ class _Search:
                     tensor = getattr(layer, what, None)
                     if isinstance(tensor, Tensor) and (what != "weight" or tensor.dim() == 1):
                         parts[f"{_owner(name)}.{what}", 0] = table
-        for call in calls:
-            for source in call.behind.sources:
-                leaf, name = source.tensor, source.leaves[max(source.leaves)][0]
-                if leaf.dim() != 1 or _owner(name) in self._layers:
-                    continue
-                seen = parts.get((name, 0), [])
-                for (other, dim), table in list(parts.items()):
-                    like = len(leaf) == _tensor(self._model, other).shape[dim] and other != name
-                    fits = all({*a} <= {*b} for a, b in zip(seen, table, strict=False))
-                    if like and fits and (seen or not bool(leaf.any())):
-                        parts[name, 0] = table
-                        break
+        bare = {n: t for (n, _), t in parts.items() if _tensor(self._model, n).dim() == 1}
+        for source in (s for call in calls for s in call.behind.sources if not s.layer):
+            name, leaf = source.leaves[0][0], source.tensor
+            for other, table in bare.items():
+                beside = _owner(other) == _owner(name) and _owner(name) not in self._layers
+                if beside and leaf.dim() == 1 and len(leaf) == len(_tensor(self._model, other)):
+                    parts.setdefault((name, 0), table)
 
     def _require_known(self, name: str) -> None:
         """Refuse parts of a module whose other numbers are not known here."""

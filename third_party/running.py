@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +162,20 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         for tensor in tensors(vars(module) if stateless else module.__getstate__()):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
-    return copy.deepcopy(model, memo)
+    another = copy.deepcopy(model, memo)
+    _REMEMBERED[another] = remembered(model)
+    return another
+
+
+def remembered(model: nn.Module) -> dict[Any, Any]:
+    """What was found out about a model, or about one that it is a copy of, for whoever asks again.
+
+    It has to be asked for by all that it depends on.
+    """
+    return _REMEMBERED.setdefault(model, {})
+
+
+_REMEMBERED: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
 
 Attributes = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
