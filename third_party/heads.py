@@ -346,6 +346,7 @@ def _shape(node: Any) -> tuple[int, ...]:
 
 # ---------------------------------------------------------------------- finding the heads
 
+
 def find(model: nn.Module, example: Any) -> Found:
     """All heads of a network that can be removed whole.
 
@@ -551,7 +552,7 @@ class _Search:
             gradients = torch.autograd.grad(
                 call.given, tensors, seed, retain_graph=True, allow_unused=True
             )
-            largest = max(float(g.abs().max()) for g in gradients if g is not None)
+            largest = max((float(g.abs().max()) for g in gradients if g is not None), default=0.0)
             for source, gradient in zip(sources, gradients, strict=True):
                 felt = torch.zeros_like(source.tensor) if gradient is None else gradient
                 # What adds up to nothing but for rounding, as for a bias of all keys, is nothing.

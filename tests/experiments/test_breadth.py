@@ -277,7 +277,11 @@ def test_the_page_says_what_works_what_fails_and_why():
 
 
 def test_timms_networks_have_a_table_of_their_own():
-    rows = [made_up("resnet18"), made_up("timm:resnet10t"), made_up("timm:vit", skipped={"a": "why"})]
+    rows = [
+        made_up("resnet18"),
+        made_up("timm:resnet10t"),
+        made_up("timm:vit", skipped={"a": "why"}),
+    ]
     first, second = markdown(rows, ["vgg11", "timm:swin"]).split("## The smallest network of every")
     assert "1 of 1 networks work, 0 fail, 0 were not run, 1 more are" in first
     assert cells(first, "resnet18")[6] == "yes"

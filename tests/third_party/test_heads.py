@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -204,7 +204,7 @@ FORMS = st.builds(
 ).filter(lambda form: not form.bare or form.layout in ("two", "parts"))
 
 
-@settings(max_examples=40, phases=[Phase.generate])
+@settings(max_examples=30)
 @given(form=FORMS, draw=st.randoms(use_true_random=False))
 def test_heads_of_any_form_are_found_and_what_is_left_computes_the_same(form, draw):
     model = network(form)
