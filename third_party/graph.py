@@ -58,7 +58,7 @@ Meeting = tuple[Tensor, Tensor]
 """Positions in a layer, and the root's channel at each: both int64 (N,)."""
 
 
-def roots() -> tuple[type, ...]:
+def roots() -> tuple[Any, ...]:
     """The kinds of layers that groups are named after."""
     return (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, *heads.conv1d())
 

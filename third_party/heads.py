@@ -153,7 +153,7 @@ class Found:
 # ---------------------------------------------------------------------- layers of a known kind
 
 
-def conv1d() -> tuple[type, ...]:
+def conv1d() -> tuple[Any, ...]:
     """Transformers' Conv1D, a linear layer with a transposed weight, if anybody has imported it."""
     module = sys.modules.get("transformers.pytorch_utils")
     kind = getattr(module, "Conv1D", None)
@@ -182,7 +182,7 @@ def _renumber(module: nn.Module) -> None:
     if not isinstance(weight, Tensor):
         return
     if isinstance(module, conv1d()):
-        module.nx, module.nf = weight.shape  # type: ignore[assignment]
+        module.nx, module.nf = weight.shape
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, _ConvNd):
@@ -391,7 +391,7 @@ def _signature(model: nn.Module, example: Any) -> str:
         add(name, names, tensor.shape, tensor.dtype, tensor.device)
     add(running.map_tensors(example, lambda t: (t.shape, t.dtype, t.device)))
     for tensor in running.tensors(example):
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
