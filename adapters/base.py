@@ -29,6 +29,7 @@ To go on from a checkpoint, make the adapter of the dense model, as at the start
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.flop_counter import FlopCounterMode
 
 from dpm_core import (
     DecayPruning,
@@ -80,6 +80,10 @@ class Training:
     steps: int
     steps_per_epoch: int = 1
     sparse: Training | None = None
+
+
+class UnfinishedWarning(UserWarning):
+    """A training has ended before the last removal."""
 
 
 class Adapter(ABC):
@@ -187,6 +191,8 @@ class Adapter(ABC):
         self._seen = 0  # events of the core that new_events() has given
         self._grouped: dict[str, StructureGroup] | None = None  # without a core
         self._state: Mapping[str, Any] | None = None  # to be taken up when attached
+        self._type = running.type_of(model)
+        self._attached = False
 
     # ------------------------------------------------------------------ for users
 
@@ -201,8 +207,8 @@ class Adapter(ABC):
                 one after the other. Wrappers, such as accelerate's, are looked through. Of several,
                 those that hold nothing of the model are left out.
             loss: runs the model on the next training batch and returns the mean loss; for
-                :class:`~dpm_core.Hearing` and :class:`~dpm_core.Exchange` alone. Each call uses up
-                a step of the training.
+                :class:`~dpm_core.Hearing`, :class:`~dpm_core.Exchange`, and a framework's ranking
+                by gradients alone. Each call uses up a step of the training.
 
         Returns:
             self.
@@ -236,11 +242,27 @@ class Adapter(ABC):
 
     def detach(self) -> None:
         """Leave the optimizer. What is decaying stays as it is, and goes on when attached again."""
+        self._attached = False
         if self._steps is not None:
             self._steps.remove()
             self._steps = None
         if self.dpm is not None:
             self.dpm.detach()
+
+    def finish(self) -> None:
+        """Leave the optimizer at the end of a training; warn if a removal is still to come."""
+        early, decaying = self._attached and not self.complete, 0
+        if early and self.dpm is not None:
+            decaying = self.dpm.count(Phase.DECAYING)
+        self.detach()
+        if early:
+            still = f"{decaying} structures still decay" if decaying else "a removal is to come"
+            warnings.warn(
+                f"the training has ended, and {still}, so the model has not its final size: train "
+                "on, give it more epochs, or shorten smooth.steps",
+                UnfinishedWarning,
+                stacklevel=2,
+            )
 
     @property
     def due(self) -> bool:
@@ -340,7 +362,7 @@ class Adapter(ABC):
 
     @property
     def heard(self) -> int:
-        """Batches that hearings have used up; they count as steps of the training."""
+        """Batches that hearings and rankings have used up; they count as steps of the training."""
         return self._heard + (0 if self.dpm is None else self.dpm.heard)
 
     def numbers(self, group: str) -> Sequence[int]:
@@ -431,6 +453,7 @@ class Adapter(ABC):
         self.follow()
         if self.dpm is not None and state["dpm"] is not None:
             self.dpm.load_state_dict(state["dpm"])
+            self._seen = state["seen"]  # follow() has begun a core that had nothing to report
 
     def decide(self) -> None:
         """Let the framework decide now: what it selects decays, or is due for removal."""
@@ -455,6 +478,7 @@ class Adapter(ABC):
 
     def follow(self) -> None:
         """Put hooks on the optimizer's step: the core's, and this adapter's around them."""
+        self._attached = True
         if self.complete or self.smooth is None:
             self._steps = Attachment(self.optimizers, [], self.before_step, self._after)
             return
@@ -523,9 +547,16 @@ class Adapter(ABC):
         self.after_step()
 
     def _bring_example(self) -> None:
-        """A trainer may have moved the model to another device since."""
-        place = running.device_of((), self.model)
-        self.example = running.map_tensors(self.example, lambda t: t.to(place))
+        """A trainer may have moved the model to another device or another type since."""
+        place, before, self._type = (
+            running.device_of((), self.model),
+            self._type,
+            running.type_of(self.model),
+        )
+        self.example = running.map_tensors(
+            self.example,
+            lambda t: t.to(place, self._type if t.dtype == before else t.dtype),
+        )
 
     def _none_decays(self) -> bool:
         return self.dpm is None or self.dpm.count(Phase.DECAYING) == 0
@@ -619,21 +650,20 @@ def structure_group(group: UpstreamGroup) -> StructureGroup:
 def count_macs(model: nn.Module, example: Any) -> int:
     """Multiply-accumulates of convolutions and linear layers for one sample.
 
-    Counted by PyTorch's own FlopCounterMode on the model as it is; the model stays in its mode.
+    By the formulas of PyTorch's own FlopCounterMode, on the model as it is. It stays in its mode.
 
     Args:
         model: what to count.
         example: of its inputs; one row is taken of every tensor with as many rows as the first.
     """
-    counter = FlopCounterMode(display=False)
-    # Attention's fast path is one operation to the counter, which it does not know.
-    with running.without_gradients(model), counter:
+    watched = running.Watched(counting=True)
+    with torch.no_grad():
         try:
-            running.probe(model, running.first(example))
+            running.probe(model, running.first(example), watched=watched)
         except Exception:  # rows that are no samples, as of a graph: then the whole example
-            counter.flop_counts.clear()
-            running.probe(model, example)
-    return int(counter.get_total_flops()) // 2
+            watched = running.Watched(counting=True)
+            running.probe(model, example, watched=watched)
+    return watched.flops // 2
 
 
 def count_parameters(model: nn.Module) -> int:

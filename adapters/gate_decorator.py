@@ -2,8 +2,9 @@
 
 ``base`` masks what a tick selects at once, as the original does. For ``sp`` and ``sr`` the gates
 and shifts of the selected structures decay, on through the ticks and tocks that follow, and are
-masked when they are zero. Once the MACs are down to the target the gates are melted into a
-physically smaller, plain network, which is fine-tuned for what is left of the training steps.
+masked when they are zero. Once the MACs (or the parameters, where the options say so) are down to
+the target the gates are melted into a physically smaller, plain network, which is fine-tuned for
+what is left of the training steps.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from .removal import Removal
 class GateDecoratorOptions:
     """Settings of the framework; defaults are the original's.
 
+    The target is ``macs`` or ``parameters``: exactly one of them has to be given.
+
     The optimizer's learning rate, when it is attached, is the peak of tocks and of fine-tuning;
     what it is set to later has no effect.
 
     Attributes:
-        macs: share of the dense model's MACs that is left, at most.
+        macs: share of the dense model's MACs that is left, at most; ``None``: no such target.
         fraction: share of the gates left that a tick selects: 0.005 for VGG16, 0.002 for ResNet-56.
-        eta: strength of the FLOPs term; both recipes have none.
+        eta: strength of the FLOPs term, whatever the target is; both recipes have none.
         keep: share of each group that is protected in a selection.
         strength: of the tocks' penalty on gates.
         tick_epochs, tock_epochs: their lengths.
@@ -43,9 +46,13 @@ class GateDecoratorOptions:
         finetune_epochs: what must be left for fine-tuning; it takes all that is left.
         finetune_momentum: of its optimizer.
         ignored: names of layers whose groups are left as they are.
+        parameters: share of the dense model's parameters that is left, at most (ours).
+
+    Raises:
+        AdapterError: a value is out of its range, or not exactly one target is given.
     """
 
-    macs: float
+    macs: float | None = None
     fraction: float = 0.005
     eta: float = 0.0
     keep: float = 0.1
@@ -57,10 +64,18 @@ class GateDecoratorOptions:
     finetune_epochs: int = 40
     finetune_momentum: float = 0.0
     ignored: tuple[str, ...] = ()
+    parameters: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.macs < 1:
-            raise AdapterError(f"macs is {self.macs}; give the share to keep, above 0, below 1")
+        if (self.macs is None) == (self.parameters is None):
+            number = "neither" if self.macs is None else "both"
+            raise AdapterError(
+                f"{number} of macs and parameters is given; give one of them, the share to keep"
+            )
+        if not 0 < self.target < 1:
+            raise AdapterError(
+                f"{self.counted} is {self.target}; give the share to keep, above 0, below 1"
+            )
         if not 0 < self.fraction < 1 or not 0 <= self.keep < 1:
             raise AdapterError("give fraction above 0 and below 1, and keep in [0, 1)")
         if not (self.eta >= 0 and self.strength >= 0 and self.low_rate > 0):
@@ -71,6 +86,17 @@ class GateDecoratorOptions:
             )
         if not 0 <= self.finetune_momentum < 1:
             raise AdapterError("give finetune_momentum in [0, 1)")
+
+    @property
+    def counted(self) -> method.Counted:
+        """What the target is a share of; the name of the option that gives it."""
+        return "macs" if self.parameters is None else "parameters"
+
+    @property
+    def target(self) -> float:
+        """Share of it that is left, at most."""
+        share: float = getattr(self, self.counted)
+        return share
 
 
 class GateDecorator(Adapter):
@@ -91,7 +117,7 @@ class GateDecorator(Adapter):
     _steps_done = 0  # of ticks and tocks, hearings' batches not among them
     _tuned_from: int | None = None  # the step of the training at which fine-tuning began
     _released = 0  # since the last selection
-    _left = 1.0  # share of the MACs, decaying structures counted as gone
+    _left = 1.0  # share of what the target counts, decaying structures counted as gone
     _peaks: tuple[float, ...] = ()  # of the optimizer's groups, when first attached
 
     @property
@@ -114,6 +140,7 @@ class GateDecorator(Adapter):
             eta=o.eta,
             keep=o.keep,
             strength=o.strength,
+            counted=o.counted,
             ignored=o.ignored,
             progress=self.progress,
         )
@@ -135,11 +162,11 @@ class GateDecorator(Adapter):
             for name in group.members:
                 own = self.model.get_submodule(name).named_parameters(prefix=name)
                 self.check_trainable(group.name, own)
-        least = gated.least() / gated.costs.dense
-        if self.options.macs < least:
+        least, o = gated.least() / gated.costs.dense, self.options
+        if o.target < least:
             raise AdapterError(
-                f"macs {self.options.macs} is impossible: with what is protected in every group, "
-                f"{least:.4f} are left. Raise macs, or lower keep"
+                f"{o.counted} {o.target} is impossible: with what is protected in every group, "
+                f"{least:.4f} of the {gated.costs.word} are left. Raise {o.counted}, or lower keep"
             )
         super().check()
 
@@ -194,10 +221,11 @@ class GateDecorator(Adapter):
         done, low = self.clock + self.heard, self.options.low_rate
         if not self.complete:
             if done >= self._last:
-                over = self._left > self.options.macs
-                what = f"{self._left:.4f} of the MACs are left" if over else "decays go on"
+                over = self._left > self.options.target
+                left = f"{self._left:.4f} of the {self._method.costs.word} are left"
+                what = left if over else "decays go on"
                 raise AdapterError(
-                    f"{what} where fine-tuning should begin, with {self.options.macs} as the "
+                    f"{what} where fine-tuning should begin, with {self.options.target} as the "
                     "target; give the training more epochs, or raise fraction"
                 )
             self._method.after_backward(self._turn)
@@ -216,7 +244,7 @@ class GateDecorator(Adapter):
             return
         self._steps_done += 1
         self._follow_core()
-        if self._turn.kind == "tick" and self._turn.last and self._left > self.options.macs:
+        if self._turn.kind == "tick" and self._turn.last and self._left > self.options.target:
             self.decide()
             self._follow_core()
             self._measure()
@@ -248,7 +276,7 @@ class GateDecorator(Adapter):
 
     @property
     def _target(self) -> int:
-        return int(self.options.macs * self._method.costs.dense)
+        return int(self.options.target * self._method.costs.dense)
 
     def _by_structure(self, what: Callable[[str], Tensor]) -> Tensor:
         """What the core reports of all structures, in the order of the method's table."""
@@ -263,13 +291,13 @@ class GateDecorator(Adapter):
         return self._by_structure(self.dpm.phases) == Phase.ACTIVE
 
     def _measure(self) -> None:
-        """Count the MACs that are left; only selections and releases change them."""
-        self._left = self._method.macs(self._alive()) / self._method.costs.dense
+        """Count what is left; only selections and releases change it."""
+        self._left = self._method.cost(self._alive()) / self._method.costs.dense
 
     @property
     def settled(self) -> bool:
         """Whether the target is met and nothing decays any more."""
-        met = self.decided and self._left <= self.options.macs
+        met = self.decided and self._left <= self.options.target
         return self.complete or (met and self._none_decays())
 
     @property

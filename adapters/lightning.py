@@ -69,7 +69,7 @@ class DecayPruningCallback(callbacks.Callback):
         for name in ("on_load_checkpoint", "on_save_checkpoint"):
             vars(pl_module).pop(name, None)
         if self.run is not None:
-            self.run.detach()
+            self.run.finish()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save the adapter's state, too."""

@@ -7,7 +7,9 @@ there.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import is_dataclass
+from functools import cache
 from importlib import import_module, metadata
 from inspect import isclass
 
@@ -32,7 +34,10 @@ def load(name: str) -> type[Adapter]:
         ImportError: the framework of one from here is missing; the message names the extra to
             install.
     """
-    offered = sorted(metadata.entry_points(group=GROUP), key=lambda e: (e.name, _package(e)))
+    offered = _offered(tuple(sys.path))
+    if name not in {*ADAPTERS, *(e.name for e in offered)}:  # installed only now, perhaps
+        _offered.cache_clear()
+        offered = _offered(tuple(sys.path))
     matching = [e for e in offered if e.name == name]
     makers = [f"{e.value} of {_package(e)}" for e in matching]
     if name in ADAPTERS:
@@ -51,6 +56,12 @@ def load(name: str) -> type[Adapter]:
     module, attribute = ADAPTERS[name].split(":")
     built_in: type[Adapter] = getattr(import_module(module), attribute)
     return built_in
+
+
+@cache
+def _offered(_path: tuple[str, ...]) -> list[metadata.EntryPoint]:
+    """Entry points of all packages on the path. Reading them takes some hundredths of a second."""
+    return sorted(metadata.entry_points(group=GROUP), key=lambda e: (e.name, _package(e)))
 
 
 def _installed(entry: metadata.EntryPoint) -> type[Adapter]:

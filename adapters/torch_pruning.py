@@ -3,7 +3,7 @@
 ::
 
     pruner = tp.pruner.MagnitudePruner(model, example, tp.importance.MagnitudeImportance(), ...)
-    run = TorchPruning(pruner, SmoothPruning(200), SelfRectifying())
+    run = DepGraph(pruner, SmoothPruning(200), SelfRectifying())  # a TorchPruning
     run.attach(optimizer)
     for images, labels in loader:
         ...
@@ -13,9 +13,8 @@
 
 What the pruner would remove in its next step decays, and is removed in the end, by the pruner's own
 graph, and with its own functions for layers of one's own. Without smoothing it is removed as soon
-as it is decided. Any of upstream's pruners serves, with any importance. A pruner of several
-``iterative_steps`` takes them one after the other, so that this loop ends at its whole target:
-see ``every``.
+as it is decided. Any of upstream's pruners serves, with any importance. Several ``iterative_steps``
+are taken one after the other in one decision, or with training between them: see ``every``.
 """
 
 from __future__ import annotations
@@ -43,20 +42,25 @@ class TorchPruningOptions:
     """Settings of :class:`TorchPruning` beside the pruner's own.
 
     Attributes:
-        every: optimizer steps from one removal to the pruner's next decision; the first falls in
-            ``attach()``. ``None``: all of them, the first too, fall when ``decide()`` is called.
+        first: optimizer steps before the pruner's first decision; 0: it falls in ``attach()``.
+            With 1 an importance has the first batch's gradients.
+        every: optimizer steps from one removal to the pruner's next step. 0: all of its steps are
+            one decision, each of what those before it would leave, with no training between them.
+            ``None``: each is taken when ``decide()`` is called, the first, too.
         adapt: called with the model after every removal, and with copies of it, to bring numbers
             up to date that upstream does not know, such as an attention's number of heads. It reads
             them off the layers.
     """
 
+    first: int = 0
     every: int | None = 0
     adapt: Callable[[nn.Module], object] | None = None
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.every, int) and not isinstance(self.every, bool)
-        if self.every is not None and (not whole or self.every < 0):
-            raise AdapterError(f"every is {self.every!r}; give a number of steps, or None")
+        for name, steps in (("first", self.first), ("every", self.every)):
+            whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
+            if not (whole or (name == "every" and steps is None)):
+                raise AdapterError(f"{name} is {steps!r}; give a number of steps from 0")
 
 
 class TorchPruning(Adapter):
@@ -72,7 +76,7 @@ class TorchPruning(Adapter):
         rectify: how decisions are taken back. ``None``: they are not.
         example: of the model's inputs, on its device. ``None``: what autograd has kept of the one
             that the pruner was given, which is there where the first layer reads it as it comes.
-        every, adapt: see :class:`TorchPruningOptions`.
+        first, every, adapt: see :class:`TorchPruningOptions`.
         settings: ``training`` and ``progress`` as of :class:`~dpm_core.adapters.base.Adapter`.
 
     Raises:
@@ -90,11 +94,12 @@ class TorchPruning(Adapter):
         rectify: SelfRectifying | None = None,
         *,
         example: Any = None,
+        first: int = 0,
         every: int | None = 0,
         adapt: Callable[[nn.Module], object] | None = None,
         **settings: Any,
     ) -> None:
-        options = TorchPruningOptions(every, adapt)
+        options = TorchPruningOptions(first, every, adapt)
         self._own = OwnPruner(pruner, adapt)
         if example is None:
             example = traced_example(pruner)
@@ -112,7 +117,7 @@ class TorchPruning(Adapter):
         self._selected: Structures = {}
         self._scores: dict[str, Tensor] = {}
         self._open = False  # a decision has fallen, and its removal is to come
-        self._next = 0  # when the next decision falls
+        self._next = first  # when the next decision falls
         self._left: dict[str, list[int]] = {}  # by group, what is left of the dense model's numbers
 
     @property
@@ -177,10 +182,13 @@ class TorchPruning(Adapter):
         return self._left.get(group, range(self._groups[group].structures))
 
     def selection(self) -> Structures:
-        """What the pruner takes out in its next step, which counts as taken."""
+        """What the pruner takes out in its next step, or in all of them, which count as taken."""
         if self.dpm is None:
             self.groups()
-        decision = self._own.decide()
+        at_once = self.options.every == 0
+        decision = (
+            self._own.decide_all(self.example, self.progress) if at_once else self._own.decide()
+        )
         self._scores = decision.scores
         if decision.dropped:
             layers = ", ".join(map(repr, decision.dropped))

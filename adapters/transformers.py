@@ -16,11 +16,12 @@
 from __future__ import annotations
 
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, TrainerCallback
+from transformers import AutoConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import ParallelMode
 
@@ -44,8 +45,7 @@ class DecayPruningCallback(TrainerCallback):
 
     Raises:
         AdapterError: in ``train()``: the adapter is of another model; several processes, FSDP or
-            DeepSpeed, which a callback cannot tell of a removal; or a checkpoint without
-            :meth:`resume`.
+            DeepSpeed; or a checkpoint without :meth:`resume`.
     """
 
     def __init__(self, run: Adapter, loss: Loss | None = None) -> None:
@@ -91,14 +91,12 @@ class DecayPruningCallback(TrainerCallback):
                 "with DistributedDataParallel in a loop of your own or in Lightning"
             )
         elif bool(state.global_step) != self._resumed:
-            why = (
-                "to go on from a checkpoint takes both: "
-                "trainer.train(resume_from_checkpoint=callback.resume(checkpoint))"
-            )
+            why = "going on takes both: train(resume_from_checkpoint=callback.resume(folder))"
         else:
+            if isinstance(model, PreTrainedModel):  # the Trainer loads by the model's names alone
+                model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
             self.run.attach(optimizer, self._loss)
-            self.on_step_end(args, state, control)
-            return
+            return self.on_step_end(args, state, control)
         raise AdapterError(why)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
@@ -113,9 +111,10 @@ class DecayPruningCallback(TrainerCallback):
         if args.should_save:
             write(folder / STATE, lambda file: torch.save(self.run.state_dict(), file))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Leave the optimizer."""
-        self.run.detach()
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any, **others: Any) -> None:
+        """Leave model and optimizer."""
+        vars(model).pop("save_pretrained", None)
+        self.run.finish()
         self._resumed = False
 
 

@@ -66,7 +66,7 @@ class DecayPruning:
 
     Args:
         groups: the structure groups, on one device.
-        smooth: the decay's length.
+        smooth: the decay's length and shape.
         rectify: how decisions are taken back; ``None`` for Smooth Pruning alone.
 
     Raises:
@@ -108,7 +108,7 @@ class DecayPruning:
         """What works on the ledger, and is built anew where the ledger is another one."""
         settings = [f"{name} = {value}" for name, value in self._settings().items()]
         self._agreement = Agreement(self._structures, self._ledger, settings)
-        self._stepping = Stepping(self._structures, self._ledger, self.smooth.steps, new_zeros)
+        self._stepping = Stepping(self._structures, self._ledger, self.smooth, new_zeros)
         self._releases: Releases | None = None
         if self.rectify is not None:
             parts = (self._structures, self._ledger, self.rectify, self.smooth.steps)
@@ -434,7 +434,7 @@ class DecayPruning:
             self._ledger.assign(self._structures.span(name), part)
         self.clock, self.heard, self.events = state["clock"], state["heard"], events
         self._sums = self._choice = None
-        self._stepping = Stepping(self._structures, self._ledger, self.smooth.steps)
+        self._stepping = Stepping(self._structures, self._ledger, self.smooth)
         self._agreement.decisions_changed()
         if self._attachment is not None:
             self._attachment.restart()

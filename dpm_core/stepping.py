@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decay import target_norm
+from .decay import SmoothPruning
 from .errors import GradientError, GroupError
 from .groups import require_fit
 from .numbering import Numbering
@@ -71,7 +71,7 @@ class Stepping:
     Args:
         structures: the structures of all groups.
         ledger: what is known of them.
-        steps: N.
+        smooth: the decay.
         new_zeros: numbers of the structures that became zero in the last step.
 
     Attributes:
@@ -79,9 +79,13 @@ class Stepping:
     """
 
     def __init__(
-        self, structures: Numbering, ledger: Ledger, steps: int, new_zeros: Tensor | None = None
+        self,
+        structures: Numbering,
+        ledger: Ledger,
+        smooth: SmoothPruning,
+        new_zeros: Tensor | None = None,
     ) -> None:
-        self._structures, self._ledger, self._steps = structures, ledger, steps
+        self._structures, self._ledger, self._smooth = structures, ledger, smooth
         self.decaying: Subset | None = None
         self._new_zeros = None if new_zeros is None else self._subset(new_zeros)
         self._norms: Tensor | None = None  # of all structures of decaying's table, on the device
@@ -232,8 +236,8 @@ class Stepping:
                 "learning rate"
             )
         initial, step = ledger.initial[numbers], ledger.step[numbers]
-        # ||x_k|| is L_init (1 - (k - 1) / N), so L_init / ||x_k|| depends on the schedule alone.
-        stretch = 1 / target_norm(torch.ones_like(initial), step, self._steps)
+        # ||x_k|| is the norm of the step before: L_init / ||x_k|| depends on the schedule alone.
+        stretch = 1 / self._smooth.norm(torch.ones_like(initial), step)
         return Sums(
             numbers,
             ledger.resistance[numbers] - dots * stretch,
@@ -317,9 +321,9 @@ class Stepping:
         assert decaying is not None
         kept = torch.ones_like(numbers, dtype=torch.bool) if released is None else ~released
         step = ledger.advance(numbers, sums.resistance, sums.gradient)
-        target = target_norm(ledger.initial[numbers], step, self._steps)
+        target = self._smooth.norm(ledger.initial[numbers], step)
         self._norms = _set_norms(decaying.table, decaying.local[kept], target[kept])
-        done = kept & (step == self._steps)
+        done = kept & (step == self._smooth.steps)
         if bool(done.any()):
             self._new_zeros = Subset(
                 decaying.names, decaying.table, numbers[done], decaying.local[done]
@@ -330,7 +334,7 @@ class Stepping:
             if restore:
                 self._restore(gone)
             ledger.release(gone)
-        left = target_norm(ledger.initial[gone], step[~kept] - 1, self._steps)
+        left = self._smooth.norm(ledger.initial[gone], step[~kept] - 1)
         return gone, left, numbers[done]
 
     def _restore(self, released: Tensor) -> None:

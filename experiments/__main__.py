@@ -62,6 +62,14 @@ def parser() -> argparse.ArgumentParser:
     small = commands.add_parser("export", help="a run's pruned model as ONNX, or by torch.export")
     small.add_argument("model", type=Path, help="a run's model.safetensors")
     small.add_argument("--kind", choices=("onnx", "torch"), default="onnx")
+    small.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module or file that may be imported to rebuild the network, if it is not built "
+        "in; may be given several times; '*' allows any",
+    )
 
     for name, what in (
         ("table", "table of finished runs"),
@@ -301,7 +309,7 @@ def _carry_out(args: argparse.Namespace) -> None:
     elif args.command == "export":
         from .export import export  # only now: onnxruntime takes a while to load
 
-        print(export(args.model, args.kind))
+        print(export(args.model, args.kind, allow=args.allow))
     elif args.command == "results":
         from . import results
 

@@ -35,9 +35,9 @@ from dpm_core.third_party.attention import SplitAttention, split_attention
 
 from . import training
 from .__main__ import STOPPED, threads
+from .breadth_networks import CLASSES, TIMM, Network, network, networks, size_of, versions
 from .errors import carried_out
 from .files import save_text
-from .networks import CLASSES, TIMM, Network, network, networks, size_of, versions
 from .places import check
 from .run import RunError, device_name, revision
 from .table import grid

@@ -1,165 +1,390 @@
-"""The networks of the table that :mod:`experiments.breadth` fills: torchvision's and timm's."""
+"""Any network by its name: built in, torchvision's, timm's, or from a function of one's own.
+
+A name is one of :data:`experiments.models.MODELS`, or says what is imported and what is called:
+
+- ``torchvision.models:resnet18``, ``package.module:function``: a function, or a class, of a module
+  that Python can import
+- ``path/to/file.py:function``: of a file; its path starts at the current folder
+- ``timm:vit_tiny_patch16_224``: a network of timm's
+
+What is called gets ``num_classes`` if its signature takes that, by name or as ``**kwargs``; the
+number of colour channels as ``in_channels`` or ``in_chans`` if it takes one of them by name; and
+``[model_options]``, which come before both. timm gets ``num_classes`` and ``in_chans``.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import difflib
+import hashlib
+import importlib
+import inspect
+import random
+import re
+import sys
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torchvision
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
-from dpm_core.third_party.upstreams import require
+from dpm_core import DecayPruningError
+from dpm_core.third_party import running
 
-from .run import RunError
+from . import models
+from .names import shown
 
-CLASSES = 10
-TIMM = "timm:"
-"""What the names of timm's networks begin with."""
-FAMILIES = Path(__file__).with_name("families.txt")
-"""The smallest network of every family (module) of timm, a name on each line."""
-SIZES = (64, 56, 96, 112, 128, 160, 192, 224, 240, 256, 288, 336, 384, 448, 512)
-"""Heights and widths of images that are tried in turn, the cheap first."""
+FORMS = "MODULE:FUNCTION, FILE.py:FUNCTION or timm:NAME"
+ANY = "*"
+"""Among what is allowed: any code may be imported."""
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+_TIMM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class NetworkError(DecayPruningError, ValueError):
+    """A network cannot be built by its name. The message names it, and says what to do."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network as it is measured.
+    """How a network is built: all that a configuration, and a model's file, say of it.
 
     Attributes:
-        name: torchvision's, or timm's with ``timm:`` before it.
-        size: height and width of its images.
-        build: builds it, dense; the weights are drawn from PyTorch's global generator.
+        name: as the module's docstring has it.
+        options: keyword arguments, besides those for classes and channels.
+        sha256: of the file that the name names; ``None`` for other names, and for a file as it is.
     """
 
     name: str
-    size: int
-    build: Callable[[], nn.Module]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str | None = None
+
+    @property
+    def code(self) -> str | None:
+        """The module or file that has to be imported; ``None`` for a built-in network."""
+        return None if self.name in models.MODELS else self.name.rpartition(":")[0]
+
+    @property
+    def file(self) -> Path | None:
+        """The file that the name names, if it names one."""
+        if not (self.code and self.code.endswith(".py")):
+            return None
+        try:
+            return Path(self.code).expanduser()
+        except RuntimeError as cause:  # ~somebody who is not known
+            raise NetworkError(f"model: {self.code}: {cause}; give the whole path") from cause
+
+    def check(self) -> None:
+        """Refuse what can be no network, without importing anything.
+
+        Raises:
+            NetworkError: the name has no known form, a built-in network is given options, or
+                ``sha256`` is given for what is no file.
+        """
+        code, function = self.code, self.name.rpartition(":")[2]
+        if code is None:
+            if self.options:
+                raise NetworkError(
+                    f"model_options: {self.name} is built in and takes none; they are for "
+                    f"{FORMS} as model"
+                )
+        elif code == "timm":
+            if not _TIMM.fullmatch(function):
+                raise NetworkError(f"model: {shown(function)!r} is no name of timm's")
+        elif not (code.endswith(".py") or _MODULE.fullmatch(code)) or not function.isidentifier():
+            raise NetworkError(
+                f"unknown model {shown(self.name)!r}; there are: {', '.join(models.MODELS)}, or "
+                f"give {FORMS}"
+            )
+        for key in self.options:
+            if not key.isidentifier():
+                raise NetworkError(f"model_options: {shown(key)!r} can be no keyword argument")
+        if self.sha256 is not None and self.file is None:
+            raise NetworkError("model_sha256 is of the file that model names, and it names none")
+
+    def facts(self) -> dict[str, Any]:
+        """What a model's file says of its network: :attr:`name`, and the rest if there is any."""
+        said = {"model_options": dict(self.options), "model_sha256": self.sha256}
+        return {"model": self.name, **{key: value for key, value in said.items() if value}}
+
+    def require_hash(self) -> None:
+        """Refuse a file that nothing says the content of.
+
+        Raises:
+            NetworkError: with the remedy.
+        """
+        if self.file is not None and self.sha256 is None:
+            raise NetworkError(
+                f"model_sha256 is missing, the SHA-256 of {self.file}; experiments.config.load "
+                "fills it in"
+            )
+
+    def require_allowed(self, allowed: Collection[str]) -> None:
+        """Refuse code that nobody has allowed to be imported.
+
+        Args:
+            allowed: modules and files, as they stand before the colon; :data:`ANY` for all.
+
+        Raises:
+            NetworkError: saying what would be imported, and how to allow it.
+        """
+        code = self.code
+        if code is not None and code not in allowed and ANY not in allowed:
+            raise NetworkError(
+                f"its network is {shown(self.name)!r}, and building it would run the code of "
+                f"{shown(code)!r}; if you trust that, give allow=[{shown(code)!r}], or --allow "
+                f"{shown(code)} on the command line"
+            )
+
+    def find(self) -> Callable[..., Any]:
+        """What builds the network: imported, but not called yet.
+
+        Returns:
+            A function of the channels, the number of classes and :attr:`options`, by keywords that
+            :meth:`_arguments` chooses; for a built-in network one of :data:`models.MODELS`.
+
+        Raises:
+            NetworkError: the module or file cannot be imported, or is another one than
+                :attr:`sha256` says; or it has no such function; or that does not take the options.
+        """
+        self.check()
+        code, name = self.code, self.name.rpartition(":")[2]
+        if code is None:
+            return models.MODELS[self.name]
+        if code == "timm":
+            timm = self._imported(lambda: importlib.import_module("timm"))
+            if not timm.is_model(name):
+                near = difflib.get_close_matches(name, timm.list_models(), 3)
+                raise NetworkError(f"timm has no network {name!r}{_like(near)}")
+            create: Callable[..., Any] = timm.create_model
+            return create
+        module = self._imported(self._load_file if self.file else self._load_module)
+        function = getattr(module, name, None)
+        if not callable(function):
+            callables = [n for n, value in vars(module).items() if callable(value)]
+            what = "is no function" if hasattr(module, name) else "is not there"
+            near = difflib.get_close_matches(name, callables, 3)
+            raise NetworkError(f"model: {name!r} {what} in {code}{_like(near)}")
+        self._arguments(function, 1, 2)
+        building: Callable[..., Any] = function
+        return building
+
+    def build(self, in_channels: int, classes: int, seed: int | None = None) -> nn.Module:
+        """A freshly initialised network, on the host.
+
+        Built-in networks are initialised as :func:`experiments.models.build` says, others as they
+        do it themselves.
+
+        Args:
+            in_channels: of the images.
+            classes: number of classes.
+            seed: of the initial weights; global random states are left alone.
+
+        Raises:
+            NetworkError: as :meth:`find`; or the call failed, or gave no network.
+        """
+        function = self.find()
+        if self.code is None:
+            return models.build(self.name, in_channels, classes, seed)
+        arguments = self._arguments(function, in_channels, classes)
+        try:
+            with _drawing(seed):
+                model = function(**arguments)
+        except Exception as cause:
+            given = ", ".join(f"{k}={v!r}" for k, v in arguments.items() if k != "model_name")
+            raise NetworkError(
+                f"model: {self.name} cannot be built with {shown(given)} ({_line(cause)}); correct "
+                "model_options, or the function"
+            ) from cause
+        if not isinstance(model, nn.Module):
+            raise NetworkError(
+                f"model: {self.name} gives {_kind(model)}, where a torch.nn.Module is needed"
+            )
+        for name, parameter in model.named_parameters():
+            if isinstance(parameter, UninitializedParameter):
+                raise NetworkError(
+                    f"model: {self.name} gives a network whose {name!r} has no shape yet; give "
+                    "lazy layers their sizes"
+                )
+        return model
+
+    def _arguments(
+        self, function: Callable[..., Any], in_channels: int, classes: int
+    ) -> dict[str, Any]:
+        """What a function is called with.
+
+        Raises:
+            NetworkError: its signature does not take that.
+        """
+        if self.code == "timm":
+            name = self.name.rpartition(":")[2]
+            sizes = {"num_classes": classes, "in_chans": in_channels}
+            return {"model_name": name, **sizes, **self.options}
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):  # of a function in C
+            return {"num_classes": classes, **self.options}
+        taken = {p.name for p in signature.parameters.values() if p.kind in _BY_NAME}
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        given: dict[str, Any] = {}
+        if "num_classes" in taken or open_ended:
+            given["num_classes"] = classes
+        if channels := [n for n in ("in_channels", "in_chans") if n in taken]:
+            given[channels[0]] = in_channels
+        given |= self.options
+        try:
+            signature.bind(**given)
+        except TypeError as cause:
+            raise NetworkError(
+                f"model: {self.name} does not take what it is given: {cause}. Its signature is "
+                f"{shown(str(signature))}; correct model_options"
+            ) from cause
+        return given
+
+    def _imported(self, load: Callable[[], Any]) -> Any:
+        try:
+            return load()
+        except NetworkError:
+            raise
+        except (Exception, SystemExit) as cause:
+            remedy = "correct the file" if self.file else "install it, or correct the name"
+            raise NetworkError(
+                f"model: {self.code} cannot be imported ({_line(cause)}); {remedy}"
+            ) from cause
+
+    def _load_module(self) -> types.ModuleType:
+        assert self.code is not None
+        return importlib.import_module(self.code)
+
+    def _load_file(self) -> types.ModuleType:
+        """The file's module, of exactly the content that the hash is of; once per content."""
+        assert self.file is not None
+        content, sha256 = _read(self.file)
+        if self.sha256 not in (None, sha256):
+            raise NetworkError(
+                f"model: {self.file} is another file than this network was built from (SHA-256 "
+                f"{sha256[:16]}..., not {str(self.sha256)[:16]}...); put the right one there"
+            )
+        name = f"network_file_{sha256}"
+        if name not in sys.modules:
+            module = types.ModuleType(name)
+            module.__file__ = str(self.file.resolve())
+            sys.modules[name] = module  # dataclasses look themselves up there
+            try:
+                exec(compile(content, module.__file__, "exec"), vars(module))  # noqa: S102
+            except BaseException:
+                del sys.modules[name]
+                raise
+        return sys.modules[name]
 
 
-def networks() -> list[str]:
-    """Names of torchvision's classification networks, and of the smallest of timm's families."""
-    of_torchvision = torchvision.models.list_models(module=torchvision.models)
-    of_timm = FAMILIES.read_text(encoding="utf-8").split()
-    return sorted([*of_torchvision, *(f"{TIMM}{name}" for name in of_timm)])
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def network(name: str) -> Network:
-    """A network by its name, for the smallest images that it sensibly takes.
+def fingerprint(name: str) -> str | None:
+    """The SHA-256 of the file that a network's name names; ``None`` if it names none.
+
+    Raises:
+        NetworkError: the file cannot be read, or the name has no known form.
+    """
+    network = Network(name)
+    if network.file is None:
+        return None
+    network.check()
+    return _read(network.file)[1]
+
+
+def version(network: Network) -> dict[str, str]:
+    """The installed package that a network's code is of, with its version; empty if of none."""
+    if network.code is None or network.file is not None:
+        return {}
+    top = network.code.partition(".")[0]
+    return {d: metadata.version(d) for d in metadata.packages_distributions().get(top, [])}
+
+
+def require_logits(network: Network, model: nn.Module, example: Tensor, classes: int) -> None:
+    """Try a network out, in evaluation and in training; it stays as it is.
 
     Args:
-        name: one of torchvision's, or any of timm's with ``timm:`` before it.
+        network: for the message.
+        model: on the device of the example.
+        example: images, float32 (N, C, H, W).
+        classes: number of classes.
 
     Raises:
-        RunError: there is none of that name, or timm is not installed.
+        NetworkError: it cannot take such images, or does not give a tensor of logits,
+            (N, classes), in one of both modes.
     """
-    return _of_timm(name) if name.startswith(TIMM) else _of_torchvision(name)
+    size = "x".join(map(str, example.shape[1:]))
+    for training in (False, True)[: len(example)]:  # BatchNorm cannot train on a single image
+        mode = " in training" if training else ""
+        try:
+            with torch.no_grad():
+                given = running.probe(model, example, training=training)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as cause:  # whatever a network of somebody else's raises
+            raise NetworkError(
+                f"{network.name} cannot take images of {size}{mode} ({_line(cause)}); choose "
+                "another model or larger images"
+            ) from cause
+        if not isinstance(given, Tensor):
+            raise NetworkError(
+                f"{network.name} gives {_kind(given)}{mode}, where a tensor of logits is needed; "
+                "give a function that builds a network without other outputs, or model_options "
+                "that leave them out, such as aux_logits = false"
+            )
+        if given.shape != (len(example), classes):
+            raise NetworkError(
+                f"{network.name} gives {tuple(given.shape)}{mode} for {len(example)} images of "
+                f"{classes} classes, where ({len(example)}, {classes}) is needed; its function has "
+                "to take num_classes, or model_options have to say how many there are"
+            )
 
 
-def size_of(name: str) -> int:
-    """Number of a network's parameters for 1000 classes, without its weights.
-
-    Raises:
-        RunError: as :func:`network`.
-    """
-    if name.startswith(TIMM):
-        return sum(p.numel() for p in _on_meta(name).parameters())
-    _require_torchvision(name)
-    weights = next(iter(torchvision.models.get_model_weights(name)))
-    return int(weights.meta["num_params"])
-
-
-def versions(name: str) -> dict[str, str]:
-    """The versions of the packages that a network's figures depend on."""
-    package = "timm" if name.startswith(TIMM) else "torchvision"
-    found = {"torch": torch.__version__, package: importlib.metadata.version(package)}
-    return found | {"torch-pruning": require("torch-pruning")}
+@contextmanager
+def _drawing(seed: int | None) -> Iterator[None]:
+    """Draw from a seed inside, whatever draws, and leave the global random states alone."""
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)
 
 
-# ---------------------------------------------------------------------- torchvision
-
-
-def _require_torchvision(name: str) -> None:
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise RunError(f"torchvision has no classification network {name!r}")
-
-
-def _of_torchvision(name: str) -> Network:
-    _require_torchvision(name)
-    size, settings = 64, {}
-    if name.startswith("vit"):
-        size = 56 if name.endswith("14") else 64
-        settings = {"image_size": size}
-    elif name.startswith("maxvit"):
-        size = 224  # its windows divide no smaller images
-    elif name in ("googlenet", "inception_v3"):
-        # Heads that only training uses are outside the graph, which is that of evaluation.
-        size = 96
-        settings = {"aux_logits": False, "init_weights": False}
-    return Network(
-        name,
-        size,
-        lambda: torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **settings),
-    )
-
-
-# ---------------------------------------------------------------------- timm
-
-
-def _timm(name: str) -> Any:
-    """The package.
-
-    Raises:
-        RunError: it is not installed, or has no such network.
-    """
-    if importlib.util.find_spec("timm") is None:
-        raise RunError(f"{name!r} is a network of timm: pip install '.[timm]'")
-    import timm
-
-    if not timm.is_model(name.removeprefix(TIMM)):
-        raise RunError(f"timm has no network {name.removeprefix(TIMM)!r}")
-    return timm
-
-
-def _on_meta(name: str, **settings: Any) -> nn.Module:
-    """A network without values."""
-    timm = _timm(name)
-    with torch.device("meta"):
-        model: nn.Module = timm.create_model(name.removeprefix(TIMM), **settings)
-    return model
-
-
-def _of_timm(name: str) -> Network:
-    timm = _timm(name)
-    tried = [(size, settings) for size in SIZES for settings in ({"img_size": size}, {})]
-    size, settings = next((t for t in tried if _runs(name, *t)), (0, {}))
-    if not size:
-        raise RunError(f"no size of images was found that {name!r} takes")
-    plain = name.removeprefix(TIMM)
-    return Network(
-        name,
-        size,
-        lambda: timm.create_model(plain, pretrained=False, num_classes=CLASSES, **settings),
-    )
-
-
-def _runs(name: str, size: int, settings: Mapping[str, Any]) -> bool:
-    """Whether a network sensibly runs on images of a size.
-
-    At its end there are to be four positions at least: with fewer, attention has nothing to choose
-    from, and a norm little to take a mean over.
-    """
+def _read(file: Path) -> tuple[bytes, str]:
     try:
-        model: Any = _on_meta(name, num_classes=CLASSES, **settings).eval()
-        with torch.no_grad(), torch.device("meta"):
-            images = torch.empty(2, 3, size, size)
-            features = model.forward_features(images)
-            model(images)
-    except Exception:  # whatever says that it does not
-        return False
-    last = features[-1] if isinstance(features, tuple | list) else features
-    return bool(last[0].numel() >= 4 * model.num_features or last.dim() == 2)
+        content = file.read_bytes()
+    except OSError as cause:
+        raise NetworkError(
+            f"model: {file} cannot be read ({cause.strerror}); give the file's path from the "
+            "current folder, or the whole path"
+        ) from cause
+    return content, hashlib.sha256(content).hexdigest()
+
+
+def _line(cause: BaseException) -> str:
+    reason = (str(cause).splitlines() or [""])[0]
+    if isinstance(cause, RuntimeError) and reason:
+        return reason
+    return f"{type(cause).__name__}: {reason}" if reason else type(cause).__name__
+
+
+def _like(near: list[str]) -> str:
+    return f"; there are, for instance: {', '.join(near)}" if near else ""
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}" if not isinstance(value, type) else f"the class {value}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 
 import hypothesis
 import pytest
 import torch
+
+from tests.support import forked
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("suite")
@@ -24,6 +27,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="tests that need a GPU fail where there is none, instead of being skipped",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # for all processes of a parallel test run
+        stack = ExitStack()
+        stack.enter_context(forked.serving())
+        config.add_cleanup(stack.close)
 
 
 @pytest.fixture

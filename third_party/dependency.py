@@ -1,8 +1,8 @@
 """Removing channels from a model by torch-pruning's dependency graph, whoever chose them.
 
 All channels of one removal go at once: the graph is read before anything is small, so that no step
-depends on what an earlier one left behind. A removal is tried on a copy first, and takes place only
-if the copy's outputs stay what they were.
+depends on what an earlier one left behind. A model whose outputs a removal would change is put back
+to what it was.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def remove(model: nn.Module, example: Any, plan: Plan, build: Build = graph.buil
         RemovalError: the outputs would change; the model is as it was.
         UnsupportedLayerError: upstream cannot remove this; the model is as it was.
     """
-    small = running.copied(model)
-    take_out(small, example, plan, build)
-    compare(model, small, example, plan)
-    take_out(model, example, plan, build)
+    before = Comparison(model, example)
+    with _put_back_on_failure(model):
+        take_out(model, example, plan, build)
+        before.require_same(model, plan)
 
 
 def cut(model: nn.Module, example: Any, plan: Plan, build: Build = graph.build) -> None:
@@ -57,66 +57,70 @@ def cut(model: nn.Module, example: Any, plan: Plan, build: Build = graph.build) 
         RemovalError: it would compute something else; the model is as it was.
         UnsupportedLayerError: upstream cannot remove this; the model is as it was.
     """
-    zeroed = running.copied(model)
-    for part in separate(plan):
-        set_to_zero(zeroed, example, part, build)
-        small = running.copied(zeroed)
-        take_out(small, example, part, build)
-        compare(zeroed, small, example, part)
-        zeroed = small
-    take_out(model, example, plan, build)
+    with _put_back_on_failure(model):
+        for part in separate(plan):
+            zeroed = running.copied(model)
+            set_to_zero(zeroed, example, part, build)
+            before = Comparison(zeroed, example)
+            take_out(model, example, part, build)
+            before.require_same(model, part)
 
 
-def compare(before: nn.Module, after: nn.Module, example: Any, plan: Plan) -> None:
-    """Refuse a removal that changes a model's outputs by more than rounding.
+class Comparison:
+    """What a model computes on an example, to hold what a removal leaves of it against.
 
-    They are compared in double precision if the model runs in it; in evaluation mode, and also in
-    training mode if the example can be run in it and the pass draws no random numbers.
+    In double precision if the model runs in it; in evaluation mode, and also in training mode, in
+    which other parts may run, if the example can be run in it and the pass draws no random numbers.
 
     Args:
-        before: the large model; stays as it is.
-        after: the small one; stays as it is.
+        model: the large model; stays as it is.
         example: of the inputs.
-        plan: what was removed, for the message.
 
-    Raises:
-        RemovalError: saying how far the outputs are off.
+    Attributes:
+        large: a copy of it, in the precision of the comparison.
     """
-    example = running.shortened(before, running.informative(example), 8)
-    precision = running.Precision(before, example)
-    model, given = precision.of(before, example)
-    first = running.outputs(model, given)
-    moved = running.rounding(model, given, first)
-    try:
-        last = running.outputs(precision.of(after, example)[0], given)
-    except Exception as cause:
-        why = f"leaves a model that cannot run ({_line(cause)})"
-    else:
-        why = running.unlike(first, last, moved, doubts=False) or _in_training(
-            model, precision.of(after, example)[0], given
-        )
-    if why:
-        layers = ", ".join(repr(name) for name, _ in plan[:4]) + (", ..." if plan[4:] else "")
-        raise RemovalError(
-            f"removing channels of {layers} {why}, so nothing was removed. Either they are not "
-            "zero in the weights that the model has now (an averaging or schedule-free optimizer "
-            "keeps others), or this network answers their zeros with more than zeros"
-        )
 
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.large = running.Precision(model, running.informative(example), 8)
 
-def _in_training(before: nn.Module, after: nn.Module, example: Any) -> str:
-    """How outputs differ in training mode, in which other parts may run; "" if they do not."""
-    first = running.outputs_in_training(before, example)
-    if first is None:
-        return ""
-    last = running.outputs_in_training(after, example)
-    if last is None:
-        return "leaves a model that cannot run in training mode"
-    if first.draws:  # of other shapes in a small model
-        return ""
-    moved = running.rounding(before, example, first, training=True)
-    why = running.unlike(first, last, moved, doubts=False)
-    return f"{why}, in training mode" if why else ""
+    def require_same(self, small: nn.Module, plan: Plan) -> None:
+        """Refuse a removal that changes the outputs by more than rounding.
+
+        Args:
+            small: the model after the removal; stays as it is.
+            plan: what was removed, for the message.
+
+        Raises:
+            RemovalError: saying how far the outputs are off.
+        """
+        why = self._differs(self.large.of(small))
+        if why:
+            layers = ", ".join(repr(name) for name, _ in plan[:4]) + (", ..." if plan[4:] else "")
+            raise RemovalError(
+                f"removing channels of {layers} {why}, so nothing was removed. Either they are not "
+                "zero in the weights that the model has now (an averaging or schedule-free "
+                "optimizer keeps others), or this network answers their zeros with more than zeros"
+            )
+
+    def _differs(self, small: nn.Module) -> str | None:
+        large, example = self.large.model, self.large.example
+        try:
+            left = running.outputs(small, example)
+        except Exception as cause:
+            return f"leaves a model that cannot run ({_line(cause)})"
+        moved = running.rounding(large, example, self.large.outputs)
+        why = running.unlike(self.large.outputs, left, moved, doubts=False)
+        trained = running.outputs_in_training(large, example)
+        if why or trained is None:
+            return why
+        left_in_training = running.outputs_in_training(small, example)
+        if left_in_training is None:
+            return "leaves a model that cannot run in training mode"
+        if trained.draws:  # of other shapes in a small model
+            return None
+        moved = running.rounding(large, example, trained, training=True)
+        why = running.unlike(trained, left_in_training, moved, doubts=False)
+        return f"{why}, in training mode" if why else None
 
 
 def set_to_zero(model: nn.Module, example: Any, plan: Plan, build: Build = graph.build) -> None:
@@ -267,16 +271,25 @@ def one_by_one(model: nn.Module, example: Any, plan: Plan) -> Iterator[str]:
 
 
 @contextmanager
-def _whole_or_not(model: nn.Module) -> Iterator[None]:
+def _put_back_on_failure(model: nn.Module) -> Iterator[None]:
     """Put a model back to what it was if the code inside fails."""
     kept = running.parts(model)
     try:
         yield
-    except UnsupportedLayerError:
+    except BaseException:
         running.put_back(kept)
         raise
+
+
+@contextmanager
+def _whole_or_not(model: nn.Module) -> Iterator[None]:
+    """The same, where upstream takes channels away: whatever it fails on is an error of ours."""
+    try:
+        with _put_back_on_failure(model):
+            yield
+    except UnsupportedLayerError:
+        raise
     except Exception as cause:
-        running.put_back(kept)
         raise UnsupportedLayerError(
             f"upstream cannot remove these channels ({_line(cause)}); leave out of the plan what "
             "leads there"

@@ -67,6 +67,11 @@ class TraceError(UnsupportedLayerError):
     """Upstream cannot follow the channels through a network."""
 
 
+def is_pruner(thing: object) -> bool:
+    """Whether it is one of upstream's pruners, or is derived from one."""
+    return isinstance(thing, tp.pruner.BasePruner)
+
+
 # ---------------------------------------------------------------------- building the graph
 
 

@@ -358,9 +358,8 @@ def find(model: nn.Module, example: Any) -> Found:
         return Found()
     known, signature = running.remembered(model), _signature(model, example)
     if signature not in known:  # one removal asks several times
-        few = running.shortened(model, running.informative(example), 1)
-        drawn, few = running.Precision(model, few).of(model, few)
-        drawn.eval().requires_grad_(True)
+        copied = running.Precision(model, running.informative(example), 1)
+        drawn, few = copied.model.eval().requires_grad_(True), copied.example
         running.draw_values(drawn, few)
         with torch.no_grad():  # or a softmax may choose one of its inputs, and have no gradient
             for parameter in drawn.parameters():

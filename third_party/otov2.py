@@ -89,6 +89,7 @@ with _importable():
     from only_train_once.optimizer import dhspg as _dhspg_module
 
 OPERATORS: dict[str, Any] = _graph_module.OP_DICT
+_OTO: Any = only_train_once.OTO
 _DHSPG: Any = _dhspg_module.DHSPG
 # PyTorch wraps a class's step once it has an instance; called inside ours, hooks would run twice.
 _STEP = inspect.unwrap(_DHSPG.step)
@@ -139,12 +140,12 @@ def running(device: torch.device) -> Iterator[None]:
             torch.Tensor.cuda = before  # type: ignore[method-assign]
 
 
-class OTO(only_train_once.OTO):  # type: ignore[misc]
+class OTO(_OTO):  # type: ignore[misc]
     """Upstream's ``OTO``, to be used as its README has it, on today's PyTorch and on any device.
 
     ::
 
-        from dpm_core.third_party.otov2 import OTO
+        from dpm_core.third_party.otov2 import OTO  # from then on also: from only_train_once ...
 
         oto = OTO(model, dummy_input)
         optimizer = oto.dhspg(variant="sgd", lr=0.1, target_group_sparsity=0.7)
@@ -206,6 +207,9 @@ class OTO(only_train_once.OTO):  # type: ignore[misc]
             OPERATORS.update(operators)
             if not had:
                 del torch.onnx._optimize_graph  # type: ignore[attr-defined]
+
+
+only_train_once.OTO = OTO  # for the import that stands in upstream's README
 
 
 def graph(model: nn.Module, example: Any) -> OTO:

@@ -84,7 +84,7 @@ class OwnPruner:
     """
 
     def __init__(self, upstream: Any, adapt: Callable[[nn.Module], object] | None = None) -> None:
-        if not isinstance(upstream, tp.pruner.BasePruner):
+        if not graph.is_pruner(upstream):
             raise AdapterError(
                 f"{type(upstream).__name__} is no pruner of torch-pruning; give one derived from "
                 "torch_pruning.pruner.BasePruner, as you constructed it"
@@ -264,11 +264,31 @@ class OwnPruner:
             asked.append(self._graph._module2name[group[0].dep.target.module])
             found = ranking(group, *given, **named)
             if found is not None:
+                if len(found) < len(group[0].idxs):
+                    raise AdapterError(
+                        f"{self._importance} gives {len(found)} scores for the "
+                        f"{len(group[0].idxs)} channels of {asked[-1]!r}; it has to give one for "
+                        "each"
+                    )
                 scores[self._key(group)] = found.detach().float().cpu()
             return found
 
         decision = Decision()
         enough, ranking = self._graph.check_pruning_group, up.estimate_importance
+        grouped = self._graph.get_pruning_group
+
+        def group_of(layer: nn.Module, function: Any, idxs: list[int]) -> Any:
+            out = self._graph.is_out_channel_pruning_fn(function)
+            channels = (self._graph.get_out_channels if out else self._graph.get_in_channels)(layer)
+            if channels is not None and max(idxs, default=0) >= channels:
+                if len(idxs) < channels:
+                    raise AdapterError(
+                        f"{self._importance} gives more scores than the {channels} channels of "
+                        f"{self._graph._module2name[layer]!r}, as behind a flatten; take another "
+                        "importance, or put the layer into the pruner's ignored_layers"
+                    )
+                idxs = list(range(channels))  # upstream will leave it whole
+            return grouped(layer, function, idxs)
 
         def checked(group: Any) -> bool:
             stays: bool = enough(group)
@@ -277,6 +297,7 @@ class OwnPruner:
             return stays
 
         up.estimate_importance, self._graph.check_pruning_group = estimate, checked
+        self._graph.get_pruning_group = group_of
         try:
             with self._at_work(), _fisher_stays(up.importance):
                 for group in up.step(interactive=True):
@@ -297,6 +318,7 @@ class OwnPruner:
             ) from cause
         finally:
             del up.estimate_importance, self._graph.check_pruning_group
+            del self._graph.get_pruning_group
             if own is not None:
                 up.estimate_importance = own
         for name in _PARTS:
@@ -322,7 +344,7 @@ class OwnPruner:
             return ""
         return (
             "; the model has no gradients: if the importance needs them, run backward() before "
-            "attach(), or give every=None and call decide() after it"
+            "attach(), or give first=1, so that the decision falls in the first step"
         )
 
     def _note(self, decision: Decision, group: Any) -> None:
@@ -345,6 +367,67 @@ class OwnPruner:
             )
         before = decision.structures.setdefault(table.group.root, [])
         before[:] = sorted({*before, *chosen})
+
+    def decide_all(self, example: Any, progress: Callable[[str], object] = str) -> Decision:
+        """What the pruner's remaining steps take out, each from what those before it leave.
+
+        The model stays as it is, and all steps are counted. Structures are numbered as they are
+        now; those that would stay have the scores of the last step.
+
+        Args:
+            example: of the model's inputs, on its device.
+            progress: called before every step but the first.
+
+        Raises:
+            AdapterError: as :meth:`decide`.
+        """
+        if self.steps - self.step < 2:
+            return self.decide()
+        up, decision = self.upstream, Decision()
+        before = {name: dict(getattr(up, name)) for name in _COUNTED}
+        left = {t.group.root: list(range(t.group.structures)) for t in self._tables.values()}
+        size, kept = {root: len(numbers) for root, numbers in left.items()}, self._state_of_all()
+        try:
+            while self.step < self.steps:
+                step = self.decide()
+                plan: Plan = []
+                tables = {t.group.root: t.group for t in self._tables.values()}
+                for root, scores in step.scores.items():
+                    decision.scores[root] = torch.full((size[root],), torch.inf)
+                    decision.scores[root][left[root]] = scores
+                for root, gone in step.structures.items():
+                    plan.append((root, tables[root].channels_of(gone)))
+                    taken = decision.structures.get(root, []) + [left[root][k] for k in gone]
+                    decision.structures[root] = sorted(taken)
+                    left[root] = [n for k, n in enumerate(left[root]) if k not in set(gone)]
+                decision.dropped = sorted({*decision.dropped, *step.dropped})
+                if plan and self.step < self.steps:
+                    progress(f"step {self.step + 1} of {self.steps} of {self.name}")
+                    with self.removal(plan):
+                        dependency.take_out(self.model, example, plan, self.build)
+                    self.groups()
+            counted = {name: dict(getattr(up, name)) for name in _COUNTED}
+            for name, later in self._later.items():
+                counted[name].update(later)
+        finally:
+            running.put_back(kept)
+            self.groups()
+        up.current_step = self.steps
+        for name in _PARTS:
+            now = counted[name]
+            self._later[name] = {m: n for m, n in now.items() if before[name].get(m) != n}
+        up._scope_initial_channels.update(counted["_scope_initial_channels"])
+        return decision
+
+    def _state_of_all(self) -> running.Attributes:
+        """Whatever a removal changes: of model, pruner, importance and graph."""
+        nodes = list(self._graph.module2node.values())
+        things = [*self.model.modules(), self.upstream, self._graph, *nodes]
+        things += [d for node in nodes for d in node.dependencies]
+        things += [n.module for n in nodes if not isinstance(n.module, nn.Parameter)]
+        if hasattr(self.upstream.importance, "__dict__"):
+            things.append(self.upstream.importance)
+        return running.attributes_of({id(thing): thing for thing in things}.values())
 
     # ------------------------------------------------------------------ removal
 

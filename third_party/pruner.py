@@ -8,9 +8,14 @@ What this file works around, all of it in that version:
   one may take others along (``BasePruner._prune``). Here what goes together is ranked together.
 - A layer that would lose all its channels loses none (``DependencyGraph.check_pruning_group``).
 - Groups kept across a removal go stale, so they are kept as (root, indices) and fetched anew.
+- Rounding takes channels and structures for the same number, asks for all of a layer that is no
+  wider than what it rounds to, and ``max_pruning_ratio`` is looked at before a step only
+  (``BasePruner._round_to``, ``_check_pruning_ratio``).
+- Two importances sort a group's positions, and not the root's channels that these belong to
+  (``GroupTaylorImportance``, ``GroupHessianImportance``).
+- Its importance knows no Conv1D and fails on some grouped convolutions.
 - Heads are found by ``third_party.heads``, so they are counted and chosen here, as upstream does
   it: by the mean of its importance over their channels, among one another.
-- Its importance knows no Conv1D and fails on some grouped convolutions.
 """
 
 from __future__ import annotations
@@ -33,18 +38,59 @@ from .upstreams import require
 require("torch-pruning")
 import torch_pruning as tp  # noqa: E402  (only after its version is known)
 
+IMPORTANCES: dict[str, Callable[[str], Any]] = {
+    "magnitude": lambda normalizer: tp.importance.GroupMagnitudeImportance(2, "mean", normalizer),
+    "taylor": lambda normalizer: tp.importance.GroupTaylorImportance("mean", normalizer),
+    "hessian": lambda normalizer: tp.importance.GroupHessianImportance("mean", normalizer),
+    "fpgm": lambda normalizer: tp.importance.FPGMImportance(2, "mean", normalizer),
+    "lamp": lambda _: tp.importance.LAMPImportance(),
+    "bn-scale": lambda normalizer: tp.importance.BNScaleImportance("mean", normalizer),
+}
+"""Upstream's rankings, by the normalizer. For ``taylor`` the model's parameters hold gradients, for
+``hessian`` squares of gradients."""
+
+
+class _Upstream(tp.pruner.GroupNormPruner):  # type: ignore[misc]
+    """Upstream's pruner, whose rounding counts in structures and leaves each layer something.
+
+    Attributes:
+        least: how many structures of a group have to stay, by the group's root layer.
+        kept: layers of which rounding, or ``least``, has kept more than the ranking.
+    """
+
+    least: Callable[[nn.Module], int]
+    kept: set[nn.Module]
+
+    def _is_atten_group(self, group: Any) -> Any:
+        self._present = group  # whose channels are rounded next
+        return super()._is_atten_group(group)
+
+    def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
+        """How many structures go, so that a multiple of ``round_to`` channels stays."""
+        root, size = self._present[0].dep.target.module, self._get_channel_groups(self._present)
+        structures, unit = current_channels // size, round_to // math.gcd(round_to, size)
+        least = math.ceil(self.least(root) / unit) * unit
+        left = (structures - n_pruned) // unit * unit
+        if left < least:
+            self.kept.add(root)
+        going: int = max(structures - max(left, least), 0)
+        return going
+
 
 class Pruner:
-    """Upstream's GroupNormPruner with the group magnitude (p = 2), free of shared defaults.
+    """Upstream's GroupNormPruner, free of shared defaults.
 
     Attentions lose whole heads, the share ``ratio`` of them; heads are ranked among one another.
 
     Args:
         model: what to prune; it stays as it is until :meth:`run`.
         example: of its inputs, on its device.
-        ratio, steps, global_pruning, normalizer, reg: upstream's own.
+        ratio, steps, global_pruning, normalizer, reg, isomorphic: upstream's own.
         ignored: layers that stay as they are, those of the network's outputs among them.
-        drawn: a seed, to draw channels instead of ranking them.
+        importance: one of :data:`IMPORTANCES`, or a seed, to draw channels instead of ranking them.
+        round_to: as upstream's; of a structure of several channels, these are counted.
+        max_pruning_ratio: a layer loses no larger share of its structures.
+        sizes: structures that groups had in the dense model, by root, if it was pruned before.
 
     Attributes:
         upstream: its pruner.
@@ -67,19 +113,26 @@ class Pruner:
         normalizer: str,
         reg: float,
         ignored: Collection[str],
-        drawn: int | None = None,
+        importance: str | int = "magnitude",
+        round_to: int | None = None,
+        isomorphic: bool = False,
+        max_pruning_ratio: float = 1.0,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         self._model = model
-        importance: Any = tp.importance.GroupMagnitudeImportance(p=2, normalizer=normalizer)
-        if drawn is not None:
-            importance = _drawn(model, drawn)
-        self._importance = importance
+        self._importance: Any = (
+            _drawn(model, importance)
+            if isinstance(importance, int)
+            else IMPORTANCES[importance](normalizer)
+        )
+        self._sorting = importance in ("taylor", "hessian")
+        self._share, self._unit = 1 - max_pruning_ratio, round_to or 1
         graph.require_plain_weights(model)
         tracing = graph.Tracing(model, example)
         inside = {m for name in ignored for m in model.get_submodule(name).modules()}
         apart = {model.get_submodule(name) for name in tracing.heads.layers}
         with graph.upstream(model):
-            self.upstream = tp.pruner.GroupNormPruner(
+            self.upstream = _Upstream(
                 model,
                 example,
                 importance=self._by_structure,
@@ -87,6 +140,10 @@ class Pruner:
                 global_pruning=global_pruning,
                 pruning_ratio=ratio,
                 iterative_steps=steps,
+                # Rounding to 1 lets it leave what has to stay.
+                round_to=round_to or (1 if max_pruning_ratio < 1 else None),
+                isomorphic=isomorphic,
+                max_pruning_ratio=max_pruning_ratio,
                 ignored_layers=[*inside, *apart],
                 root_module_types=list(graph.roots()),
                 in_channel_groups={},
@@ -105,6 +162,10 @@ class Pruner:
         of_heads = (tracing.heads.of(g.root) for g in self.groups if g.heads)
         self._heads: dict[str, Heads] = {h.root: h for h in of_heads if h is not None}
         self._first = {root: h.count for root, h in self._heads.items()}
+        self._sizes = {g.root: g.structures for g in self.groups} | dict(sizes or {})
+        names = {m: n for n, m in model.named_modules()}
+        self.upstream.least = lambda root: self._least(names[root])
+        self.upstream.kept = set()
         self._tied = {
             model.get_submodule(g.root) for g in self.groups if not g.heads and not self._tie(g)
         }
@@ -122,16 +183,35 @@ class Pruner:
             self.upstream.out_channel_groups[self._model.get_submodule(group.root)] = size
         return True
 
+    @property
+    def kept(self) -> list[str]:
+        """Layers of which :meth:`run` left more than the ranking would have, because it has to."""
+        names = {m: n for n, m in self._model.named_modules()}
+        return sorted(names[root] for root in self.upstream.kept)
+
+    def _least(self, root: str) -> int:
+        """How many structures of a group have to stay."""
+        # A group without a table is refused, or its channels are the network's outputs.
+        return max(1, math.ceil(self._share * self._sizes.get(root, 1) - 1e-9))
+
+    def most(self, group: UpstreamGroup) -> list[int]:
+        """As many channels of a group as may go at most."""
+        size = len(group.members[0])
+        unit = 1 if group.heads else self._unit // math.gcd(self._unit, size)
+        least = math.ceil(self._least(group.root) / unit) * unit
+        return group.channels_of(range(least, group.structures)) if self.ranks(group) else []
+
+    def ranks(self, group: UpstreamGroup) -> bool:
+        """Whether the importance says anything about a group; upstream leaves others whole."""
+        return self._scores(group) is not None
+
     def _by_structure(self, group: Any, **settings: Any) -> Any:
         """Upstream's importance, in which all channels of a structure get their mean."""
-        scores = self._importance(_rankable(group), **settings)
+        scores = self._importance(self._rankable(group), **settings)
+        if scores is None:
+            return None
         if isinstance(group, _HeadGroup):
-            return (
-                scores.view(group.heads, -1)
-                .mean(1, keepdim=True)
-                .expand(group.heads, group.size)
-                .flatten()
-            )
+            return group.by_head(scores).repeat_interleave(group.size)
         if group[0].dep.target.module in self._tied:
             for members in graph.members(self._graph, group):
                 scores[members] = scores[members].mean()
@@ -154,13 +234,25 @@ class Pruner:
 
     def importance(self, group: UpstreamGroup) -> Tensor:
         """Upstream's importance of each structure of a group, (K,) on the host."""
+        scores = self._scores(group)
+        assert scores is not None
+        return scores.cpu()
+
+    def _scores(self, group: UpstreamGroup) -> Tensor | None:
+        """Upstream's importance of each structure of a group, (K,)."""
         if group.heads:
-            return self._heads_scores()[group.root]
+            return self._heads_scores(self._heads[group.root])
         layer = self._model.get_submodule(group.root)
         with graph.upstream(self._model), torch.no_grad():
             whole = graph.whole(self._graph, layer, range(group.channels))
-            scores: Tensor = self._importance(_rankable(whole))
-        return scores.detach().cpu()[torch.tensor(group.members)].mean(1)
+            scores: Tensor | None = self._importance(self._rankable(whole))
+        return None if scores is None else scores[torch.tensor(group.members)].mean(1)
+
+    def _rankable(self, group: Any) -> Any:
+        rankable = _rankable(group)
+        if self._sorting:
+            rankable._group = [_sorted(item) for item in rankable._group]
+        return rankable
 
     def counts(self) -> dict[str, int]:
         """How many structures there are in each of upstream's scopes of ranking.
@@ -201,6 +293,8 @@ class Pruner:
                 step = up.step(interactive=True)
                 gone = self._heads_gone()
                 for group in step:
+                    if not group[0].idxs:  # all of it has to stay
+                        continue
                     root = group[0].dep.target.module
                     note(names[root], up.DG.get_out_channels(root), set(group[0].idxs))
                     group.prune()
@@ -216,22 +310,28 @@ class Pruner:
             parameter.requires_grad_(trained[name])
         return [(name, sorted(channels)) for name, channels in removed.items() if channels]
 
-    def _heads_scores(self) -> dict[str, Tensor]:
-        """Upstream's importance of all heads, (K,) on the host, by their groups' roots."""
-        groups = {root: _HeadGroup(heads, self._model) for root, heads in self._heads.items()}
-        scores = {root: self._by_structure(g).view(g.heads, -1) for root, g in groups.items()}
-        return {root: of.mean(1).detach().cpu() for root, of in scores.items()}
+    def _heads_scores(self, heads: Heads) -> Tensor | None:
+        """Upstream's importance of each head of an attention, (K,)."""
+        group = _HeadGroup(heads, self._model)
+        with torch.no_grad():
+            scores: Tensor | None = self._importance(self._rankable(group))
+        return None if scores is None else group.by_head(scores)
 
     def _heads_gone(self) -> dict[str, list[int]]:
         """The heads that go in the present step; every attention keeps its best."""
         ratio = self.upstream.per_step_pruning_ratio[self.upstream.current_step]
         ranked = []
-        for root, scores in self._heads_scores().items():
-            order = scores.argsort(stable=True).tolist()
+        for root, heads in self._heads.items():
+            scores = self._heads_scores(heads)
+            if scores is None:
+                continue
+            order = scores.cpu().argsort(stable=True).tolist()
             left = self._first[root] - math.ceil(ratio * self._first[root])
             if left < 1 and not self.upstream.global_pruning:
                 self.left_whole.append(root)
-            kept = 1 if self.upstream.global_pruning else max(left, 1)
+            kept = self._least(root)
+            if not self.upstream.global_pruning:
+                kept = max(kept, left)
             ranked += [(float(scores[k]), root, k) for k in order[: max(0, len(order) - kept)]]
         if self.upstream.global_pruning:
             left = int(sum(self._first.values()) * (1 - ratio))
@@ -252,6 +352,10 @@ class Pruner:
 
     def regularize(self) -> None:
         """Upstream's, after backward."""
+        for group in self.upstream._groups:
+            for item in group:
+                if isinstance(item.dep.target.module, _AsLinear):
+                    item.dep.target.module.take_gradient()
         self.upstream.regularize(self._model)
 
 
@@ -310,6 +414,10 @@ class _HeadGroup(graph._Group):
             target = _AsLinear(layer) if isinstance(layer, conv1d()) else layer
             self._group.append(_item(target, function, [p for t in table for p in t], channels))
 
+    def by_head(self, scores: Tensor) -> Tensor:
+        """The mean of the channels' scores, (heads,)."""
+        return scores.view(self.heads, self.size).mean(1)
+
 
 def _item(layer: Any, function: Any, positions: list[int], channels: list[int]) -> Any:
     """An item of upstream's group."""
@@ -325,11 +433,22 @@ class _AsLinear(nn.Linear):
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer.nx, layer.nf, bias=False, device="meta")
-        self._parameters["weight"] = nn.Parameter(
-            layer.weight.detach().T, layer.weight.requires_grad
-        )
-        if layer.weight.grad is not None:
-            self.weight.grad = layer.weight.grad.T
+        self.of = [layer]  # no part of this one
+        self.weight = nn.Parameter(layer.weight.detach().T, layer.weight.requires_grad)
+        self.take_gradient()
+
+    def take_gradient(self) -> None:
+        """Share the present gradient."""
+        gradient = self.of[0].weight.grad
+        self.weight.grad = None if gradient is None else gradient.T
+
+
+def _sorted(item: Any) -> Any:
+    """A part of a group with its positions in ascending order, the root's channels beside them."""
+    order = sorted(range(len(item.idxs)), key=item.idxs.__getitem__)
+    ordered = type(item)(item.dep, [item.idxs[i] for i in order])
+    ordered.root_idxs = [item.root_idxs[i] for i in order]
+    return ordered
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -342,7 +461,9 @@ def _drawn(model: nn.Module, seed: int) -> Callable[..., Tensor]:
     names = {m: n for n, m in model.named_modules()}
 
     def importance(group: Any, **_: object) -> Tensor:
-        key = zlib.crc32(f"{seed} {names[group[0].dep.target.module]}".encode())
+        root = group[0].dep.target.module
+        name = names[root.of[0] if isinstance(root, _AsLinear) else root]
+        key = zlib.crc32(f"{seed} {name}".encode())
         return torch.rand(len(group[0].idxs), generator=torch.Generator().manual_seed(key))
 
     return importance

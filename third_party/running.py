@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import os
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 TIMES = 10.0
 """Outputs may differ by this times the measured rounding: a removal regroups sums. Ours."""
@@ -90,6 +93,11 @@ def device_of(example: Any, model: nn.Module) -> torch.device:
     for parameter in model.parameters():
         return parameter.device
     return torch.device("cpu")
+
+
+def type_of(model: nn.Module) -> torch.dtype | None:
+    """The type of a model's first parameter of floating point; ``None``: it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def tensors(outputs: Any) -> list[Tensor]:
@@ -178,30 +186,40 @@ def remembered(model: nn.Module) -> dict[Any, Any]:
 _REMEMBERED: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
 
-Attributes = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
-"""For each module its attributes, and the contents of those that are collections."""
+Attributes = list[tuple[Any, dict[str, Any], dict[str, Any]]]
+"""For each object its attributes, and the contents of those that are collections."""
 
 
 def parts(model: nn.Module) -> Attributes:
     """The attributes of all modules of a model, without copies of its tensors."""
-    kinds = (dict, OrderedDict, list, set)
+    return attributes_of(model.modules())
+
+
+def attributes_of(things: Iterable[Any]) -> Attributes:
+    """The attributes of some objects, without copies of what they hold."""
     return [
-        (m, dict(vars(m)), {k: copy.copy(v) for k, v in vars(m).items() if type(v) in kinds})
-        for m in model.modules()
+        (t, dict(vars(t)), {k: v.copy() for k, v in vars(t).items() if type(v) in _COLLECTIONS})
+        for t in things
     ]
 
 
+_COLLECTIONS = {dict, OrderedDict, list, set}
+
+
 def put_back(kept: Attributes) -> None:
-    """Give modules the attributes back that they had in :func:`parts`, in the same collections."""
-    for module, attributes, contents in kept:
-        vars(module).clear()
-        vars(module).update(attributes)
+    """Give objects the attributes back that they had, in the same collections."""
+    for thing, attributes, contents in kept:
+        thing.__dict__.clear()
+        thing.__dict__.update(attributes)
         for name, content in contents.items():
-            attributes[name].clear()
+            collection = attributes[name]
+            if not content and not collection:  # most are, such as those of hooks
+                continue
+            collection.clear()
             if isinstance(content, list):
-                attributes[name].extend(content)
+                collection.extend(content)
             else:
-                attributes[name].update(content)
+                collection.update(content)
 
 
 @contextmanager
@@ -228,13 +246,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """A mode for the whole model; afterwards every module is back in the mode it was in."""
-    modes = {m: m.training for m in model.modules()}
-    model.train(training)
+    modes = [(m, m.training) for m in model.modules()]
+    if any(mode != training for _, mode in modes):
+        model.train(training)
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, mode in modes:
+            if module.training != mode:
+                module.training = mode
 
 
 class Watched(TorchDispatchMode):
@@ -242,13 +262,20 @@ class Watched(TorchDispatchMode):
 
     A draw then depends on how many came before it, not on their sizes.
 
+    Args:
+        counting: whether to count floating-point operations, as PyTorch's FlopCounterMode counts
+            them all together, which takes several times as long for counting them by module, too.
+
     Attributes:
         draws: shapes of what was drawn, in order.
         eps: machine epsilon of the coarsest precision that something was computed in.
+        flops: operations so far, if they are counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, counting: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.counting = counting
+        self.flops = 0
         self.draws: list[torch.Size] = []
         self.eps = 0.0
         self._generators: dict[torch.Generator, Tensor] = {}
@@ -260,7 +287,14 @@ class Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        drawing = torch.Tag.nondeterministic_seeded in func.tags
+        formula = flop_registry.get(func._overloadpacket) if self.counting else None
+        if self.counting and formula is None and func not in _WHOLE:
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+            _WHOLE.add(func)
+        drawing = _draws(func)
         if drawing:
             torch.manual_seed(len(self.draws))
             own = kwargs.get("generator")
@@ -270,11 +304,31 @@ class Watched(TorchDispatchMode):
         out = func(*args, **kwargs)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
-                if tensor.is_floating_point():
-                    self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
+                self.eps = max(self.eps, _eps(tensor.dtype))
                 if drawing:
                     self.draws.append(tensor.shape)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
         return out
+
+
+_WHOLE: set[Any] = {torch.ops.prim.device.default}
+"""Operations that are no composition of others."""
+
+
+@functools.cache
+def _draws(operation: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in operation.tags
+
+
+@functools.cache
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+
+
+@functools.cache
+def _devices(_visible: str | None) -> int:
+    return torch.cuda.device_count()  # asks the driver anew each time, longer than a model may run
 
 
 @contextmanager
@@ -282,7 +336,7 @@ def same_draws() -> Iterator[None]:
     """Whatever is drawn inside leaves no trace outside, and is the same each time."""
     python, numpy = random.getstate(), sys.modules.get("numpy")
     numbers = numpy.random.get_state() if numpy is not None else None
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with torch.random.fork_rng(range(_devices(os.environ.get("CUDA_VISIBLE_DEVICES")))):
         random.seed(0)
         if numpy is not None:
             numpy.random.seed(0)
@@ -327,23 +381,6 @@ def outputs_in_training(model: nn.Module, example: Any) -> Outputs | None:
 
 
 @contextmanager
-def without_gradients(model: nn.Module) -> Iterator[None]:
-    """Nothing is differentiated inside, not even a parameter that is the input of a layer.
-
-    PyTorch's own counter of operations fails at those.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
 def fast_path_off() -> Iterator[None]:
     """Without attention's fast path, which computes otherwise than the one that is trained."""
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -355,43 +392,53 @@ def fast_path_off() -> Iterator[None]:
 
 
 class Precision:
-    """The precision that a model's outputs are compared in: double if it runs in it, else its own.
+    """A copy of a model in the precision that its outputs are compared in.
+
+    That is double precision if the model runs in it, else its own.
 
     Args:
         model: stays as it is.
         example: of its inputs.
+        samples: how many of the example are enough, where the model takes so few; ``None``: all.
 
     Attributes:
         double: whether it runs in double precision.
+        model: the copy.
+        example: in the same precision.
+        outputs: of the copy, for this example.
     """
 
-    def __init__(self, model: nn.Module, example: Any) -> None:
-        self.double = True
+    def __init__(self, model: nn.Module, example: Any, samples: int | None = None) -> None:
+        rows = example if samples is None else first(example, samples)
         try:
-            outputs(*self.of(model, example))
-        except Exception:  # a layer that insists on its own precision
-            self.double = False
+            self._take(model, rows, True)
+        except Exception:  # rows that are no samples, or a layer that insists on its own precision
+            rows = example if samples is None else shortened(model, example, samples)
+            try:
+                self._take(model, rows, True)
+            except Exception:
+                self._take(model, rows, False)
 
-    def of(self, model: nn.Module, example: Any) -> tuple[nn.Module, Any]:
-        """A copy of a model, and its example, in this precision."""
-        return self.cast_(copied(model)), self.example(example)
+    def _take(self, model: nn.Module, example: Any, double: bool) -> None:
+        self.double = double
+        self.model, self.example = self.of(model), doubled(example) if double else example
+        self.outputs = outputs(self.model, self.example)
 
-    def cast_(self, model: nn.Module) -> nn.Module:
-        """A model in this precision, in place."""
-        return model.double() if self.double else model
+    def of(self, model: nn.Module) -> nn.Module:
+        """A copy of another model in this precision."""
+        return copied(model).double() if self.double else copied(model)
 
-    def example(self, example: Any) -> Any:
-        """An example in this precision."""
-        if not self.double:
-            return example
-        return map_tensors(
-            example,
-            lambda t: (
-                t.to(torch.complex128 if t.is_complex() else torch.float64)
-                if t.is_floating_point() or t.is_complex()
-                else t
-            ),
-        )
+
+def doubled(example: Any) -> Any:
+    """An example in double precision."""
+    return map_tensors(
+        example,
+        lambda t: (
+            t.to(torch.complex128 if t.is_complex() else torch.float64)
+            if t.is_floating_point() or t.is_complex()
+            else t
+        ),
+    )
 
 
 @torch.no_grad()
@@ -501,6 +548,8 @@ def draw_values(model: nn.Module, example: Any) -> None:
                 drawn = torch.rand(tensor.shape, generator=draw) + 0.5
             tensor.copy_(drawn)
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    if not norms:
+        return
     hooks = [m.register_forward_pre_hook(_take_statistics) for m in norms]
     try:
         with torch.no_grad(), evaluating(model), same_draws(), Watched():

@@ -153,17 +153,13 @@ class Trial:
         build: dependency.Build = graph.build,
     ) -> None:
         graph.require_plain_weights(model)
-        example = running.shortened(model, running.informative(example), ROWS)
-        precision = running.Precision(model, example)
-        copies: dict[int, Any] = {}
-        self._model = running.copied(model, copies).eval()
-        self._graph = build(self._model, example)  # in the network's own type
-        precision.cast_(self._model)
-        self._example = precision.example(example)
-        self._own = {id(s.parameter): copies[id(s.parameter)] for g in groups for s in g.shares}
-        running.draw_values(self._model, self._example)
-        dense = running.outputs(self._model, self._example)
-        again = running.outputs(self._model, self._example)
+        example = running.informative(example)
+        try:
+            self._copy(model, running.first(example, ROWS), groups, build, double=True)
+        except Exception:  # rows that are no samples, or a layer that insists on its own precision
+            example = running.shortened(model, example, ROWS)
+            self._copy(model, example, groups, build, running.Precision(model, example).double)
+        dense, again = self._dense, running.outputs(self._model, self._example)
         little = [100 * dense.eps * running.size(t) for t in dense.values]
         differs = running.unlike(dense, again, little, doubts=False)
         if differs is not None and "finite" not in differs:
@@ -181,6 +177,25 @@ class Trial:
             )
         self._runs_in_training = training is not None
         self._silent = self._without_effect()
+
+    def _copy(
+        self,
+        model: nn.Module,
+        example: Any,
+        groups: Sequence[UpstreamGroup],
+        build: dependency.Build,
+        double: bool,
+    ) -> None:
+        """Copy a model, read its graph in its own type, and draw weights."""
+        copies: dict[int, Any] = {}
+        self._model = running.copied(model, copies).eval()
+        self._graph = build(self._model, example)
+        if double:
+            self._model.double()
+        self._example = running.doubled(example) if double else example
+        self._own = {id(s.parameter): copies[id(s.parameter)] for g in groups for s in g.shares}
+        running.draw_values(self._model, self._example)
+        self._dense = running.outputs(self._model, self._example)
 
     def _without_effect(self) -> set[nn.Module]:
         """Layers whose weights have no effect on any output for the example, by the gradients."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -11,14 +12,16 @@ import torch
 from torch import nn
 
 from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning, Trajectory
-from dpm_core.adapters.base import AdapterError, count_macs
+from dpm_core.adapters.base import AdapterError, count_macs, count_parameters
 from dpm_core.adapters.gate_decorator import GateDecoratorOptions
 from dpm_core.adapters.removal import Removal
 from dpm_core.third_party.gate_decorator import gated
 from tests.support.frameworks import CASES, EAGER, EXAMPLE, Drive
-from tests.support.snapshot import refused
+from tests.support.snapshot import difference, refused
 
 (CASE,) = (c for c in CASES if c.framework == "gate-decorator")
+SETTINGS = {k: v for k, v in CASE.options.items() if k != "macs"}
+OF_PARAMETERS = replace(CASE, options={**SETTINGS, "parameters": 0.75})
 # Three steps an epoch: a tock is over at step 3, the first ticks at 6 and 9, a tock at 12, ...
 TICKS = {3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 16, 17, 21, 22, 23, 24, 25, 26}
 
@@ -329,10 +332,119 @@ def test_what_it_counts_is_what_the_small_model_has():
     assert not gated(drive.model)
 
 
-def test_a_target_that_is_not_met_in_time_is_an_error_with_figures():
-    adapter = CASE.adapter(CASE.build(), "base", options={**CASE.options, "finetune_epochs": 16})
-    with pytest.raises(AdapterError, match=r"0\.\d+ of the MACs are left .* 0\.6 .*more epochs"):
-        Drive(CASE, adapter).run()
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (CASE, r"0\.\d+ of the MACs are left .* 0\.6 .*more epochs"),
+        (OF_PARAMETERS, r"0\.\d+ of the parameters are left .* 0\.75 .*more epochs"),
+    ],
+)
+def test_a_target_that_is_not_met_in_time_is_an_error_with_figures(case, message):
+    adapter = case.adapter(case.build(), "base", options={**case.options, "finetune_epochs": 16})
+    with pytest.raises(AdapterError, match=message):
+        Drive(case, adapter).run()
+
+
+# ---------------------------------------------------------------------- a target of parameters
+
+
+@pytest.mark.parametrize("variant", ["base", "sp", "sr"])
+def test_a_target_of_parameters_is_met_by_the_last_structure_that_goes(variant):
+    adapter = OF_PARAMETERS.adapter(OF_PARAMETERS.build(), variant)
+    target, said, remove = int(0.75 * count_parameters(adapter.model)), [], adapter.remove
+
+    def look() -> Removal:
+        said.append(adapter._method.cost(adapter._alive()))
+        return remove()
+
+    adapter.remove = look
+    drive = Drive(OF_PARAMETERS, adapter).run()
+    assert said == [count_parameters(drive.model)]
+    # One structure less of either kind, and it would be above.
+    back = []
+    for root, _ in adapter.removed:
+        model = OF_PARAMETERS.build()
+        plan = [(r, c[1:] if r == root else c) for r, c in adapter.removed]
+        Removal([(r, c) for r, c in plan if c]).apply(model, EXAMPLE, cut=True)
+        back.append(count_parameters(model))
+    assert count_parameters(drive.model) <= target < max(back)
+    if variant == "sr":
+        assert structures(drive, "release")
+
+
+@pytest.mark.parametrize("variant", ["base", "sp", "sr"])
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_a_run_with_a_target_of_parameters_is_taken_up_in_the_same_bits(variant, before):
+    """Stopped right before the step in which its first structures go, or some steps after."""
+    case = OF_PARAMETERS
+    whole = Drive(case, case.adapter(case.build(), variant)).run()
+    first = Drive(case, case.adapter(case.build(), variant)).run(stop_after=5 if before else 11)
+    parts = (first.adapter, first.model, first.optimizer)
+    saved = [copy.deepcopy(part.state_dict()) for part in parts]
+    adapter = case.adapter(case.build(), variant)
+    adapter.load_state_dict(saved[0])
+    adapter.model.load_state_dict(saved[1])
+    second = Drive(case, adapter, first.step, case.new_optimizer(adapter))
+    second.optimizer.load_state_dict(saved[2])
+    second.run()
+    assert difference(whole.model.state_dict(), second.model.state_dict()) is None
+    assert adapter.removed == whole.adapter.removed
+
+
+def test_an_impossible_target_of_parameters_is_refused_with_the_least_there_can_be():
+    case, model = OF_PARAMETERS, OF_PARAMETERS.build()
+    with refused(AdapterError, "parameters 0.1 is impossible", "Raise parameters", model=model):
+        case.adapter(model, "sp", options={**SETTINGS, "parameters": 0.1}).check()
+    least = case.build()  # an inner and an outer structure left
+    kept = {"stem": range(1, 12), "inner": range(1, 16)}
+    Removal([(root, list(channels)) for root, channels in kept.items()]).apply(
+        least, EXAMPLE, cut=True
+    )
+    share = count_parameters(least) / count_parameters(model)
+    for off, fine in ((1e-6, True), (-1e-6, False)):
+        adapter = case.adapter(model, "sp", options={**SETTINGS, "parameters": share + off})
+        if fine:
+            adapter.check()
+        else:
+            words = (f"{share:.4f} of the parameters are left", "lower keep")
+            with refused(AdapterError, *words, model=model):
+                adapter.check()
+
+
+def test_the_term_for_flops_is_the_same_with_a_target_of_parameters():
+    """What a tick selects first depends on scores and areas, not on what the target counts."""
+    first = []
+    for case in (CASE, OF_PARAMETERS):
+        adapter = case.adapter(case.build(), "sp", options={**case.options, "eta": 1e6})
+        drive = Drive(case, adapter).run(stop_after=6)
+        first.append(structures(drive, "decay"))
+    assert first[0] == first[1]
+    assert first[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({}, "neither of macs and parameters"),
+        ({"macs": None}, "neither of macs and parameters"),
+        ({"macs": 0.5, "parameters": 0.5}, "both of macs and parameters"),
+        ({"parameters": 0.0}, "parameters is 0.0; .*above 0, below 1"),
+        ({"parameters": 1.0}, "parameters is 1.0; .*above 0, below 1"),
+        ({"parameters": float("nan")}, "parameters is nan; .*above 0, below 1"),
+        ({"macs": float("nan")}, "macs is nan; .*above 0, below 1"),
+    ],
+)
+def test_exactly_one_target_has_to_be_given(options, word):
+    with pytest.raises(AdapterError, match=word):
+        GateDecoratorOptions(**options)
+
+
+def test_either_target_can_be_given():
+    assert GateDecoratorOptions(0.25) == GateDecoratorOptions(macs=0.25)
+    options = GateDecoratorOptions(macs=None, parameters=0.25)
+    assert options == GateDecoratorOptions(parameters=0.25)
+    assert (options.counted, options.target) == ("parameters", 0.25)
+    assert (GateDecoratorOptions(0.5).counted, GateDecoratorOptions(0.5).target) == ("macs", 0.5)
 
 
 def test_a_model_without_gates_is_refused():

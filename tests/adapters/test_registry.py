@@ -19,7 +19,7 @@ import dpm_core.adapters
 from dpm_core.adapters.base import Adapter, AdapterError
 from dpm_core.adapters.registry import ADAPTERS, GROUP, load
 from tests.docs.test_guide import GUIDE, blocks
-from tests.support import tiny
+from tests.support import forked, tiny
 from tests.support.tiny import GONE, ROOT
 
 SHIPPED = (Path(dpm_core.adapters.__file__).parent / "torch_prune.py").read_text(encoding="utf-8")
@@ -191,7 +191,7 @@ def test_the_guides_package_is_installed_and_a_configuration_runs_it(tmp_path):
         "stages": {"prune": {"epochs": 2, "batch": 128, "learning_rate": 0.02}},
     }
     path, out = tiny.write(tmp_path / "outside.toml", changes), tmp_path / "runs"
-    command = [sys.executable, "-m", "experiments", "run", str(path), "--variant", "sr"]
+    command = [forked.python(), "-m", "experiments", "run", str(path), "--variant", "sr"]
     command += ["--seed", "0", "--out", str(out), "--device", "cpu"]
 
     def run(python_path: str) -> subprocess.CompletedProcess:

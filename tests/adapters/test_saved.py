@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from dpm_core.adapters.saved import (
     save_pruned,
 )
 from experiments.models import build
+from tests.support import forked
 from tests.support.damage import each_bit_flipped
 
 EXAMPLE = torch.zeros(2, 3, 8, 8)
@@ -472,7 +472,7 @@ print(json.dumps({"seen": seen, "killed": killed, "left": left}))
 
 def killed(folder: Path, *arguments: str) -> dict:
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(folder), *arguments],
+        [forked.python(), "-c", KILLED, str(folder), *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning
 from dpm_core.adapters.base import AdapterError
-from dpm_core.adapters.depgraph import LeftUnprunedWarning
+from dpm_core.adapters.depgraph import DepGraph, LeftUnprunedWarning
 from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.torch_pruning import TorchPruning
 from dpm_core.third_party import dependency
@@ -193,18 +193,26 @@ def test_base_ends_where_the_pruner_by_itself_does(name):
 
 @QUIET
 @pytest.mark.parametrize("name", MAKERS)
-def test_what_decays_is_what_the_pruners_next_step_removes(name):
-    model = small_resnet()
-    run = running(model, MAKERS[name], SMOOTH)
-    small = copy.deepcopy(model)
-    decaying(run).apply(small, EXAMPLE, cut=True)
-    assert same(small, by_upstream(small_resnet(), MAKERS[name], steps=1))
+def test_what_decays_is_what_the_pruner_would_remove(name):
+    """All of its steps, or the first of several that are to be some training apart."""
+    steps = MAKERS[name](small_resnet()).iterative_steps
+    for every, number in ((0, steps), (1, 1))[:steps]:
+        model = small_resnet()
+        torch.manual_seed(7)
+        run = TorchPruning(MAKERS[name](model), SMOOTH, example=EXAMPLE, every=every)
+        run.check()
+        twin = copy.deepcopy(model)
+        torch.manual_seed(8)
+        run.attach(torch.optim.SGD(model.parameters(), 0.02))
+        assert same(model, twin)
+        small = copy.deepcopy(model)
+        decaying(run).apply(small, EXAMPLE, cut=True)
+        assert same(small, by_upstream(small_resnet(), MAKERS[name], steps=number))
 
 
 @QUIET
 @pytest.mark.parametrize("name", MAKERS)
 def test_with_releases_it_ends_in_upstreams_sizes(name):
-    # Of a ranking by gradients, and of one by weights in a later step, only the sizes agree.
     model = small_resnet()
     run = running(model, MAKERS[name], SMOOTH, EAGER)
     released = 0
@@ -218,11 +226,7 @@ def test_with_releases_it_ends_in_upstreams_sizes(name):
             double = [in_double(copy.deepcopy(m)).eval()(x) for m in (before, model)]
             assert torch.allclose(*double, rtol=1e-9, atol=1e-9)
     assert released
-    by_itself = by_upstream(small_resnet(), MAKERS[name])
-    if run.pruner.global_pruning and run.pruner.iterative_steps > 1:  # later steps rank anew
-        assert run.pruned == 52 - int(52 * 0.6)
-    else:
-        assert shapes(model) == shapes(by_itself)
+    assert shapes(model) == shapes(by_upstream(small_resnet(), MAKERS[name]))
 
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
@@ -488,6 +492,22 @@ def test_several_steps_one_after_the_other_or_in_ones_own_time():
     assert shapes(model) == shapes(by_upstream(small_resnet(), make))
 
 
+def test_the_first_decision_has_the_gradients_of_the_step_before():
+    def make(m):
+        return pruner(m, importance=IMP.GroupTaylorImportance())
+
+    model = small_resnet()
+    run = running(model, make, SMOOTH, first=1)
+    assert not run.decided
+    train(run)
+    twin = copy.deepcopy(model)
+    for one, other in zip(twin.parameters(), model.parameters(), strict=True):
+        one.grad = other.grad.clone()
+    small = copy.deepcopy(model)
+    decaying(run).apply(small, EXAMPLE, cut=True)
+    assert same(small, by_upstream(twin, make))
+
+
 def test_the_pruners_own_regularization_goes_on_over_a_removal():
     model = small_resnet()
     run = running(model, lambda m: pruner(m, P.GroupNormPruner, iterative_steps=2), SMOOTH)
@@ -536,9 +556,9 @@ def attention() -> nn.Module:
     ("build", "make", "adapt"),
     [(small_resnet, drawn_in_steps, None), (attention, heads_in_steps, Tokens.count)],
 )
-@pytest.mark.parametrize("stop", [2, 7, 15])
-def test_a_run_goes_on_from_its_state(build, make, adapt, stop):
-    given = {"every": 1, "adapt": adapt, "example": EXAMPLE}
+@pytest.mark.parametrize(("every", "stop"), [(0, 2), (0, 15), (1, 2), (1, 7), (1, 15)])
+def test_a_run_goes_on_from_its_state(build, make, adapt, every, stop):
+    given = {"every": every, "adapt": adapt, "example": EXAMPLE}
 
     def loop(run, steps):
         for _ in range(steps):
@@ -699,13 +719,77 @@ def test_an_importance_that_fails_is_named_with_its_layer():
     refused(small_resnet(), make, match="failing fails at the group of 'hidden' .KeyError")
 
 
+def test_an_importance_with_more_scores_than_channels():
+    """As upstream's of activations behind a flatten; what upstream leaves whole stays."""
+
+    def counting(group):
+        channels = len(group[0].idxs)
+        return torch.arange(channels if channels != 10 else 90).float().flip(0)
+
+    def make(ratio):
+        return lambda m: pruner(m, importance=counting, pruning_ratio=ratio)
+
+    refused(small_resnet(), make(0.05), match="more scores than the 10 channels of 'last'")
+    model = small_resnet()
+    with pytest.warns(LeftUnprunedWarning, match="'last' whole"):
+        run = running(model, make(0.4))
+    while run.due:
+        run.remove()
+    assert same(model, by_upstream(small_resnet(), make(0.4)))
+
+
+def test_depgraph_takes_a_pruner_in_place_of_the_model():
+    model = small_resnet()
+    run = DepGraph(pruner(model), SMOOTH, EAGER, every=2)
+    assert isinstance(run, TorchPruning)
+    assert (run.model, run.smooth, run.rectify) == (model, SMOOTH, EAGER)
+    assert run.options.every == 2
+
+
+def test_an_importance_with_fewer_scores_than_channels():
+    def short(group):
+        return torch.rand(len(group[0].idxs) - 1)
+
+    refused(
+        small_resnet(),
+        lambda m: pruner(m, importance=short),
+        match=r"short gives \d+ scores for the \d+ channels of '.*'; it has to give one for each",
+    )
+
+
+def test_an_importance_that_fails_in_a_later_step_leaves_all_as_it_was():
+    calls = []
+
+    def failing(group):
+        calls.append(group)
+        if len(calls) == 7:  # the third of the second step
+            raise KeyError("scores")
+        return torch.rand(len(group[0].idxs))
+
+    model = small_resnet()
+    own = pruner(model, importance=failing, iterative_steps=3)
+    with pytest.raises(AdapterError, match=r"failing fails at the group of '.*' .KeyError"):
+        TorchPruning(own, SMOOTH, example=EXAMPLE).attach(torch.optim.SGD(model.parameters(), 0.1))
+    untouched(model, own, small_resnet())
+    own.importance = lambda group: group[0].dep.target.module.weight.detach().flatten(1).norm(dim=1)
+    run = TorchPruning(own, example=EXAMPLE).attach(torch.optim.SGD(model.parameters(), 0.1))
+    run.remove()
+    twin = small_resnet()
+    assert same(
+        model, by_upstream(twin, lambda m: pruner(m, importance=own.importance, iterative_steps=3))
+    )
+
+
 def test_other_objects_and_settings():
     model = small_resnet()
     with pytest.raises(AdapterError, match="SmallResNet is no pruner of torch-pruning"):
         TorchPruning(model)
-    for every in (-1, 1.5, True):
-        with pytest.raises(AdapterError, match="every is"):
-            TorchPruning(pruner(model), every=every)
+    for steps in (-1, 1.5, True):
+        for name in ("first", "every"):
+            with pytest.raises(AdapterError, match=f"{name} is"):
+                TorchPruning(pruner(model), **{name: steps})
+    with pytest.raises(AdapterError, match="first is None"):
+        TorchPruning(pruner(model), first=None)
     own = pruner(model)
     with pytest.raises(AdapterError, match="decide\\(\\) comes after attach"):
         TorchPruning(own).decide()
@@ -733,16 +817,16 @@ def test_a_removal_that_is_refused_leaves_all_as_it_was(monkeypatch):
     model = small_resnet()
     run = running(model, lambda m: pruner(m, iterative_steps=2), SMOOTH)
     train(run, 4)
-    twin, compare = copy.deepcopy(model), dependency.compare
+    twin = copy.deepcopy(model)
 
     def odd(*_):
         raise dependency.RemovalError("the outputs would change")
 
-    monkeypatch.setattr(dependency, "compare", odd)
-    with pytest.raises(AdapterError, match="would change"):
-        run.remove()
+    with monkeypatch.context() as patch:
+        patch.setattr(dependency.Comparison, "require_same", odd)
+        with pytest.raises(AdapterError, match="would change"):
+            run.remove()
     assert same(model, twin)
-    monkeypatch.setattr(dependency, "compare", compare)
     run.remove()
     finish(run)
     assert shapes(model) == shapes(

@@ -17,6 +17,7 @@ from dpm_core import (
     SmoothPruning,
     Trajectory,
 )
+from dpm_core.decay import Shape
 from tests.support import oracle
 from tests.support.toys import OPTIMIZERS, TOYS, make
 from tests.support.twins import Twin, assert_active_as_plain, norm
@@ -26,7 +27,7 @@ DECISION = 7  # ceil(0.75 * 9)
 PHASES = ["ACTIVE", "DECAYING", "PRUNED"]
 
 
-def replicas(toy, rectify: SelfRectifying) -> list[oracle.Replica]:
+def replicas(toy, rectify: SelfRectifying, shape: Shape = "linear") -> list[oracle.Replica]:
     criterion = rectify.criterion
     assert isinstance(criterion, Trajectory)
     return [
@@ -39,6 +40,7 @@ def replicas(toy, rectify: SelfRectifying) -> list[oracle.Replica]:
             rectify.max_share,
             rectify.restore,
             rectify.waves,
+            shape,
         )
         for group in toy.groups
     ]
@@ -51,17 +53,22 @@ def smallest(toy, dpm: DecayPruning, group: int, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("restore", ["keep", "effect"])
-@pytest.mark.parametrize("optimizer_name", ["nesterov", "adamw"])
+@pytest.mark.parametrize(
+    ("optimizer_name", "shape"),
+    [("nesterov", "linear"), ("adamw", "linear"), ("nesterov", "cosine")],
+)
 @pytest.mark.parametrize("name", TOYS)
-def test_the_oracle_predicts_a_training(name: str, optimizer_name: str, restore: str) -> None:
+def test_the_oracle_predicts_a_training(
+    name: str, optimizer_name: str, shape: Shape, restore: str
+) -> None:
     toy = make(name, torch.float64, seed=1)
     # Thresholds low enough for every training to have releases.
     rectify = SelfRectifying(
         Trajectory(rate=-0.9, length=-1.05), max_share=0.5, restore=restore, waves=2
     )
     optimizer = OPTIMIZERS[optimizer_name](toy.model.parameters())
-    dpm = DecayPruning(toy.groups, SmoothPruning(LENGTH), rectify).attach(optimizer)
-    predictions = replicas(toy, rectify)
+    dpm = DecayPruning(toy.groups, SmoothPruning(LENGTH, shape), rectify).attach(optimizer)
+    predictions = replicas(toy, rectify, shape)
     plain = Twin(name, optimizer_name, torch.float64)
 
     def decay(group: int, structures: list[int], wave: int) -> None:
@@ -106,7 +113,8 @@ def test_the_oracle_predicts_a_training(name: str, optimizer_name: str, restore:
             i = [g.name for g in toy.groups].index(event.group)
             for k, left in zip(event.structures, event.norms, strict=True):
                 # Before the step of the decision 6 of 9 decay steps were done.
-                assert left == pytest.approx(predictions[i].cases[k].initial * 3 / 9, rel=1e-9)
+                (expected,) = oracle.smooth([1.0], predictions[i].cases[k].initial, 6, 9, shape)
+                assert left == pytest.approx(expected, rel=1e-9)
             refill = smallest(toy, dpm, i, len(event.structures))
             decay(i, refill, event.wave + 1)
 

@@ -21,7 +21,7 @@ from experiments.__main__ import STOPPED, main
 from experiments.compare import Job, compare
 from experiments.config import Config
 from experiments.run import ASKING, MODEL, Request, RunError
-from tests.support import tiny
+from tests.support import forked, tiny
 from tests.support.records import record
 
 
@@ -436,7 +436,7 @@ def test_a_record_of_another_configuration_is_refused_before_any_run(tmp_path, m
 
 def experiments(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "experiments", *arguments],
+        [forked.python(), "-m", "experiments", *arguments],
         capture_output=True,
         text=True,
         timeout=400,
@@ -486,7 +486,8 @@ def test_a_comparison_ends_in_records_a_table_and_plots_and_is_not_done_twice(tm
 
 
 @pytest.mark.slow
-def test_a_failing_comparison_quotes_the_runs_own_error(tmp_path, capsys):
+def test_a_failing_comparison_quotes_the_runs_own_error(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "executable", forked.python())
     missing = tmp_path / "no images here"
     more = ["--seeds", "3", "--variants", "sp", "--data", f"folder:{missing}"]
     assert main(command(tmp_path, *more)) == 2

@@ -28,6 +28,25 @@ def test_every_shipped_configuration_loads(path):
     assert config.hash() == load(path).hash()
 
 
+def gate_decorator(path: Path, target: str) -> Path:
+    """Gate-Decorator's configuration for the digits, with another target."""
+    (digits,) = (p for p in SHIPPED if p.stem == "gate-decorator-digits")
+    lines = digits.read_text().splitlines()
+    (at,) = (n for n, line in enumerate(lines) if line.startswith("macs ="))
+    path.write_text("\n".join([*lines[:at], target, *lines[at + 1 :]]))
+    return path
+
+
+def test_gate_decorators_target_may_be_of_parameters(tmp_path):
+    config = load(gate_decorator(tmp_path / "c.toml", "parameters = 0.25"))
+    assert config.build_options().parameters == 0.25
+    assert config.build_options().macs is None
+    assert "macs" not in config.options  # a configuration says no more than its file
+    for target, word in (("", "neither of macs and"), ("macs = 0.2\nparameters = 0.2", "both of")):
+        with pytest.raises(ConfigError, match=word):
+            load(gate_decorator(tmp_path / "c.toml", target))
+
+
 def test_every_framework_has_a_configuration_for_the_bundled_digits():
     small = {load(p).framework: load(p) for p in SHIPPED if p.stem.endswith("-digits")}
     assert set(small) == set(ADAPTERS)
@@ -71,7 +90,7 @@ WRONG = {
     "an integer for a switch": ({"options.global_pruning": 1}, "options.global_pruning", "boolean"),
     "a string for layers": ({"options.ignored": "head"}, "options.ignored", "array"),
     # out of range
-    "no epochs": ({"dense.epochs": 0}, "dense.epochs", "greater than or equal to 1"),
+    "no epochs": ({"dense.epochs": 0}, "dense", "epochs", "checkpoint"),
     "a negative batch": ({"dense.batch": -1}, "dense.batch", "greater than or equal to 1"),
     "no learning rate": ({"dense.learning_rate": 0.0}, "dense.learning_rate", "greater than 0"),
     "an infinite learning rate": (
@@ -122,7 +141,7 @@ WRONG = {
     "no stages": ({"stages": {}}, "'prune'", "[stages.prune]"),
     # missing and unknown
     "no name": ({"name": GONE}, "name", "required"),
-    "no learning rate given": ({"dense.learning_rate": GONE}, "dense.learning_rate", "required"),
+    "no learning rate given": ({"dense.learning_rate": GONE}, "dense", "learning_rate", "required"),
     "an unknown model": ({"model": "vgg"}, "model 'vgg'", "vgg16-bn", "vgg-digits", "resnet56"),
     "an unknown framework": ({"framework": "dep"}, "framework", "'dep'", "depgraph"),
     "an unknown criterion": (
@@ -155,7 +174,7 @@ def test_the_files_of_these_tests_are_right_but_for_the_change(tmp_path):
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path):
-    with pytest.raises(ConfigError, match=r"dense\.epochs.*; .*smooth\.steps"):
+    with pytest.raises(ConfigError, match=r"dense: epochs.*; .*smooth\.steps"):
         load(tiny.write(tmp_path / "c.toml", {"dense.epochs": 0, "smooth.steps": -3}))
 
 
@@ -289,6 +308,8 @@ def test_what_is_no_list_of_seeds_is_refused(capsys, text):
 OTHERS = {
     "name": "other",
     "model": "resnet20",
+    "draw_by_seed": True,
+    "model_sha256": None,  # of a file that `model` names: see test_networks.py
     "data.name": "cifar10",
     "data.size": 64,
     **{
@@ -307,11 +328,13 @@ OTHERS = {
         }.items()
     },
     "dense.seeds": 2,
+    "dense.checkpoint": str(tiny.PATH),  # any file: it is only hashed
     "stages.sparse": STAGE,
     "options.speed_up": 3.0,
     "options.steps": 10,
     "options.reg": 0.1,
     "smooth.steps": 6,
+    "smooth.shape": "cosine",
     "rectify.criterion": None,
     "rectify.rate": 0.5,
     "rectify.length": 0.5,
@@ -325,6 +348,7 @@ OTHERS = {
     "curve.until": 70,
     "data.label": "others",
     "data.train": 900,
+    "data.augmentation": "resized-crop",
     "data.validation": 100,
     "compute.precision": "bfloat16",
     "compute.compile": True,
@@ -333,6 +357,7 @@ HEARING_OTHERS = {"rectify.batches": 3, "rectify.threshold": 0.3}
 IN_DENSE_HASH = {k for k in OTHERS if k.startswith("dense.") and k != "dense.seeds"} | {
     "model",
     "data.size",
+    "data.augmentation",
     "compute.precision",
     "compute.compile",
 }

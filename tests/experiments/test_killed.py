@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 
 import pytest
 
-from tests.support import killed
+from tests.support import forked, killed
 from tests.support.tiny import ROOT
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_point_of_removing_and_saving_goes_on_to_the_same_end(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.killed", str(tmp_path)],
+        [forked.python(), "-m", "tests.support.killed", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,

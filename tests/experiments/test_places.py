@@ -20,18 +20,19 @@ from hypothesis import strategies as st
 from dpm_core import DecayPruningError
 from dpm_core.adapters import saved
 from dpm_core.adapters.saved import save_pruned
-from experiments import places
+from experiments import places, rebuild
 from experiments import run as run_module
 from experiments.__main__ import count, folder, main, pause, seed, seeds
 from experiments.config import ConfigError
-from experiments.data import DataError
 from experiments.errors import carried_out, reported
 from experiments.files import save_text
+from experiments.images import DataError
 from experiments.names import LAST_SEED
 from experiments.places import BusyError, alone_in, busy, clean, explained
-from experiments.run import CHECKPOINT, FORCED, MODEL, RECORD, RunError, finished, load_model, run
+from experiments.rebuild import load_model
+from experiments.run import CHECKPOINT, FORCED, MODEL, RECORD, RunError, finished, run
 from experiments.training import DivergedError, Stopped
-from tests.support import tiny
+from tests.support import forked, tiny
 from tests.support.tiny import MINIATURE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -308,7 +309,7 @@ def test_a_current_folder_that_is_gone_is_said(tmp_path):
         "sys.exit(m.main(sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *command(Path("out"))],
+        [forked.python(), "-c", code, *command(Path("out"))],
         cwd=gone,
         env={**os.environ, "PYTHONPATH": str(tiny.ROOT)},
         capture_output=True,
@@ -324,7 +325,7 @@ def test_a_reader_that_has_gone_ends_a_command_quietly(tmp_path, tiny_runs):
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "experiments", *arguments],
+        [forked.python(), "-m", "experiments", *arguments],
         cwd=tiny.ROOT,
         stdout=writer,
         stderr=subprocess.PIPE,
@@ -500,10 +501,10 @@ def test_facts_that_do_not_go_with_a_models_tensors_are_refused_before_it_is_bui
         assert torch.empty(()).is_meta or classes <= 11
         return build(name, channels, classes, seed)
 
-    monkeypatch.setattr(run_module.models, "build", built)
+    monkeypatch.setattr(models, "build", built)
     read = saved.read(path)
     for facts in tried:
-        monkeypatch.setattr(run_module, "read", lambda _, facts=facts: replace(read, facts=facts))
+        monkeypatch.setattr(rebuild, "read", lambda _, facts=facts: replace(read, facts=facts))
         line = refused(capsys, "export", str(path))
         assert str(path) in line
     assert names(tmp_path) == ["m.safetensors"]
@@ -541,7 +542,7 @@ def test_a_comparisons_runs_end_and_save_themselves_with_it_whatever_ends_it(tmp
     arguments = ["compare", str(path), "--variants", "base", "--seeds", "0-1", "--jobs", "2"]
     arguments += ["--out", str(out), "--data-root", str(tmp_path / "data"), "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "experiments", *arguments],
+        [forked.python(), "-m", "experiments", *arguments],
         cwd=tiny.ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -558,7 +559,7 @@ def test_a_comparisons_runs_end_and_save_themselves_with_it_whatever_ends_it(tmp
             runs = children(out)
         if kind == "SIGHUP":  # no second one begins meanwhile
             again = subprocess.run(
-                [sys.executable, "-m", "experiments", *arguments],
+                [forked.python(), "-m", "experiments", *arguments],
                 cwd=tiny.ROOT,
                 capture_output=True,
                 text=True,

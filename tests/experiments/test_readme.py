@@ -14,6 +14,7 @@ import pytest
 
 from experiments import results, table
 from experiments.config import load
+from tests.support import forked
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,14 +42,14 @@ def small(words: list[str]) -> list[str]:
     kept.insert(first - 1, str(TINY))
     if "--seeds" in kept:
         kept[kept.index("--seeds") + 1] = "0"
-    return [sys.executable, *kept]
+    return [forked.python(), *kept]
 
 
 def test_commands_are_made_small_whatever_their_configurations_are():
     one, two = (f"experiments/configs/{name}-digits.toml" for name in ("depgraph", "otov2"))
     for given in (f"{one} {two} --seeds 0-2 --jobs 2", f"--seeds 0-2 {one} --jobs 2"):
         command = small(shlex.split(f"python -m experiments compare {given}"))
-        assert command[:4] == [sys.executable, "-m", "experiments", "compare"]
+        assert command[:4] == [forked.python(), "-m", "experiments", "compare"]
         assert sorted(command[4:]) == sorted([str(TINY), "--seeds", "0", "--jobs", "2"])
         assert command[command.index("--seeds") + 1] == "0"
 
@@ -60,10 +61,12 @@ def test_the_commands_run(tmp_path):
     Those are the smallest that there are. `make test` would start this test again, so make only
     says what it would do.
     """
-    settings = {"PY": sys.executable, "SETUP": "", "OUT": tmp_path / "runs", "SEEDS": "0"}
+    settings = {"SETUP": "", "OUT": tmp_path / "runs", "SEEDS": "0"}
     for command in commands():
         words = shlex.split(command)
-        flags = {**settings, "CONFIG": TINY}
+        # One of them by the interpreter itself.
+        interpreter = sys.executable if "table" in words else forked.python()
+        flags = {**settings, "CONFIG": TINY, "PY": interpreter}
         if "bench-overhead" in words:
             flags["FLAGS"] = OVERHEAD
         if "test" in words:

@@ -13,7 +13,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from experiments.__main__ import STOPPED
 from experiments.files import load_tensors, save_tensors
 from experiments.run import MODEL, RunError, run
 from experiments.training import Stopped
-from tests.support import tiny
+from tests.support import forked, tiny
 from tests.support.tiny import MINIATURE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -362,7 +361,7 @@ def test_a_signal_is_a_request_to_stop_and_handlers_are_put_back():
 
 
 def start(out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "experiments", "run", str(tiny.PATH)]
+    command = [forked.python(), "-m", "experiments", "run", str(tiny.PATH)]
     command += ["--variant", "sr", "--seed", "0", "--out", str(out), "--device", "cpu"]
     command += ["--threads", "1", *more]
     return subprocess.Popen(

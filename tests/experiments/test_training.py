@@ -11,7 +11,7 @@ from torch import nn
 
 from experiments import models, training
 from experiments.config import Compute, Curve, Stage
-from experiments.data import Images, mixing
+from experiments.images import Images, mixing
 from experiments.ranks import Ranks
 from experiments.training import (
     EVALUATION_BATCH,

@@ -69,12 +69,15 @@ def resistance(initial: float, x: Sequence[float], gradient: Sequence[float]) ->
     return -initial * inner(gradient, x) / size if size else 0.0
 
 
-def smooth(star: Sequence[float], initial: float, n: int, steps: int) -> list[float]:
+def smooth(
+    star: Sequence[float], initial: float, n: int, steps: int, shape: str = "linear"
+) -> list[float]:
     """x after decay step n of ``steps``, from the x* that the optimizer gave."""
     if n == steps:
         return [0.0 for _ in star]
     size = length(star)
-    target = initial * (steps - n) / steps
+    left = (1 + math.cos(math.pi * n / steps)) / 2 if shape == "cosine" else (steps - n) / steps
+    target = initial * left
     return [v * target / size if size else 0.0 for v in star]
 
 
@@ -159,6 +162,7 @@ class Replica:
     max_share: float
     restore: str
     waves: int = 1
+    shape: str = "linear"
     cases: list[Case] = field(default_factory=list)
     released: set[int] = field(default_factory=set)
 
@@ -211,7 +215,7 @@ class Replica:
                 case.phase, case.immune, case.n = "ACTIVE", True, 0
                 expected[k] = self._restored(k, case, star, stars)
             elif case.phase == "DECAYING":
-                expected[k] = smooth(star, case.initial, case.n, self.steps)
+                expected[k] = smooth(star, case.initial, case.n, self.steps, self.shape)
                 if case.n == self.steps:
                     case.phase, case.n = "PRUNED", 0
             elif case.phase == "PRUNED":

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+
+from tests.support import forked
 
 COUNT = 2
 PATIENCE = 120.0
@@ -37,11 +40,12 @@ class Ranks:
         """
         self._calls += 1
         for connection in self._connections:
-            connection.send((work, args, str(self._folder / f"store{self._calls}")))
+            store = str(self._folder / f"store{self._calls}")
+            connection.send_bytes(pickle.dumps((work, args, store)))
         results = []
         for rank, connection in enumerate(self._connections):
             assert connection.poll(PATIENCE), f"rank {rank} hangs"
-            results.append(connection.recv())
+            results.append(pickle.loads(connection.recv_bytes()))
         return results
 
     def results(self, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -56,28 +60,23 @@ class Ranks:
 @contextmanager
 def two() -> Iterator[Ranks]:
     """Two processes, as long as the block lasts."""
-    context = multiprocessing.get_context("spawn")
-    pairs = [context.Pipe() for _ in range(COUNT)]
-    processes = [
-        context.Process(target=_serve, args=(rank, theirs), daemon=True)
-        for rank, (_, theirs) in enumerate(pairs)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for process in processes:
-                process.start()
-            yield Ranks([ours for ours, _ in pairs], Path(folder))
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        place = str(Path(folder) / "socket")
+        listener = stack.enter_context(Listener(place))
+        connections = []
+        for rank in range(COUNT):
+            command = [forked.python(), "-m", "tests.support.ranks", place, str(rank)]
+            process = stack.enter_context(subprocess.Popen(command, cwd=forked.ROOT))
+            stack.callback(process.kill)
+            connections.append(listener.accept())
+        yield Ranks(connections, Path(folder))
 
 
 def _serve(rank: int, connection: Connection) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # they meet on 127.0.0.1, whatever the host's name is
     while True:
-        work, args, store = connection.recv()
+        work, args, store = pickle.loads(connection.recv_bytes())
         dist.init_process_group(
             "gloo",
             init_method=f"file://{store}",
@@ -92,12 +91,18 @@ def _serve(rank: int, connection: Connection) -> None:
             result = error
         finally:
             dist.destroy_process_group()
-        connection.send(_sendable(result))
+        connection.send_bytes(_sent(result))
 
 
-def _sendable(result: Any) -> Any:
+def _sent(result: Any) -> bytes:
     try:
-        pickle.loads(pickle.dumps(result))
+        content = pickle.dumps(result)
+        pickle.loads(content)
     except Exception:
-        return RuntimeError("".join(traceback.format_exception(result)))
-    return result
+        return pickle.dumps(RuntimeError("".join(traceback.format_exception(result))))
+    return content
+
+
+if __name__ == "__main__":
+    with Client(sys.argv[1]) as served:
+        _serve(int(sys.argv[2]), served)

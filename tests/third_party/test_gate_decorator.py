@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 from torch.optim import SGD
 from torch.optim.swa_utils import update_bn
 
-from dpm_core.adapters.base import count_macs
+from dpm_core.adapters.base import count_macs, count_parameters
 from dpm_core.third_party.dependency import RemovalError
 from dpm_core.third_party.gate_decorator import (
     CostModel,
@@ -38,6 +41,7 @@ from tests.third_party.gate_nets import (
     IMAGES,
     LABELS,
     SMALL,
+    Tied,
     gate_all,
     network,
     some,
@@ -335,10 +339,12 @@ def test_a_melted_network_equals_the_masked_one_and_costs_what_was_said(name):
     table.mask(ids)
     with torch.no_grad():
         expected = model(example)
-        said = costs.macs(table.kept(table.alive()))
+        kept = table.kept(table.alive())
+        said, parameters = costs.macs(kept), costs.parameters(kept)
         plan = melt(model, example, groups)
         rounding.assert_exact(model(example), expected)
     assert int(said) == count_macs(model, example) < costs.dense
+    assert int(parameters) == count_parameters(model) < int(costs.parameters(costs.sizes))
     assert [n for n, _ in model.named_modules()] == names
     assert not gated(model)
     gone = table.split(ids)
@@ -424,6 +430,59 @@ def test_layers_of_every_kind_melt_exactly():
     assert int(costs.macs(kept)) == count_macs(model, SMALL)
 
 
+class Odd(nn.Module):
+    """A module that runs twice, a parameter of two layers, of none, and of an activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.steep = nn.PReLU(8)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        self.free, self.free_norm = nn.Conv2d(8, 6, (1, 3)), nn.BatchNorm2d(6)
+        self.last, self.last_norm = nn.Conv2d(6, 9, 1), nn.BatchNorm2d(9)
+        self.head, self.other = nn.Linear(9 * 48, 5), nn.Linear(9 * 48, 5)
+        self.other.weight = self.head.weight
+        self.nowhere = nn.Parameter(torch.rand(7))
+        self.last_norm.requires_grad_(False)
+
+    def forward(self, x):
+        x = self.steep(self.norm(self.stem(x)))
+        for norm in self.norms:
+            x = functional.relu(norm(self.twice(x)))
+        x = functional.relu(self.free_norm(self.free(x)))
+        x = functional.relu(self.last_norm(self.last(x))).flatten(1)
+        return self.head(x) + functional.relu(self.other(x))
+
+
+@cache
+def with_costs(kind):
+    """A network that is left as it is, its groups, and its costs in MACs and in parameters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = in_double(wake(kind())).eval()
+    groups = tied_gates(model, SMALL)
+    return model, groups, *(CostModel(model, SMALL, groups, c) for c in ("macs", "parameters"))
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_costs_are_those_of_the_really_melted_network(data):
+    dense, groups, macs, parameters = with_costs(data.draw(st.sampled_from([Tied, Mixed, Odd])))
+    assert (macs.dense, parameters.dense) == (count_macs(dense, SMALL), count_parameters(dense))
+    kept = torch.tensor([data.draw(st.integers(1, g.structures)) for g in groups])
+    model = copy.deepcopy(dense)
+    table = GateTable(groups, decorate(model, {n for g in groups for n in g.members}))
+    for group, left in zip(groups, kept.tolist(), strict=True):
+        order = data.draw(st.permutations(range(group.structures)))
+        table.mask(table.ids(group.name, order[left:]))
+    melt(model, SMALL, groups)
+    both = count_macs(model, SMALL), count_parameters(model)
+    for costs in (macs, parameters):
+        assert (int(costs.macs(kept)), int(costs.parameters(kept))) == both
+    assert (int(macs.of(kept)), int(parameters.of(kept))) == both
+
+
 class Heard(nn.Module):
     """Pre-activation, and layers heard behind a bias, without BatchNorm, or beside their own."""
 
@@ -484,20 +543,21 @@ def test_masking_and_numbers():
     assert table.kept(table.alive()).tolist() == [sizes[0], sizes[1] - 3]
 
 
-def test_costs_along_a_sequence_of_removals():
+@pytest.mark.parametrize("counted", ["macs", "parameters"])
+def test_costs_along_a_sequence_of_removals(counted):
     model = network("resnet20")
     groups = tied_gates(model, IMAGES)
-    costs = CostModel(model, IMAGES, groups)
+    costs = CostModel(model, IMAGES, groups, counted)
     order = torch.tensor([0, 4, 4, 0, 7])
     kept = costs.sizes - 1
     expected = []
     for group in order.tolist():
         kept[group] -= 1
-        expected.append(int(costs.macs(kept)))
+        expected.append(int(getattr(costs, counted)(kept)))
     assert costs.along(costs.sizes - 1, order).tolist() == expected
     assert expected == sorted(expected, reverse=True)
     assert len(set(expected)) == 5
-    assert int(costs.macs(costs.sizes)) == costs.dense
+    assert int(getattr(costs, counted)(costs.sizes)) == costs.dense
 
 
 def test_melting_inside_a_tick_leaves_all_trainable():
@@ -689,8 +749,16 @@ def test_costs_refuse_impossible_numbers():
     model = tied()
     costs = CostModel(model, SMALL, tied_gates(model, SMALL))
     for kept in (costs.sizes + 1, costs.sizes * 0 - 1):
-        with says(GateError, "the groups hold"):
-            costs.macs(kept)
+        for cost in (costs.macs, costs.parameters, costs.of):
+            with says(GateError, "the groups hold"):
+                cost(kept)
+
+
+def test_an_unknown_cost_is_refused():
+    model = tied()
+    with refused(GateError, "'flops'", "'macs' or 'parameters'", model=model):
+        GateDecorator(model, SMALL, fraction=0.1, counted="flops")
+    assert not gated(model)
 
 
 def test_the_sparsity_gradient_wants_a_backward_first():

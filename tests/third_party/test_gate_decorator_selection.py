@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional
 from torch.optim import SGD
 
-from dpm_core.adapters.base import count_macs
+from dpm_core.adapters.base import count_macs, count_parameters
 from dpm_core.third_party.gate_decorator import (
     GatedBatchNorm,
     GateDecorator,
@@ -233,19 +235,23 @@ def test_a_dead_structures_score_may_be_anything():
 TIMES = TickTock(2, tock_epochs=2, ticks=3)
 
 
+def counts(model: nn.Module) -> dict[str, int]:
+    return {"macs": count_macs(model, SMALL), "parameters": count_parameters(model)}
+
+
 class Run:
     """The loop of GateDecorator's docstring, which can stop and go on."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         self.model = in_double(tied())
-        self.decorator = GateDecorator(self.model, SMALL, fraction=0.05)
+        self.decorator = GateDecorator(self.model, SMALL, fraction=0.05, **options)
         self.optimizer = SGD(self.model.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
         self.step = 0
         self.taken: list[tuple[int, dict[str, list[int]]]] = []
 
     def go(self, target: int, steps: int = 1000) -> None:
         end = self.step + steps
-        while self.decorator.macs() > target and self.step < end:
+        while self.decorator.cost() > target and self.step < end:
             turn = turn_at(self.step, TIMES)
             self.decorator.begin(turn)
             self.optimizer.param_groups[0]["lr"] = learning_rate(turn)
@@ -261,10 +267,11 @@ class Run:
             self.step += 1
 
 
-def test_a_run_meets_its_target_and_melts():
-    run = Run()
-    dense = run.decorator.macs()
-    assert dense == run.decorator.costs.dense
+@pytest.mark.parametrize("counted", ["macs", "parameters"])
+def test_a_run_meets_its_target_and_melts(counted):
+    run = Run(counted=counted)
+    dense = run.decorator.cost()
+    assert dense == run.decorator.costs.dense == counts(tied())[counted]
     target = int(0.4 * dense)
     assert run.decorator.least() < target
     run.go(target)
@@ -274,18 +281,16 @@ def test_a_run_meets_its_target_and_melts():
     alive = run.decorator.table.alive()
     last_group = list(run.taken[-1][1])
     short = [
-        run.decorator.costs.macs(
-            run.decorator.table.kept(alive) + torch.eye(2, dtype=torch.int64)[i]
-        )
+        run.decorator.costs.of(run.decorator.table.kept(alive) + torch.eye(2, dtype=torch.int64)[i])
         for i, g in enumerate(run.decorator.groups)
         if g.name in last_group
     ]
-    assert max(short) > target >= run.decorator.macs()
+    assert max(short) > target >= run.decorator.cost()
     run.model.eval()
-    expected, macs = run.model(SMALL), run.decorator.macs()
+    expected, left = run.model(SMALL), (run.decorator.macs(), run.decorator.cost())
     plan = run.decorator.melt(SMALL)
     rounding.assert_exact(run.model(SMALL), expected)
-    assert count_macs(run.model, SMALL) == macs
+    assert left == (counts(run.model)["macs"], counts(run.model)[counted])
     taken = {name: [] for name, _ in plan}
     for _, gone in run.taken:
         for name, structures in gone.items():
@@ -312,19 +317,21 @@ def test_a_run_stopped_and_resumed_ends_in_the_same_bits(stop):
     assert difference(whole.optimizer.state_dict(), second.optimizer.state_dict()) is None
 
 
-def test_a_run_that_can_go_no_further_says_so():
-    run = Run()
+@pytest.mark.parametrize(("counted", "word"), [("macs", "MACs"), ("parameters", "parameters")])
+def test_a_run_that_can_go_no_further_says_so(counted, word):
+    run = Run(counted=counted)
     run.decorator.scores.total.fill_(1.0)
     run.decorator.table.mask(torch.arange(28)[run.decorator.selected()])
     run.decorator.fraction = 1.0
     assert set(run.decorator.prune()) == {g.name for g in run.decorator.groups}
-    assert run.decorator.macs() == run.decorator.least()
-    with refused(GateError, str(run.decorator.least()), "keep", model=run.model):
+    assert run.decorator.cost() == run.decorator.least()
+    with refused(GateError, f"{run.decorator.least()} {word},", "keep", model=run.model):
         run.decorator.prune()
 
 
-def test_a_target_ends_the_selection_where_it_is_met():
-    decorator = Run().decorator
+@pytest.mark.parametrize("counted", ["macs", "parameters"])
+def test_a_target_ends_the_selection_where_it_is_met(counted):
+    decorator = Run(counted=counted).decorator
     decorator.fraction = 0.3
     decorator.scores.total.copy_(torch.arange(40.0, 0, -1))
     every = decorator.selected()
@@ -332,9 +339,9 @@ def test_a_target_ends_the_selection_where_it_is_met():
     alive = decorator.table.alive()
     for n in range(len(every)):
         alive[every[n]] = False
-        for target in (decorator.macs(alive), decorator.macs(alive) + 1):
+        for target in (decorator.cost(alive), decorator.cost(alive) + 1):
             assert decorator.selected(target).tolist() == every[: n + 1].tolist()
-    assert decorator.selected(decorator.macs(alive) - 1).tolist() == every.tolist()
+    assert decorator.selected(decorator.cost(alive) - 1).tolist() == every.tolist()
 
 
 def test_the_settings_reach_the_selection():

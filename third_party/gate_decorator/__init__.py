@@ -8,7 +8,7 @@ which everything trains under a penalty on the gates.
 :class:`GateDecorator` joins the parts; each of them can be used alone, too.
 """
 
-from .costs import CostModel
+from .costs import CostModel, Counted
 from .decorator import GateDecorator
 from .gates import (
     GatedBatchNorm,
@@ -26,6 +26,7 @@ from .selection import GateScores, protected, select
 
 __all__ = [
     "CostModel",
+    "Counted",
     "GateDecorator",
     "GateError",
     "GateGroup",

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..groups import Plan
-from .costs import CostModel
+from .costs import CostModel, Counted
 from .gates import (
     GateError,
     add_sparsity_gradient,
@@ -28,7 +28,7 @@ class GateDecorator:
         decorator = GateDecorator(model, example, fraction=0.005)
         optimizer = SGD(model.parameters(), 1e-3, momentum=0.9, weight_decay=5e-4)
         step = 0
-        while decorator.macs() > target:
+        while decorator.cost() > target:
             turn = turn_at(step, times)
             decorator.begin(turn)
             optimizer.param_groups[0]["lr"] = learning_rate(turn)
@@ -46,13 +46,15 @@ class GateDecorator:
         fraction: the paper's p: 0.005 for VGG16, 0.002 for ResNet-56.
         eta, keep: as in :func:`select`.
         strength: of the sparsity penalty.
+        counted: what the cost is that targets are given in, as in :class:`CostModel`.
         ignored, progress: as in :func:`tied_gates`.
 
     Attributes:
         groups, costs, gates, table, scores: the parts, as their classes describe them.
 
     Raises:
-        GateError: as :func:`tied_gates` and :func:`decorate`; the model is untouched.
+        GateError: as :func:`tied_gates`, :class:`CostModel` and :func:`decorate`; the model is
+            untouched.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class GateDecorator:
         eta: float = 0.0,
         keep: float = KEEP,
         strength: float = 1e-3,
+        counted: Counted = "macs",
         ignored: Sequence[str] = (),
         progress: Callable[[str], object] = str,
     ) -> None:
@@ -76,7 +79,7 @@ class GateDecorator:
         self._kind = ""  # of the last step's turn; unknown again after a resume
         self.fraction, self.eta, self.keep, self.strength = fraction, eta, keep, strength
         self.groups = tied_gates(model, example, ignored=ignored, progress=progress)
-        self.costs = CostModel(model, example, self.groups)
+        self.costs = CostModel(model, example, self.groups, counted)
         self.gates = decorate(model, [n for g in self.groups for n in g.members])
         self.table = GateTable(self.groups, self.gates)
         self.scores = GateScores(self.table)
@@ -113,7 +116,7 @@ class GateDecorator:
         """The structures that the scores select; nothing is masked.
 
         Args:
-            target: MACs at which to stop (ours: the original may fall a little below its target).
+            target: cost at which to stop (ours: the original may fall a little below its target).
             alive: bool (S,), the structures that count as left; ``None``: those not masked.
             spared: bool (S,), living structures that are not to be selected.
             more: structures to select beyond the fraction.
@@ -139,8 +142,8 @@ class GateDecorator:
         )
         if not len(chosen):
             raise GateError(
-                f"nothing is left to select at {self.macs(alive)} MACs, and {self.least()} is the "
-                "least there can be; raise the target or lower keep"
+                f"nothing is left to select at {self.cost(alive)} {self.costs.word}, and "
+                f"{self.least()} is the least there can be; raise the target or lower keep"
             )
         if target is not None:
             after = self.costs.along(self.table.kept(alive), self.table.group[chosen])
@@ -162,9 +165,14 @@ class GateDecorator:
         alive = self.table.alive() if alive is None else alive
         return int(self.costs.macs(self.table.kept(alive)))
 
+    def cost(self, alive: Tensor | None = None) -> int:
+        """What is counted (MACs or parameters), of the same structures as :meth:`macs`."""
+        alive = self.table.alive() if alive is None else alive
+        return int(self.costs.of(self.table.kept(alive)))
+
     def least(self) -> int:
-        """MACs with every group down to what is protected; no lower target can be met."""
-        return int(self.costs.macs(protected(self.costs.sizes, self.keep)))
+        """The cost with every group down to what is protected; no lower target can be met."""
+        return int(self.costs.of(protected(self.costs.sizes, self.keep)))
 
     def melt(self, example: Any) -> Plan:
         """:func:`melt` the model; nothing else here can be used afterwards."""

@@ -244,10 +244,11 @@ def melt(
     gone = table.split((~alive).nonzero()[:, 0])
     plan = [(g.name, g.channels_of(gone[g.name])) for g in groups if g.name in gone]
     # In double precision: the real one rounds gate * shift to its own, which is no fault.
-    plain, given = running.Precision(model, example).of(model, example)
+    before = dependency.Comparison(model, example)
+    plain = before.large.of(model)
     undecorate(plain)
-    dependency.compare(model, plain, example, plan)
-    dependency.remove(plain, given, plan)
+    dependency.take_out(plain, before.large.example, plan)
+    before.require_same(plain, plan)
     unfreeze(model, frozen)
     undecorate(model)
     dependency.take_out(model, example, plan)
