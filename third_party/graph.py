@@ -300,6 +300,7 @@ class Tracing:
     def finish(self, built: Any) -> Any:
         """Note on the graph which tensors are its outputs, and which layers have heads."""
         built.put_out, built.heads = set(self._put_out), self.heads
+        built.counted = heads.Found()
         return built
 
     @staticmethod

@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from . import running
-from .groups import Share, UnsupportedLayerError, UpstreamGroup
+from .groups import Plan, Share, UnsupportedLayerError, UpstreamGroup
 
 Table = list[list[int]]
 """Positions by structure, equally many for each, in ascending order."""
@@ -126,8 +126,13 @@ class Heads:
                 setattr(model.get_submodule(_owner(other)), other.rpartition(".")[2], new)
         for layer in {_owner(name) for name, _ in self.parts}:
             _renumber(model.get_submodule(layer))
+        self.count_without(model, gone)
+
+    def count_without(self, model: nn.Module, structures: Iterable[int]) -> None:
+        """Bring a model's own numbers of heads up to date when some have gone."""
         for module, attribute in self.numbers:
-            _scale(model.get_submodule(module), attribute, self.count - len(gone), self.count)
+            left = self.count - len(set(structures))
+            _scale(model.get_submodule(module), attribute, left, self.count)
 
 
 @dataclass
@@ -146,8 +151,23 @@ class Found:
     layers: set[str] = field(default_factory=set)
 
     def of(self, layer: str) -> Heads | None:
-        """The heads whose group is named after a layer."""
-        return next((h for h in self.heads if h.root == layer), None)
+        """The heads that a layer computes, in the group of that name."""
+        for heads in self.heads:
+            if any(name == f"{layer}.weight" for name, dim in heads.parts.keys() - heads.inputs):
+                return replace(heads, root=layer)
+        return None
+
+    def whole_in(self, plan: Plan) -> Found:
+        """Without the heads of which a removal takes a part: upstream may know what that does."""
+        parted: set[Leaf] = set()
+        for layer, channels in plan:
+            heads = self.of(layer)
+            try:
+                _ = heads and heads.structures_of(channels)
+            except UnsupportedLayerError:
+                parted |= heads.parts.keys() if heads else set()
+        left = [h for h in self.heads if parted.isdisjoint(h.parts.keys() - h.inputs)]
+        return replace(self, heads=left)
 
 
 # ---------------------------------------------------------------------- layers of a known kind
