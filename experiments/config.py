@@ -37,10 +37,10 @@ from dpm_core import (
 from dpm_core.adapters import registry
 from dpm_core.adapters.base import Adapter, AdapterError, Training
 
-from .images import Augmentation
+from .inputs.images import Augmentation
+from .inputs.networks import Network, NetworkError, fingerprint
+from .inputs.starting import digest
 from .names import LARGEST, Name, Text, faults, one_line
-from .networks import Network, NetworkError, fingerprint
-from .starting import digest
 
 LARGEST_IMAGE = 1024
 """Pixels to a side."""
@@ -236,7 +236,7 @@ class Config(_Table):
     name: Name
     framework: str
     model: Text
-    """A built-in network's name, or what is imported for it: see :mod:`experiments.networks`."""
+    """A built-in network's name, or what is imported for it; see :mod:`.inputs.networks`."""
     model_options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function that builds the network; none for a built-in one."""
     model_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")

@@ -10,7 +10,7 @@ import pytest
 
 from dpm_core.adapters.depgraph import DepGraphOptions
 from experiments.config import Compute, Config, Curve, Data, Dense, Rectify, Smooth, Stage, load
-from experiments.models import MODELS
+from experiments.inputs.models import MODELS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 KEYS = {

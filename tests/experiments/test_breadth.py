@@ -1,4 +1,4 @@
-"""The table of torchvision's networks: what is measured of one, and how rows are collected."""
+"""The table of networks of torchvision and timm: what is measured of one, how rows are kept."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ from torch import nn
 from torch.nn import functional
 
 from dpm_core.adapters.depgraph import DepGraph
-from experiments import breadth
-from experiments.breadth import Network, awake, collect, failure, in_process, main, markdown, read
-from experiments.run import RunError
+from experiments.errors import RunError
+from experiments.measuring import breadth
+from experiments.measuring.breadth import (
+    Network,
+    awake,
+    collect,
+    failure,
+    in_process,
+    main,
+    markdown,
+    read,
+)
 from tests.support import rounding
 from tests.support.frameworks import EXAMPLE, Mixed, Shuffled
 

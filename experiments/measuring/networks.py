@@ -1,4 +1,4 @@
-"""The networks of the table that :mod:`experiments.breadth` fills: torchvision's and timm's."""
+"""The networks of torchvision and timm that :mod:`experiments.measuring.breadth` measures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from dpm_core.third_party.upstreams import require
 
-from .run import RunError
+from ..errors import RunError
 
 CLASSES = 10
 TIMM = "timm:"
