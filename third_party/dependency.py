@@ -207,7 +207,8 @@ def gathered(built: Any, model: nn.Module, plan: Plan) -> list[tuple[Any, list[i
         heads = built.heads.of(name)
         if heads is not None:
             act = _Act(layer, partial(heads.remove, model))
-            taken[name, None] = (act, set(heads.structures_of(channels)))
+            gone = heads.structures_of(channels)  # once, also if several of their layers are named
+            taken.setdefault((id(heads.parts), None), (act, set()))[1].update(gone)
             continue
         for dep, idxs in graph.whole(built, layer, channels).items:
             taken.setdefault((dep.target, dep.handler), (dep, set()))[1].update(idxs)
@@ -216,9 +217,9 @@ def gathered(built: Any, model: nn.Module, plan: Plan) -> list[tuple[Any, list[i
         for dep, positions in list(taken.values()):
             if dep.target.module is layer and built.is_out_channel_pruning_fn(dep.handler):
                 with suppress(UnsupportedLayerError):  # parts of heads
-                    gone = set(heads.structures_of(sorted(positions)))
+                    gone = heads.structures_of(sorted(positions))
                     act = _Act(layer, partial(heads.count_without, model))
-                    taken[heads.root, None] = (act, gone)
+                    taken[id(heads.parts), None] = (act, set(gone))
     return [(dep, sorted(positions)) for dep, positions in taken.values()]
 
 

@@ -627,13 +627,14 @@ class _Search:
             if parts.setdefault(leaf, columns) != columns:
                 raise UnsupportedLayerError(f"has heads that {call.layer!r} reads in several ways")
             inputs.add(leaf)
-        for (name, _), table in parts.items():
-            self._require_known(name)
+        for name, table in [*((n, t) for (n, _), t in parts.items()), *owners]:
             if len({len(positions) for positions in table}) != 1:
                 raise UnsupportedLayerError(
                     f"has heads with unequal parts of {name!r}; if they are equal, an example "
                     "with more, and more varied, inputs shows it"
                 )
+        for name, _ in parts:
+            self._require_known(name)
             if len({d for n, d in parts if n == name}) > 1:
                 raise UnsupportedLayerError(f"has heads with both rows and columns of {name!r}")
         return Heads(owners[0][0], parts, frozenset(inputs), tuple(owners))

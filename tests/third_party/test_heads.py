@@ -253,6 +253,33 @@ def test_what_decays_is_queries_keys_and_values_and_owners_are_the_values(layout
     assert names == sizes | {"first.table": [2, 2]}
 
 
+def test_a_removal_may_name_any_layer_of_the_heads():
+    form = Form(shared=2, pairs=3)
+    by_values, by_queries = network(form), network(form)
+    found = heads.find(by_values, EXAMPLE.double())
+    plan = [("first.v", found.of("first.v").members[1])]
+    dependency.cut(by_values, EXAMPLE.double(), plan)
+    both = [("first.q", found.of("first.q").members[1]), *plan]
+    dependency.cut(by_queries, EXAMPLE.double(), both)
+    assert by_queries.first.num_heads == 4
+    values = by_values.state_dict()
+    assert all(torch.equal(t, values[n]) for n, t in by_queries.state_dict().items())
+    assert found.of("first.o") is None
+
+
+@pytest.mark.parametrize("product", ["fused", "softmax"])
+@pytest.mark.parametrize("layout", ["three", "parts", "heads"])
+def test_from_a_single_position_nothing_is_found_that_is_not_so(layout, product):
+    model = network(Form(layout=layout, product=product))
+    for seed in range(8):  # queries and keys have no effect but for rounding
+        draw = torch.Generator().manual_seed(seed)
+        found = heads.find(model, torch.randn(1, 1, WIDTH, generator=draw).double())
+        for one in found.heads:
+            owned = [table for _, table in one.owners]
+            for table in [*one.parts.values(), *owned]:
+                assert len({len(positions) for positions in table}) == 1
+
+
 def test_heads_that_go_one_removal_after_the_other():
     model = network(Form(shared=2, pairs=4, layout="heads", table=True))
     found = heads.find(model, EXAMPLE.double()).heads[0]
