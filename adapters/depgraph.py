@@ -37,6 +37,7 @@ from dpm_core.third_party.pruner import Pruner
 
 from .base import Adapter, AdapterError, Structures, count_macs, structure_group
 from .gradients import mean_gradients
+from .macs import MacsLeft
 from .removal import Removal
 
 NORMALIZER = re.compile(r"mean|max|sum|standarization|gaussian|lamp|sentinel_0?\.\d{1,9}")
@@ -246,11 +247,14 @@ class DepGraph(Adapter):
         way = self._way()
         return target if way == 1 else 1 - (1 - target) ** way
 
-    def _selected(self, gradients: Mapping[str, Tensor] | None = None) -> Plan:
+    def _selected(
+        self, gradients: Mapping[str, Tensor] | None = None, *, by_sizes: bool = True
+    ) -> Plan:
         """What upstream removes now from a copy of the model, to the present round's target.
 
         Args:
             gradients: of the parameters, by name, for a ranking by gradients.
+            by_sizes: as of :class:`~dpm_core.adapters.macs.MacsLeft`.
 
         Raises:
             AdapterError: upstream does not meet the target.
@@ -275,18 +279,15 @@ class DepGraph(Adapter):
                 )
             return plan
         assert o.speed_up is not None
-        goal, left = self._macs / o.speed_up ** self._way(), self._macs
-
-        def reached() -> bool:
-            nonlocal left
-            left = count_macs(model, example)
-            return bool(left <= goal)
-
-        plan = pruner.run(reached, self.progress)
-        if left > goal:
+        goal = self._macs / o.speed_up ** self._way()
+        macs = MacsLeft(model, example, goal, by_sizes=by_sizes)
+        plan = pruner.run(macs.reached, self.progress)
+        if macs.missed():
+            return self._selected(gradients, by_sizes=False)
+        if macs.left > goal:
             raise AdapterError(
-                f"speed_up {o.speed_up} was not reached: {left} MACs are left, {goal:.0f} wanted; "
-                "lower speed_up or raise steps"
+                f"speed_up {o.speed_up} was not reached: {macs.left} MACs are left, {goal:.0f} "
+                "wanted; lower speed_up or raise steps"
             )
         return plan
 

@@ -191,8 +191,9 @@ def _update_maps(graph: Any) -> None:
                 with contextlib.suppress(AttributeError, IndexError, TypeError, ZeroDivisionError):
                     _MAPS[node.type](graph, node)
         graph.maps_valid = bool(getattr(graph, "module2node", None))
-    edges = sum(len(node.dependencies) for node in graph.module2node.values())
-    _Group.bound = max(200, WALK * edges)
+        edges = sum(len(node.dependencies) for node in graph.module2node.values())
+        graph.walk = max(200, WALK * edges)
+    _Group.bound = graph.walk
 
 
 @contextmanager

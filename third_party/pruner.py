@@ -4,6 +4,7 @@ What this file works around, all of it in that version:
 
 - Pruners share dictionaries given as mutable defaults (``BasePruner.__init__``), so fresh ones are
   passed.
+- Every step walks through all groups anew and ranks them, though it changes a few (``_prune``).
 - Channels are counted and ranked one by one, except in grouped layers and heads, though removing
   one may take others along (``BasePruner._prune``). Here what goes together is ranked together.
 - A layer that would lose all its channels loses none (``DependencyGraph.check_pruning_group``).
@@ -23,7 +24,8 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -170,6 +172,7 @@ class Pruner:
             model.get_submodule(g.root) for g in self.groups if not g.heads and not self._tie(g)
         }
         self._rank_all()
+        self._wholes = _Wholes()
 
     def _tie(self, group: UpstreamGroup) -> bool:
         """Let upstream rank and count the channels of a structure as one, if it can say so.
@@ -205,9 +208,12 @@ class Pruner:
         """Whether the importance says anything about a group; upstream leaves others whole."""
         return self._scores(group) is not None
 
-    def _by_structure(self, group: Any, **settings: Any) -> Any:
+    def _by_structure(self, group: Any) -> Any:
         """Upstream's importance, in which all channels of a structure get their mean."""
-        scores = self._importance(self._rankable(group), **settings)
+        return self._wholes.scores(group, self._scores_by_structure)
+
+    def _scores_by_structure(self, group: Any) -> Any:
+        scores = self._importance(self._rankable(group))
         if scores is None:
             return None
         if isinstance(group, _HeadGroup):
@@ -273,11 +279,22 @@ class Pruner:
     def run(self, reached: Callable[[], bool], progress: Callable[[str], object]) -> Plan:
         """Upstream's own pruning, step by step until the target is reached or the steps are done.
 
+        Args:
+            reached: whether the target is; it leaves the model's weights as they are.
+            progress: called with what is going on.
+
         Returns:
             What was removed, by the channels' positions before the run.
         """
-        names = {m: n for n, m in self._model.named_modules()}
         trained = {n: p.requires_grad for n, p in _parameters(self._model)}
+        with graph.upstream(self._model), self._wholes.during_run(self._graph):
+            plan = self._run(reached, progress)
+        for name, parameter in _parameters(self._model):
+            parameter.requires_grad_(trained[name])
+        return plan
+
+    def _run(self, reached: Callable[[], bool], progress: Callable[[str], object]) -> Plan:
+        names = {m: n for n, m in self._model.named_modules()}
         left: dict[str, list[int]] = {}
         removed: dict[str, list[int]] = {}
         up = self.upstream
@@ -289,25 +306,26 @@ class Pruner:
 
         while not reached() and up.current_step < up.iterative_steps:
             self.left_whole.clear()
-            with graph.upstream(self._model):
-                step = up.step(interactive=True)
-                gone = self._heads_gone()
-                for group in step:
-                    if not group[0].idxs:  # all of it has to stay
-                        continue
-                    root = group[0].dep.target.module
-                    note(names[root], up.DG.get_out_channels(root), set(group[0].idxs))
-                    group.prune()
+            step = up.step(interactive=True)
+            gone = self._heads_gone()
+            for group in step:
+                if not group[0].idxs:  # all of it has to stay
+                    continue
+                root = group[0].dep.target.module
+                note(names[root], up.DG.get_out_channels(root), set(group[0].idxs))
+                group.prune()
+                self._wholes.forget(item.dep.target for item in group.items)
             for name, structures in gone.items():
                 heads = self._heads[name]
                 channels = {c for k in structures for c in heads.members[k]}
                 note(name, heads.count * len(heads.members[0]), channels)
                 heads.remove(self._model, structures)
                 self._heads[name] = heads.without(structures)
+                layers = {part.rpartition(".")[0] for part, _ in heads.parts}
+                nodes = (up.DG.module2node.get(self._model.get_submodule(n)) for n in layers)
+                self._wholes.forget(node for node in nodes if node is not None)
                 self._graph.maps_valid = False
             progress(f"selecting {up.current_step}/{up.iterative_steps}")
-        for name, parameter in _parameters(self._model):
-            parameter.requires_grad_(trained[name])
         return [(name, sorted(channels)) for name, channels in removed.items() if channels]
 
     def _heads_scores(self, heads: Heads) -> Tensor | None:
@@ -357,6 +375,55 @@ class Pruner:
                 if isinstance(item.dep.target.module, _AsLinear):
                     item.dep.target.module.take_gradient()
         self.upstream.regularize(self._model)
+
+
+class _Wholes:
+    """Whole groups and their scores, each kept until a removal touches one of its layers.
+
+    What a group holds, and how it ranks, depends on the layers and operations in it alone.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[nn.Module, Any], Any] = {}
+        self._nodes: dict[int, set[int]] = {}
+        self._scores: dict[int, Any] = {}
+
+    @contextmanager
+    def during_run(self, built: Any) -> Iterator[None]:
+        """Let upstream's graph hand out what is kept, while weights stay as they are."""
+        anew = built.get_pruning_group
+
+        def group_of(layer: nn.Module, function: Any, idxs: Sequence[int]) -> Any:
+            out = built.is_out_channel_pruning_fn(function)
+            if not idxs or not out or len(idxs) != built.get_out_channels(layer):
+                return anew(layer, function, idxs)
+            if (layer, function) not in self._groups:
+                group = self._groups[layer, function] = anew(layer, function, idxs)
+                self._nodes[id(group)] = {id(item.dep.target) for item in group.items}
+            return self._groups[layer, function]
+
+        built.get_pruning_group = group_of
+        try:
+            yield
+        finally:
+            del built.get_pruning_group
+            self._groups, self._nodes, self._scores = {}, {}, {}
+
+    def scores(self, group: Any, rank: Callable[[Any], Any]) -> Any:
+        """A group's scores, by ``rank`` unless they are kept."""
+        if id(group) not in self._nodes:
+            return rank(group)
+        if id(group) not in self._scores:
+            self._scores[id(group)] = rank(group)
+        return self._scores[id(group)]
+
+    def forget(self, changed: Iterable[Any]) -> None:
+        """To be called with every node of the graph that has lost channels."""
+        touched = {id(node) for node in changed}
+        for key, group in list(self._groups.items()):
+            if not touched.isdisjoint(self._nodes[id(group)]):
+                del self._groups[key], self._nodes[id(group)]
+                self._scores.pop(id(group), None)
 
 
 def _rankable(group: Any) -> Any:

@@ -488,7 +488,7 @@ def _adapter(request: Request, images: Images, model: nn.Module, example: torch.
         model,
         example,
         config.build_options(),
-        None if variant == "base" else config.build_smooth(),
+        None if variant == "base" else config.smooth,
         None if variant in ("base", "sp") else rectify,
         training=config.training(images.steps_per_epoch),
         seed=request.seed if config.draw_by_seed else 0,
