@@ -472,7 +472,7 @@ def test_a_network_is_searched_once_and_its_values_do_not_matter(monkeypatch):
         for parameter in model.parameters():
             parameter.zero_()
     searched = []
-    monkeypatch.setattr(heads, "_Search", lambda *given: searched.append(given))
+    monkeypatch.setattr(heads.search, "_Search", lambda *given: searched.append(given))
     assert heads.find(running.copied(model), EXAMPLE.double()) is found
     assert searched == []
     found.heads[0].remove(model, [0])
