@@ -100,7 +100,7 @@ table: $(SETUP) ## the table of the runs in OUT=runs, or of the kept records: RE
 report: $(SETUP) ## one page to look at, report.html in OUT: tables, plots, latency
 	@$(PY) -m experiments report --out=$(call q,$(OUT)) -- $(SHOWN)
 
-table-models: $(SETUP) ## which of torchvision's networks can be pruned; measures what is missing
+table-models: $(SETUP) ## which networks of torchvision and timm can be pruned; measures what is missing
 	@$(PY) -m experiments.measuring.breadth $(FLAGS)
 
 plots: $(SETUP) ## the plots of all finished runs in OUT=runs

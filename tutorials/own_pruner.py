@@ -217,5 +217,5 @@ assert same
 # - A run is stopped and gone on with as in `depgraph.py`, beside this file: `run.state_dict()` has
 #   what the pruner has counted; `load_state_dict` is called on a run of a newly made pruner.
 # - Without `SmoothPruning` the run does what the pruner does by itself: a fair comparison.
-# - Whole attention heads go with `prune_num_heads=True`, and with `adapt=`, a function that brings
-#   the network's own number of heads up to date.
+# - Whole attention heads go with `prune_num_heads=True`. The network's own number of heads follows;
+#   where it is kept in an unusual way, an error asks for `adapt=`, a function that does it.
