@@ -29,6 +29,7 @@ To go on from a checkpoint, make the adapter of the dense model, as at the start
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -81,6 +82,10 @@ class Training:
     sparse: Training | None = None
 
 
+class UnfinishedWarning(UserWarning):
+    """A training has ended before the last removal."""
+
+
 class Adapter(ABC):
     """One run of one framework on one model.
 
@@ -129,8 +134,6 @@ class Adapter(ABC):
     """Whether the framework's schedule depends on the training's length."""
     refills: ClassVar[bool] = True
     """Whether released structures are replaced at once, in their group: by :meth:`choose`."""
-    trains_all: ClassVar[bool] = True
-    """Whether every training step trains all parameters that are trained at all."""
     channels_last: ClassVar[bool] = True
     """Whether the framework can do with parameters that are not contiguous."""
 
@@ -188,6 +191,8 @@ class Adapter(ABC):
         self._seen = 0  # events of the core that new_events() has given
         self._grouped: dict[str, StructureGroup] | None = None  # without a core
         self._state: Mapping[str, Any] | None = None  # to be taken up when attached
+        self._type = running.type_of(model)
+        self._attached = False
 
     # ------------------------------------------------------------------ for users
 
@@ -199,10 +204,11 @@ class Adapter(ABC):
 
         Args:
             optimizer: of the model's parameters; or several, each of a part of them, which step
-                one after the other. Wrappers, such as accelerate's, are looked through.
+                one after the other. Wrappers, such as accelerate's, are looked through. Of several,
+                those that hold nothing of the model are left out.
             loss: runs the model on the next training batch and returns the mean loss; for
-                :class:`~dpm_core.Hearing` and :class:`~dpm_core.Exchange` alone. Each call uses up
-                a step of the training.
+                :class:`~dpm_core.Hearing`, :class:`~dpm_core.Exchange`, and a framework's ranking
+                by gradients alone. Each call uses up a step of the training.
 
         Returns:
             self.
@@ -213,8 +219,7 @@ class Adapter(ABC):
             AttachmentError: see :meth:`dpm_core.DecayPruning.attach`.
         """
         _require_whole(self.model)  # it may have been sharded since
-        optimizers = all_unwrapped(optimizer)
-        self._require_own(optimizers)
+        optimizers = self._training(all_unwrapped(optimizer))
         self._bring_example()
         if not (self.checked or self.complete):
             self.check()
@@ -237,11 +242,27 @@ class Adapter(ABC):
 
     def detach(self) -> None:
         """Leave the optimizer. What is decaying stays as it is, and goes on when attached again."""
+        self._attached = False
         if self._steps is not None:
             self._steps.remove()
             self._steps = None
         if self.dpm is not None:
             self.dpm.detach()
+
+    def finish(self) -> None:
+        """Leave the optimizer at the end of a training; warn if a removal is still to come."""
+        early, decaying = self._attached and not self.complete, 0
+        if early and self.dpm is not None:
+            decaying = self.dpm.count(Phase.DECAYING)
+        self.detach()
+        if early:
+            still = f"{decaying} structures still decay" if decaying else "a removal is to come"
+            warnings.warn(
+                f"the training has ended, and {still}, so the model has not its final size: train "
+                "on, give it more epochs, or shorten smooth.steps",
+                UnfinishedWarning,
+                stacklevel=2,
+            )
 
     @property
     def due(self) -> bool:
@@ -323,6 +344,10 @@ class Adapter(ABC):
             removed.apply(self.model, self.example, cut=True)
         self.checked, self.removed, self._grouped = True, removed, None
 
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether this adapter's model is a module, or a part of it."""
+        return any(m is self.model for m in module.modules())
+
     # ------------------------------------------------------------------ for comparisons
 
     @property
@@ -337,7 +362,7 @@ class Adapter(ABC):
 
     @property
     def heard(self) -> int:
-        """Batches that hearings have used up; they count as steps of the training."""
+        """Batches that hearings and rankings have used up; they count as steps of the training."""
         return self._heard + (0 if self.dpm is None else self.dpm.heard)
 
     def numbers(self, group: str) -> Sequence[int]:
@@ -453,6 +478,7 @@ class Adapter(ABC):
 
     def follow(self) -> None:
         """Put hooks on the optimizer's step: the core's, and this adapter's around them."""
+        self._attached = True
         if self.complete or self.smooth is None:
             self._steps = Attachment(self.optimizers, [], self.before_step, self._after)
             return
@@ -521,9 +547,16 @@ class Adapter(ABC):
         self.after_step()
 
     def _bring_example(self) -> None:
-        """A trainer may have moved the model to another device since."""
-        place = running.device_of((), self.model)
-        self.example = running.map_tensors(self.example, lambda t: t.to(place))
+        """A trainer may have moved the model to another device or another type since."""
+        place, before, self._type = (
+            running.device_of((), self.model),
+            self._type,
+            running.type_of(self.model),
+        )
+        self.example = running.map_tensors(
+            self.example,
+            lambda t: t.to(place, self._type if t.dtype == before else t.dtype),
+        )
 
     def _none_decays(self) -> bool:
         return self.dpm is None or self.dpm.count(Phase.DECAYING) == 0
@@ -544,15 +577,20 @@ class Adapter(ABC):
         """The parameter groups of all optimizers."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def _require_own(self, optimizers: Sequence[Optimizer]) -> None:
-        own = {p for p in self.model.parameters() if p.requires_grad}
-        optimized = {p for o in optimizers for group in o.param_groups for p in group["params"]}
-        if not own <= optimized and not optimized <= set(self.model.parameters()):
+    def _training(self, optimizers: list[Optimizer]) -> list[Optimizer]:
+        """Those that hold parameters of the model."""
+        parameters = set(self.model.parameters())
+        held = [{p for group in o.param_groups for p in group["params"]} for o in optimizers]
+        own = {p for p in parameters if p.requires_grad}
+        optimized = set().union(*held)
+        if not own <= optimized and not optimized <= parameters:
             raise AdapterError(
                 "the optimizer is of another model: it holds parameters that this one has not, and "
                 "lacks some that this one has, as after a removal. Give the one that went through "
                 "the removal, or a new one of model.parameters()"
             )
+        ours = [o for o, params in zip(optimizers, held, strict=True) if params & parameters]
+        return ours or optimizers
 
 
 def new_optimizer(

@@ -7,6 +7,9 @@ In rounds (iterative pruning) that happens several times in one training: every 
 model of that time a part of the way, by upstream's ranking at that time. Ours: the MACs or the
 channels shrink by the same factor in every round; and a structure that was released is immune for
 the rest of its round, but not in the next one, which decides anew.
+
+A pruner of one's own takes the model's place: ``DepGraph(pruner, SmoothPruning(200))`` is a
+:class:`~dpm_core.adapters.torch_pruning.TorchPruning` of it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +29,12 @@ from dpm_core.third_party.groups import Plan, UpstreamGroup, named
 from dpm_core.third_party.pruner import Pruner
 
 from .base import Adapter, AdapterError, Structures, count_macs, structure_group
+from .gradients import mean_gradients
 from .removal import Removal
 
 NORMALIZER = re.compile(r"mean|max|sum|standarization|gaussian|lamp|sentinel_0?\.\d{1,9}")
 """Upstream's, as it spells them."""
+Importance = Literal["magnitude", "taylor", "hessian", "fpgm", "lamp", "bn-scale", "random"]
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,26 @@ class DepGraphOptions:
         ratio: share of channels to remove, in one upstream step.
         steps: upstream's ``iterative_steps`` towards a speed-up.
         global_pruning: rank all groups against one another, rather than each by itself.
-        normalizer: upstream's ``normalizer`` of the group magnitude. ``None``: ``max`` with sparse
+        normalizer: upstream's ``normalizer`` of the importance. ``None``: ``max`` with sparse
             learning, ``mean`` without, as upstream's own recipes have it.
         reg: upstream's ``reg``, the strength of sparse learning.
-        importance: the group magnitude, or ``random``: drawn from the adapter's ``seed``, to see
-            what a rectifier makes of a blind ranking. The experiments draw alike in every run.
+        importance: upstream's ranking: ``magnitude`` (of groups), ``taylor``, ``hessian``,
+            ``fpgm``, ``lamp``, ``bn-scale`` (it leaves groups without a BatchNorm as they are); or
+            ``random``: drawn from the adapter's ``seed``, to see what a rectifier makes of a blind
+            ranking (the experiments draw alike in every run, unless ``draw_by_seed`` is set).
+            Sparse learning goes by the magnitude, unless a ranking is drawn.
+        batches: training batches that ``taylor`` and ``hessian`` get their gradients from before a
+            decision; they count as steps of the training. With sparse learning its last steps are
+            these. Ours: ``hessian`` takes the mean square of batches' gradients, as a training loop
+            gives the mean loss of a batch, and not that of every sample; and what replaces a
+            released structure is ranked by the gradients of the decision.
+        round_to: upstream's: a layer that loses channels keeps a multiple of so many, and no fewer.
+            Heads are not rounded.
+        isomorphic: upstream's isomorphic pruning: of the groups that have the same layers, each
+            kind is ranked by itself.
+        max_pruning_ratio: no layer loses a larger share of its channels. Ours: that holds after
+            every step and over all rounds, where upstream looks before a step only, as it does here
+            for heads.
         ignored: names of layers that are left as they are, besides those that make the output.
         skip_unsupported: leave groups as they are in which a channel of zeros does not equal a
             removed one, such as a transformer's embedding, instead of refusing the model.
@@ -61,7 +81,11 @@ class DepGraphOptions:
     global_pruning: bool = True
     normalizer: str | None = None
     reg: float = 5e-4
-    importance: Literal["magnitude", "random"] = "magnitude"
+    importance: Importance = "magnitude"
+    batches: int = 10
+    round_to: int | None = None
+    isomorphic: bool = False
+    max_pruning_ratio: float = 1.0
     ignored: tuple[str, ...] = ()
     skip_unsupported: bool = False
     rounds: int = 1
@@ -81,8 +105,31 @@ class DepGraphOptions:
                 f"normalizer is {self.normalizer!r}; give mean, max, sum, standarization, "
                 "gaussian, lamp or sentinel_ and a share below 1"
             )
-        if self.rounds < 1 or self.round_epochs < 1:
-            raise AdapterError("give rounds and round_epochs of at least 1")
+        if self.importance not in get_args(Importance):
+            raise AdapterError(
+                f"importance is {self.importance!r}; give {', '.join(get_args(Importance))}"
+            )
+        if self.importance == "lamp" and self.normalizer not in (None, "lamp"):
+            raise AdapterError("importance 'lamp' is a normalizer itself; leave normalizer out")
+        if self.batches < 1 or self.rounds < 1 or self.round_epochs < 1:
+            raise AdapterError("give batches, rounds and round_epochs of at least 1")
+        if self.round_to is not None and self.round_to < 1:
+            raise AdapterError(f"round_to is {self.round_to}; give at least 1")
+        if self.isomorphic and not self.global_pruning:
+            raise AdapterError("isomorphic ranks groups together; give global_pruning, too")
+        if not 0 < self.max_pruning_ratio <= 1:
+            raise AdapterError(
+                f"max_pruning_ratio is {self.max_pruning_ratio}; give above 0, at most 1"
+            )
+        if self.ratio is not None and self.ratio > self.max_pruning_ratio:
+            raise AdapterError(
+                f"ratio {self.ratio} is more than max_pruning_ratio, {self.max_pruning_ratio}"
+            )
+
+    @property
+    def reads(self) -> int:
+        """Training batches that are read before a decision."""
+        return self.batches if self.importance in ("taylor", "hessian") else 0
 
 
 class DepGraph(Adapter):
@@ -91,6 +138,14 @@ class DepGraph(Adapter):
     Options: ClassVar[type] = DepGraphOptions
     options: DepGraphOptions
     learns_sparse: ClassVar[bool] = True
+
+    def __new__(cls, model: Any = None, *given: Any, **settings: Any) -> Any:
+        """A pruner in the model's place has an adapter of its own."""
+        if not graph.is_pruner(model):
+            return super().__new__(cls)
+        from .torch_pruning import TorchPruning
+
+        return TorchPruning(model, *given, **settings)
 
     def __init__(
         self,
@@ -112,6 +167,9 @@ class DepGraph(Adapter):
         self._round = 0  # rounds that are over: their removal is done
         self._chosen = False  # whether the present round's decision has fallen
         self._left: dict[str, list[int]] = {}  # by group, what is left of the dense model's numbers
+        # By gradients of batches that are read once: what goes, and how structures rank.
+        self._plan: Structures | None = None
+        self._scores: dict[str, Tensor] = {}
         if options.skip_unsupported:
             reading, self.skipped = trial.exact_groups(
                 model,
@@ -134,13 +192,26 @@ class DepGraph(Adapter):
         # The model is the dense one, in a resumed run, too: it is made smaller later.
         self._macs = count_macs(model, example)
         self._counts: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+        if options.max_pruning_ratio < 1 and options.rounds > 1:
+            self._sizes = {g.root: g.structures for g in self._new_pruner(model).groups}
         if options.ratio is not None and options.rounds > 1:
             self._counts = self._new_pruner(model).counts()
 
     # ------------------------------------------------------------------ the target
 
-    def _new_pruner(self, model: nn.Module) -> Pruner:
+    def _new_pruner(self, model: nn.Module, *, gradients: bool = False) -> Pruner:
+        """Upstream's pruner.
+
+        Args:
+            model: what to prune.
+            gradients: whether its parameters have those that the ranking needs; without them, and
+                in sparse learning, the magnitude ranks.
+        """
         o = self.options
+        importance: str | int = self.seed if o.importance == "random" else o.importance
+        if o.importance != "random" and (self._learning or (o.reads and not gradients)):
+            importance = "magnitude"
         sparse = self.training is not None and self.training.sparse is not None
         return Pruner(
             model,
@@ -151,7 +222,11 @@ class DepGraph(Adapter):
             normalizer=o.normalizer or ("max" if sparse else "mean"),
             reg=o.reg,
             ignored=self._ignored,
-            drawn=self.seed if o.importance == "random" else None,
+            importance=importance,
+            round_to=o.round_to,
+            isomorphic=o.isomorphic,
+            max_pruning_ratio=o.max_pruning_ratio,
+            sizes=self._sizes,
         )
 
     def _way(self) -> float:
@@ -164,17 +239,27 @@ class DepGraph(Adapter):
         way = self._way()
         return target if way == 1 else 1 - (1 - target) ** way
 
-    def _selected(self) -> Plan:
+    def _selected(self, gradients: Mapping[str, Tensor] | None = None) -> Plan:
         """What upstream removes now from a copy of the model, to the present round's target.
+
+        Args:
+            gradients: of the parameters, by name, for a ranking by gradients.
 
         Raises:
             AdapterError: upstream does not meet the target.
         """
         model, example, o = running.copied(self.model), self.example, self.options
-        pruner = self._new_pruner(model)
+        for name, parameter in model.named_parameters() if gradients else ():
+            parameter.grad = gradients[name].clone()  # type: ignore[index]
+        pruner = self._new_pruner(model, gradients=gradients is not None)
+        if gradients and self.rectify is not None:
+            self._scores = {g.root: pruner.importance(g) for g in pruner.groups}
         if o.ratio is not None:
             pruner.count_from(self._counts)
+            before = {g.root: g for g in pruner.groups if not g.heads}
             plan = pruner.run(lambda: False, self.progress)
+            if pruner.kept:
+                self._require_share(plan, before, pruner.kept)
             if pruner.left_whole:
                 raise AdapterError(
                     f"ratio {o.ratio} is not met: upstream leaves "
@@ -198,13 +283,31 @@ class DepGraph(Adapter):
             )
         return plan
 
+    def _require_share(
+        self, plan: Plan, groups: Mapping[str, UpstreamGroup], kept: Sequence[str]
+    ) -> None:
+        """Refuse a plan that takes too little, because some layers have to keep more."""
+        assert self.options.ratio is not None
+        there = sum(g.structures for g in groups.values())
+        whole = sum(self._counts.values()) or there
+        wanted = there - int(whole * (1 - self._ratio(self.options.ratio)))
+        gone = sum(len(groups[r].structures_of(c)) for r, c in plan if r in groups)
+        if gone < wanted:
+            raise AdapterError(
+                f"ratio {self.options.ratio} is not met: {gone} of {wanted} structures go, as "
+                f"round_to or max_pruning_ratio keeps more of {', '.join(map(repr, kept))}. Lower "
+                "ratio or round_to, raise max_pruning_ratio, or give speed_up, which is reached "
+                "in steps"
+            )
+
     def check(self) -> None:
         """Refuse too short a training, odd or frozen layers, and a target that cannot be met."""
         self.check_length()
         if self.options.rounds > 1:
             self._check_rounds()
         model, example = self.model, self.example
-        groups = self._new_pruner(model).groups
+        pruner = self._new_pruner(model)
+        groups = pruner.groups
         for group in groups:
             self.check_trainable(group.root, ((s.name, s.parameter) for s in group.shares))
         if not self.options.skip_unsupported:  # else each was tried at the start
@@ -214,19 +317,44 @@ class DepGraph(Adapter):
         if not groups:
             left_out = f" ({'; '.join(self.skipped.values())})" if self.skipped else ""
             raise AdapterError(f"no group of layers is left to prune{left_out}; shorten `ignored`")
+        ranked = [g for g in groups if self._learning or pruner.ranks(g)]
+        if not ranked:
+            raise AdapterError(
+                f"importance {self.options.importance!r} says nothing about any group of this "
+                "network, as none has a BatchNorm; choose another one"
+            )
         if self.options.speed_up is not None:
-            most = [(g.root, g.channels_of(range(1, g.structures))) for g in groups]
+            most = [(g.root, pruner.most(g)) for g in groups]
             small = running.copied(model)
             dependency.take_out(small, example, [p for p in most if p[1]])
             limit = self._macs / count_macs(small, example)
             if self.options.speed_up > limit:
+                o = self.options
+                bounded = (o.round_to or 1) > 1 or o.max_pruning_ratio < 1
+                least = "as few channels as may be" if bounded else "one channel"
                 raise AdapterError(
-                    f"speed_up {self.options.speed_up} is impossible: with one channel left in "
+                    f"speed_up {o.speed_up} is impossible: with {least} left in "
                     f"every group it is {limit:.1f}. Lower speed_up"
                 )
-        else:
-            self._selected()
+        elif not (self.options.reads and self.options.global_pruning):
+            self._selected()  # of each group by itself the ranking does not say how much goes
         super().check()
+
+    def decay_steps(self) -> int:
+        """The base's, and before them the batches that a ranking reads."""
+        reads: int = self.options.reads
+        return super().decay_steps() + reads
+
+    def check_length(self) -> None:
+        """For :meth:`check`: refuse a training that is too short for decay and ranking."""
+        super().check_length()
+        sparse = None if self.training is None else self.training.sparse
+        if sparse is not None and self.options.reads >= sparse.steps:
+            raise AdapterError(
+                f"importance {self.options.importance!r} reads {self.options.reads} batches in the "
+                f"end of sparse learning, which has {sparse.steps} steps; lower batches, or give "
+                "it more epochs"
+            )
 
     def _check_rounds(self) -> None:
         assert self.training is not None
@@ -279,12 +407,39 @@ class DepGraph(Adapter):
         """What upstream removes from a copy, to the present round's target."""
         if self.dpm is None:
             self.groups()
-        return {root: self._groups[root].structures_of(c) for root, c in self._selected()}
+        return self._structures(self._selected()) if self._plan is None else self._plan
+
+    def _structures(self, plan: Plan) -> Structures:
+        return {root: self._groups[root].structures_of(c) for root, c in plan}
+
+    def decide(self) -> None:
+        """The base's; a ranking by gradients reads its batches before."""
+        if self.options.reads:
+            assert self._loss is not None
+            squared = self.options.importance == "hessian"
+            gradients = mean_gradients(self.model, self._loss, self.options.reads, squared=squared)
+            self._heard += self.options.reads
+            if self.dpm is None:
+                self.groups()
+            self._plan = self._structures(self._selected(gradients))
+        super().decide()
+
+    def follow(self) -> None:
+        """The base's, if there is a loss for a ranking that needs one."""
+        if self.options.reads and not self.complete and self._loss is None:
+            raise AdapterError(
+                f"importance {self.options.importance!r} ranks by gradients of training batches; "
+                "give attach(optimizer, loss), which runs the model on the next batch"
+            )
+        super().follow()
 
     def choose(self, group: str, count: int, free: Tensor) -> Tensor:
         """What upstream ranks lowest in the same group."""
         assert self._pruner is not None
-        score = self._pruner.importance(self._groups[group])
+        if group in self._scores:
+            score = self._scores[group].clone()
+        else:
+            score = self._pruner.importance(self._groups[group])
         score[~free] = torch.inf
         return score.argsort(stable=True)[:count]
 
@@ -298,7 +453,9 @@ class DepGraph(Adapter):
         """Decide what goes in the present round, if it is time."""
         if self.complete or self._chosen:
             return
-        if self.clock + self.heard >= self._start_of(self._round):
+        reads = self.options.reads if self.training and self.training.sparse else 0
+        done = self.clock + self.heard - reads  # what is read in sparse learning is of its steps
+        if self._round == 0 or done >= self._start_of(self._round):
             self.decide()
             self._chosen = True
 
@@ -318,7 +475,7 @@ class DepGraph(Adapter):
         if self._learning:
             assert self.training is not None
             assert self.training.sparse is not None
-            if self.clock < self.training.sparse.steps:
+            if self.clock + self.options.reads < self.training.sparse.steps:
                 return
             self._learning, self.clock = False, 0
             if self.dpm is not None:
@@ -349,6 +506,7 @@ class DepGraph(Adapter):
     def _account(self, removal: Removal, going: Structures) -> None:
         super()._account(removal, going)
         self._round, self._chosen, self._pruner = self._round + 1, False, None
+        self._plan, self._scores = None, {}
         if self.complete:
             return  # the last core stays, and with it the numbers that its events go by
         for root, structures in going.items():
@@ -366,6 +524,8 @@ class DepGraph(Adapter):
             "round": self._round,
             "chosen": self._chosen,
             "left": dict(self._left),
+            "plan": self._plan,
+            "scores": dict(self._scores),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -373,6 +533,8 @@ class DepGraph(Adapter):
         super().load_state_dict(state)
         self._learning, self._round = state["learning"], state["round"]
         self._chosen, self._left = state["chosen"], state["left"]
+        # States of earlier releases have no ranking by gradients.
+        self._plan, self._scores = state.get("plan"), state.get("scores", {})
 
 
 def structure_groups(

@@ -111,7 +111,6 @@ class GateDecorator(Adapter):
     training: Training
     needs_training: ClassVar[bool] = True
     refills: ClassVar[bool] = False
-    trains_all: ClassVar[bool] = False  # in ticks convolutions are frozen
 
     _method: Any = None  # from attach() to the removal
     _turn: Any = None

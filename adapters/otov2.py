@@ -3,24 +3,37 @@
 ``base`` is upstream's optimizer untouched. For ``sp`` and ``sr``, where upstream's half-space
 projection would zero a structure in one step, its decay starts instead. As upstream has it, the
 network is trained at its full size to the end, and made smaller then.
+
+:class:`OTO` is upstream's own, which does not run on today's PyTorch without this module;
+:meth:`OTOv2.of` brings smoothing into a loop that is written as upstream's README has it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dpm_core import DecayPruning, Phase, StructureGroup
+from dpm_core import DecayPruning, Phase, SelfRectifying, SmoothPruning, StructureGroup
 from dpm_core.third_party import otov2, running, trial
+from dpm_core.third_party.groups import UnsupportedLayerError
+from dpm_core.third_party.otov2 import OTO as OTO
 
-from .base import Adapter, AdapterError, Structures, Training, structure_group
+from .base import Adapter, AdapterError, Loss, Structures, Training, structure_group
 from .removal import Removal
+
+_OWN = ("target_group_sparsity", "tolerance_group_sparsity", "warm_up_steps", "weight_decay_type")
+
+
+class TargetWarning(UserWarning):
+    """A training has ended before the target was reached."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,8 @@ class OTOv2(Adapter):
     channels_last: ClassVar[bool] = False  # upstream takes views of its parameters
 
     _graph: Any = None
+    _endless = False  # the user says when the training is over
+    _over = False
     _goal = 0  # structures to remove; known once G_p is chosen
     _round: int | None = None  # when decays were last started
 
@@ -84,8 +99,71 @@ class OTOv2(Adapter):
     def _done(self) -> int:
         return self.clock + self.heard
 
+    @classmethod
+    def of(
+        cls,
+        oto: otov2.OTO,
+        optimizer: otov2.DHSPG,
+        smooth: SmoothPruning | None = None,
+        rectify: SelfRectifying | None = None,
+        *,
+        training: Training | None = None,
+        progress: Callable[[str], object] = str,
+        loss: Loss | None = None,
+    ) -> Self:
+        """In a loop of one's own, as upstream's README has it: work around the optimizer's steps.
+
+        ::
+
+            from dpm_core.adapters.otov2 import OTO, OTOv2
+
+            oto = OTO(model, dummy_input)
+            optimizer = oto.dhspg(variant="sgd", lr=0.1, target_group_sparsity=0.7)
+            run = OTOv2.of(oto, optimizer, SmoothPruning(200), SelfRectifying())
+            ...                                                 # the training, as it was
+            run.remove()                                        # the model is small
+
+        Args:
+            oto: upstream's, as imported here.
+            optimizer: what its ``dhspg`` gave, before it has chosen what goes; it is attached.
+            smooth: the decay. ``None``: upstream zeroes structures by itself.
+            rectify: how decisions are taken back. ``None``: they are not.
+            training: how long it is, so that what the target lacks decays in time. ``None``: the
+                call of :meth:`remove` ends it, and what upstream's penalty has not brought down
+                stays.
+            progress: as of the constructor.
+            loss: as of :meth:`attach`.
+
+        Raises:
+            AdapterError: these are not from here, or the optimizer is another model's or has chosen
+                already; or as the constructor and :meth:`check`.
+        """
+        if not isinstance(oto, otov2.OTO) or not isinstance(optimizer, otov2.DHSPG):
+            raise AdapterError(
+                "upstream's own OTO does not run on this PyTorch: import OTO from "
+                "dpm_core.adapters.otov2 instead, and give it with the optimizer of its dhspg()"
+            )
+        own = {name: getattr(optimizer, name) for name in _OWN}
+        first = optimizer.param_groups[0]
+        options = cls.Options(**own, epsilon=float(first["epsilon"]))
+        endless = Training(sys.maxsize) if training is None else training
+        run = cls(oto._model, oto._dummy_input, options, smooth, rectify, training=endless)
+        run.progress, run._endless, run._graph = progress, training is None, oto
+        run._partition = optimizer.partition_step
+        run.check()
+        try:
+            if smooth is not None:
+                otov2.DeferringDHSPG.of(optimizer)
+        except UnsupportedLayerError as why:
+            raise AdapterError(str(why)) from why
+        return run.attach(optimizer, loss)
+
+    _partition: int | None = None
+
     @property
     def _first(self) -> int:
+        if self._partition is not None:
+            return self._partition
         return self.options.start_epoch * self.training.steps_per_epoch
 
     @property
@@ -332,11 +410,13 @@ class OTOv2(Adapter):
 
     @property
     def due(self) -> bool:
-        """At the end of the training.
+        """At the end of the training; where its length is not known, when enough are zero.
 
         Raises:
             AdapterError: too few structures are zero then.
         """
+        if self._endless:
+            return not self.complete and (self._over or self.settled)
         if self.complete or self._done < self.training.steps:
             return False
         if not self.settled:
@@ -347,6 +427,39 @@ class OTOv2(Adapter):
                 "epsilon"
             )
         return True
+
+    def remove(self) -> Removal:
+        """Make the model smaller. Where the training's length is not known, this call ends it.
+
+        Returns:
+            What went.
+
+        Raises:
+            AdapterError: nothing is zero yet, or structures are on their way to it; or as
+                :meth:`dpm_core.adapters.base.Adapter.remove`.
+        """
+        if self._endless and not self.complete and not self.settled:
+            if self.dpm is not None and self.dpm.count(Phase.DECAYING):
+                raise AdapterError(
+                    f"{self.dpm.count(Phase.DECAYING)} structures still decay, which takes up to "
+                    f"{self.decay_steps()} steps: train on, or give `training`, so that the last "
+                    "decays start in time"
+                )
+            zeros = sum(len(k) for k in self.selection().values())
+            if not zeros:
+                raise AdapterError(
+                    "no structure is zero yet, so there is nothing to remove: train on, start "
+                    "pruning earlier, or raise lmbda or epsilon"
+                )
+            share = zeros / self._dhspg.structures()
+            warnings.warn(
+                f"target_group_sparsity {self.options.target_group_sparsity} is not reached: "
+                f"{share:.3f} of the structures are zero, and go",
+                TargetWarning,
+                stacklevel=2,
+            )
+            self._over = True
+        return super().remove()
 
     def going(self) -> Structures:
         """Whatever is zero."""

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from dpm_core.attachment import unwrapped
 from dpm_core.third_party.errors import AdapterError
 
 from .optimizer_state import CarryOver
+
+Build = Callable[[nn.Module, Any], Any]
+"""Gives torch-pruning's graph of a model, for an example of its inputs."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ class Removal:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         *,
         cut: bool = False,
+        build: Build | None = None,
     ) -> None:
         """Make a model physically smaller, in place; parameters become new objects.
 
@@ -107,6 +111,8 @@ class Removal:
                 of their own states: see :mod:`dpm_core.adapters.optimizer_state`.
             cut: whether what goes may be other than zero, as in a dense model. The small model is
                 then compared with a copy in which it is zero.
+            build: gives torch-pruning's graph of the model, and of copies of it; ``None``: it is
+                traced anew.
 
         Raises:
             RemovalError: the outputs would change by more than rounding.
@@ -114,14 +120,15 @@ class Removal:
             CarryOverError: the optimizer's state cannot be divided by structure. In all cases model
                 and optimizer are as they were.
         """
-        from dpm_core.third_party import dependency  # only now: it loads torch-pruning
+        from dpm_core.third_party import dependency, graph  # only now: it loads torch-pruning
 
         plan = list(self)
         several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         optimizers = [unwrapped(one) for one in several if one is not None]
         carried = [CarryOver(model, one) for one in optimizers]
-        stays = dependency.survivors(model, example, plan) if carried else {}
-        (dependency.cut if cut else dependency.remove)(model, example, plan)
+        by = graph.build if build is None else build
+        stays = dependency.survivors(model, example, plan, by) if carried else {}
+        (dependency.cut if cut else dependency.remove)(model, example, plan, by)
         for one in carried:
             one.finish(stays)
 
@@ -182,4 +189,4 @@ def root_channels(group: StructureGroup, structures: Sequence[int] | Tensor) -> 
             f"group {group.name!r} has no slice named '{group.name}.weight', so it does not say "
             "which channels its structures are; name groups after their root layers"
         )
-    return sorted(roots[0].cpu()[torch.as_tensor(structures)].flatten().tolist())
+    return sorted(roots[0].cpu()[torch.as_tensor(structures).cpu()].flatten().tolist())

@@ -38,7 +38,7 @@ except ImportError:  # not on Windows
 FORMAT = "decay-pruning model"
 VERSION = 1
 TEMPORARY = re.compile(
-    r"\.(?P<name>.+\.(json|jsonl|pt|pt2|onnx|safetensors|png|html|md))\.[a-z0-9_]{8}\.tmp"
+    r"\.(?P<name>.+\.(images|json|jsonl|pt|pt2|onnx|safetensors|png|html|md))\.[a-z0-9_]{8}\.tmp"
 )
 """The names that :func:`write` gives to incomplete files; others leave such files alone."""
 

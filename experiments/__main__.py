@@ -41,11 +41,6 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--force", action="store_true", help="start anew, and replace what is there in the end"
     )
-    one.add_argument(
-        "--cuda-graphs",
-        action="store_true",
-        help="on a GPU, replay training steps as CUDA graphs: small networks train faster",
-    )
     one.add_argument("--save-every", type=pause, default=30.0, help="seconds between checkpoints")
     one.add_argument(
         "--until-eof",
@@ -67,6 +62,14 @@ def parser() -> argparse.ArgumentParser:
     small = commands.add_parser("export", help="a run's pruned model as ONNX, or by torch.export")
     small.add_argument("model", type=Path, help="a run's model.safetensors")
     small.add_argument("--kind", choices=("onnx", "torch"), default="onnx")
+    small.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module or file that may be imported to rebuild the network, if it is not built "
+        "in; may be given several times; '*' allows any",
+    )
 
     for name, what in (
         ("table", "table of finished runs"),
@@ -156,7 +159,6 @@ def _run(args: argparse.Namespace, ranks: Ranks, own: torch.device) -> None:
         resume=args.resume,
         force=args.force,
         save_every=args.save_every,
-        graphs=args.cuda_graphs,
         ranks=ranks,
     )
     record = run(request)
@@ -307,7 +309,7 @@ def _carry_out(args: argparse.Namespace) -> None:
     elif args.command == "export":
         from .export import export  # only now: onnxruntime takes a while to load
 
-        print(export(args.model, args.kind))
+        print(export(args.model, args.kind, allow=args.allow))
     elif args.command == "results":
         from . import results
 

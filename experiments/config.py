@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,20 +37,41 @@ from dpm_core import (
 from dpm_core.adapters import registry
 from dpm_core.adapters.base import Adapter, AdapterError, Training
 
-from .models import MODELS
+from .images import Augmentation
 from .names import LARGEST, Name, Text, faults, one_line
+from .networks import Network, NetworkError, fingerprint
 from .starting import digest
 
 LARGEST_IMAGE = 1024
-"""Pixels to a side; images are held in memory, all of them."""
+"""Pixels to a side."""
 
 
 class ConfigError(DecayPruningError, ValueError):
     """A configuration cannot be run. The message names the key and what it may be."""
 
 
-LATER = (("dense", "seeds", None), ("dense", "checkpoint", None), ("smooth", "shape", "linear"))
-"""Keys that earlier releases did not know, and the values that stand for what those did."""
+LATER: tuple[tuple[str, str, Any], ...] = (
+    ("dense", "seeds", None),
+    ("dense", "checkpoint", None),
+    ("smooth", "shape", "linear"),
+    ("", "model_options", {}),
+    ("", "model_sha256", None),
+    ("", "draw_by_seed", False),
+    ("data", "augmentation", "shift"),
+)
+"""Keys that earlier releases did not know: their table, and the value that they have unless given.
+
+Hashes go without those that have it, so that they are the earlier releases'."""
+
+
+def as_before(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's plain values without the keys of :data:`LATER` that say nothing new."""
+    left = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
+    for name, key, default in LATER:
+        table = left.get(name) if name else left
+        if table and key in table and table[key] == default:
+            del table[key]
+    return left
 
 
 class _Table(BaseModel):
@@ -73,6 +94,9 @@ class Data(_Table):
     """Height and width that a folder's images are brought to."""
     train: Count | None = None
     """Train on so many of the training images, always the same, equally many of each class."""
+    augmentation: Augmentation = "shift"
+    """How training images are varied: ``shift``, or ``resized-crop``, as on ImageNet; half of them
+    are mirrored besides, but not digits."""
     validation: Count | None = None
     """Set so many of the other training images apart, and measure on them, not on the test images:
     for choosing settings; ``--validation`` overrides it."""
@@ -211,7 +235,12 @@ class Config(_Table):
 
     name: Name
     framework: str
-    model: str
+    model: Text
+    """A built-in network's name, or what is imported for it: see :mod:`experiments.networks`."""
+    model_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the function that builds the network; none for a built-in one."""
+    model_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Of the file that ``model`` names, if it names one; :func:`load` fills it in, or checks it."""
     data: Data = Data()
     dense: Dense | None = None
     """Training of the dense model, before the framework starts; without it, it starts untrained."""
@@ -219,6 +248,9 @@ class Config(_Table):
     """The framework's stages, by name."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The framework's own settings."""
+    draw_by_seed: bool = False
+    """Whether what a framework draws, as DepGraph's ``importance = "random"``, differs from seed to
+    seed; by default all runs draw alike."""
     smooth: Smooth = Smooth()
     rectify: Rectify = Rectify()
     curve: Curve = Curve()
@@ -229,8 +261,8 @@ class Config(_Table):
         # Values under [options] have no limits of their own, as other keys have.
         if wrong := list(faults(self.model_dump())):
             raise ValueError("; ".join(wrong))
-        if self.model not in MODELS:
-            raise ValueError(f"unknown model {self.model!r}; there are: {', '.join(MODELS)}")
+        self.network.check()
+        self.network.require_hash()
         try:
             adapter = self.adapter()
         except AdapterError as cause:
@@ -246,6 +278,11 @@ class Config(_Table):
         self.build_options()
         self.rectify.build().decision_step(self.build_smooth().steps)
         return self
+
+    @property
+    def network(self) -> Network:
+        """How the network is built."""
+        return Network(self.model, self.model_options, self.model_sha256)
 
     def ordered_stages(self) -> list[tuple[str, Stage]]:
         """The framework's stages in the order in which they are trained."""
@@ -277,12 +314,7 @@ class Config(_Table):
 
     def hash(self) -> str:
         """A hash of the configuration's content: 16 hex digits."""
-        content = self.model_dump(mode="json")
-        # The hashes of older records go without the keys that came later.
-        for table, key, default in LATER:
-            if content[table] is not None and content[table][key] == default:
-                del content[table][key]
-        text = json.dumps(content, sort_keys=True)
+        text = json.dumps(as_before(self.model_dump(mode="json")), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def dense_seed(self, seed: int) -> int:
@@ -310,13 +342,20 @@ class Config(_Table):
         dense = self.dense and self.dense.model_dump(mode="json", exclude={"seeds", "checkpoint"})
         if dense and self.dense and self.dense.checkpoint is not None:
             dense["checkpoint"] = digest(Path(self.dense.checkpoint).expanduser())
-        parts = [
+        parts: list[Any] = [
             self.model,
             images,
             self.data.size,
             self.compute.model_dump(mode="json"),
             dense,
         ]
+        later = {
+            "model_options": self.model_options or None,
+            "model_sha256": self.model_sha256,
+            "augmentation": None if self.data.augmentation == "shift" else "resized-crop",
+        }
+        if any(later.values()):
+            parts.append(later)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -384,6 +423,7 @@ def load(path: Path, *, data: str | None = None, validation: int | None = None) 
             table["validation"] = validation
     if wrong := list(faults(raw)):  # not all of it can be written as JSON
         raise ConfigError(f"{path}: " + "; ".join(wrong))
+    _name_file(raw, path)
     try:
         # Strict JSON mode takes lists for tuples and whole numbers for floats, and nothing else.
         return Config.model_validate_json(json.dumps(raw, default=_plain), strict=True)
@@ -391,3 +431,20 @@ def load(path: Path, *, data: str | None = None, validation: int | None = None) 
         raise ConfigError(f"{path}: " + "; ".join(_lines(cause))) from cause
     except (AdapterError, ConfigurationError, ImportError) as cause:
         raise ConfigError(f"{path}: {cause}") from cause
+
+
+def _name_file(raw: dict[str, Any], path: Path) -> None:
+    """Put the SHA-256 of a network's own file into a configuration, or check the one in it.
+
+    Raises:
+        ConfigError: the file cannot be read, or is another one.
+    """
+    try:
+        sha256 = fingerprint(str(raw.get("model", "")))
+    except NetworkError as cause:
+        raise ConfigError(f"{path}: {cause}") from cause
+    if sha256 is not None and raw.setdefault("model_sha256", sha256) != sha256:
+        raise ConfigError(
+            f"{path}: model_sha256: {raw['model'].rpartition(':')[0]} has another one, {sha256}; "
+            "put the right file there, or leave model_sha256 out"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import onnxruntime
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from dpm_core.third_party.running import evaluating
 
 from .files import write
-from .run import RunError, load_model
+from .rebuild import load_model
+from .run import RunError
 from .training import outputs
 
 TOLERANCE = 1e-4
@@ -96,17 +98,19 @@ def _difference(what: str, actual: Tensor, expected: Tensor, path: Path) -> floa
 KINDS = {"onnx": (onnx, ".onnx"), "torch": (program, ".pt2")}
 
 
-def export(path: Path, kind: str = "onnx") -> Path:
+def export(path: Path, kind: str = "onnx", *, allow: Collection[str] = ()) -> Path:
     """Write a run's pruned model beside its file, as ONNX or as a program of ``torch.export``.
 
     Args:
         path: a run's ``model.safetensors``.
         kind: one of :data:`KINDS`.
+        allow: what may be imported to rebuild it, as :func:`experiments.rebuild.load_model`.
 
     Raises:
-        RunError: the file is no model of a run, or what was exported does not give its outputs.
-        DamagedError, VersionError: as :func:`experiments.run.load_model`.
+        RunError: the file is no model of a run, or may not be rebuilt, or what was exported does
+            not give its outputs.
+        DamagedError, VersionError: as :func:`experiments.rebuild.load_model`.
     """
     maker, suffix = KINDS[kind]
-    maker(*load_model(path), path.with_suffix(suffix))
+    maker(*load_model(path, allow=allow), path.with_suffix(suffix))
     return path.with_suffix(suffix)

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .config import as_before
 from .files import save_text
 from .pairs import difference
 from .run import RunError
@@ -112,7 +113,10 @@ def markdown(records: Sequence[Record]) -> str:
 
 def _fine_tuning(record: Record) -> str:
     """All that a run depends on but its seed and its decay, as text."""
-    config = {k: v for k, v in record["config"].items() if k not in ("name", "smooth", "curve")}
+    whole = as_before(
+        record["config"]
+    )  # a later release's record may stand beside an earlier one's
+    config = {k: v for k, v in whole.items() if k not in ("name", "smooth", "curve")}
     return json.dumps(config, sort_keys=True)
 
 

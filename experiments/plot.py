@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .files import FileError, load_tensors, save_text, write
 from .names import Seed, one_line, slug
 from .run import CONTROLS, RECORD, TRACE, RunError, Variant, run_of_record, trace_of
-from .table import NAMES, ORDER, Number, Record, dense, left, processes, sections, summary
+from .table import NAMES, ORDER, Number, Record, dense, left, minus, processes, sections, summary
 
 Samples = Mapping[str, Mapping[str, Any]]
 """Sampled norms by variant, see :func:`sample_norms`."""
@@ -87,15 +87,16 @@ def plot(
             name += "-more"
         used.add(name)
         if "accuracy" in kinds:
-            pictures.append(_save(draw_accuracy(members, title), out / f"{name}-accuracy.png"))
+            pictures.append(save(draw_accuracy(members, title), out / f"{name}-accuracy.png"))
         if "channels" in kinds:
-            pictures.append(_save(draw_channels(members, title), out / f"{name}-channels.png"))
+            pictures.append(save(draw_channels(members, title), out / f"{name}-channels.png"))
         if "norms" in kinds and (samples := find_norms(runs, members)):
-            pictures.append(_save(draw_norms(samples, title), out / f"{name}-norms.png"))
+            pictures.append(save(draw_norms(samples, title), out / f"{name}-norms.png"))
     return pictures
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure as a PNG picture."""
     write(path, lambda file: figure.savefig(file, format="png", dpi=130))
     return path
 
@@ -590,6 +591,57 @@ def draw_latency(
     axis.set_xlabel("ms per forward pass")
     if title:
         axis.set_title(f"Latency\n{title}", fontsize=10)
+    return figure
+
+
+DIFFERENCES: list[tuple[Variant, Variant]] = [("sp", "base"), ("sr", "base"), ("sr", "random")]
+"""What a reader asks of a cell: is smoothing worth it, is rectifying, does the choice matter?"""
+
+
+def draw_differences(
+    members_by_name: Mapping[str, Sequence[Record]], size: tuple[float, float] = (7, 5)
+) -> Figure:
+    """Differences of final accuracy with their 95% intervals, a line per section and question.
+
+    A hollow marker has no interval: its pairs start from one network. Intervals that reach the
+    edge go on beyond it.
+
+    Args:
+        members_by_name: the records of each section, under a short name, in their order.
+        size: in inches.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    shown: list[float] = []
+    for row, members in enumerate(members_by_name.values()):
+        for i, (one, other) in enumerate(DIFFERENCES):
+            found = minus(members, one, other)
+            if found is None:
+                continue
+            shown.append(abs(found.mean))
+            place = row + (i - (len(DIFFERENCES) - 1) / 2) * 0.24
+            colour, marker = COLOURS[other if other != "base" else one], MARKERS[i]
+            if found.low is not None and found.high is not None:
+                axis.plot([found.low, found.high], [place] * 2, color=colour, linewidth=1.5)
+            filled: Any = "none" if found.low is None else "full"
+            axis.plot(found.mean, place, marker, color=colour, markersize=6, fillstyle=filled)
+    reach = max(1.2 * max(shown, default=0.0), 1.0)
+    axis.set_xlim(-reach, reach)
+    axis.axvline(0, color=DENSE, zorder=0)
+    axis.set_yticks(range(len(members_by_name)), list(members_by_name))
+    axis.invert_yaxis()
+    axis.set_xlabel("difference of final accuracy, points")
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=COLOURS[other if other != "base" else one],
+            marker=MARKERS[i],
+            label=f"{NAMES[one]} minus {NAMES[other]}",
+        )
+        for i, (one, other) in enumerate(DIFFERENCES)
+    ]
+    figure.legend(handles=handles, frameon=False, loc="outside upper center", ncols=3)
     return figure
 
 

@@ -8,6 +8,7 @@ import re
 import statistics
 import string
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +280,6 @@ def _overview(page: _Page, sections: Sequence[tuple[str, list[Record]]]) -> str:
         body.append(
             [
                 name,
-                f"{first['framework']}, {first['model']}, {first['data']}",
                 _figure(before, 2) if before else "-",
                 *(
                     _figure([m["accuracy"]["final"] for m in grouped[v]], 2)
@@ -291,8 +291,11 @@ def _overview(page: _Page, sections: Sequence[tuple[str, list[Record]]]) -> str:
             ]
         )
         by_data.setdefault(first["data"], {})[name] = members
-    header = ["experiment", "framework, network, data", "dense", *(NAMES[v] for v in variants)]
-    parts = [_table([*header, "MACs left, %"], body, "Final accuracy, % (mean ± spread)")]
+    header = ["experiment", "dense", *(NAMES[v] for v in variants)]
+    parts = []
+    if differences := _differences(page, sections):
+        parts += ['<div class="figures">', differences, "</div>"]
+    parts.append(_table([*header, "MACs left, %"], body, "Final accuracy, % (mean ± spread)"))
     figures = []
     for data, named in by_data.items():
         points = [
@@ -312,6 +315,26 @@ def _overview(page: _Page, sections: Sequence[tuple[str, list[Record]]]) -> str:
             )
         )
     return "\n".join([*parts, '<div class="figures">', *figures, "</div>"])
+
+
+def _differences(page: _Page, sections: Sequence[tuple[str, list[Record]]]) -> str:
+    named = table.short_names(sections)
+    said = [
+        f"{name}, {NAMES[one]} minus {NAMES[other]}: {table.interval(asdict(found))}"
+        for name, members in named.items()
+        for one, other in plot.DIFFERENCES
+        if (found := table.minus(members, one, other)) is not None
+    ]
+    if not said:
+        return ""
+    return page.figure(
+        plot.draw_differences(named, (9, 1 + 0.5 * len(named))),
+        "What it is worth",
+        "Differences over pairs with their 95% intervals; the first line is of the most training. "
+        "Hollow: pairs of one dense network, which have no interval. A line that reaches the edge "
+        "goes on.",
+        f"Differences of final accuracy, in points. {'; '.join(said)}.",
+    )
 
 
 def _section(

@@ -52,13 +52,20 @@ def renew(root: Path = ROOT) -> list[Path]:
     records, texts = root / RECORDS.relative_to(ROOT), root / TEXTS.relative_to(ROOT)
     runs = table.located([records])
     kept = [record for _, record in runs]
+    sections = table.sections(kept)
+    differences = records / "plots" / "differences.png"
+    if sections:
+        plot.save(
+            plot.draw_differences(table.short_names(sections), (8, 1 + 0.6 * len(sections))),
+            differences,
+        )
     pictures = {
         title: plot.plot(
             [run for run in runs if any(run[1] is m for m in members)],
             records / "plots",
             kinds=("accuracy", "norms"),
         )
-        for title, members in table.sections(kept)
+        for title, members in sections
     }
     links = {t: [p.relative_to(root).as_posix() for p in paths] for t, paths in pictures.items()}
     plan, tried = texts / "search.md", search.read(texts / "search.jsonl")
@@ -70,9 +77,14 @@ def renew(root: Path = ROOT) -> list[Path]:
         links,
         f"{plan.read_text(encoding='utf-8').strip()}\n\n{search.markdown(tried)}",
         lengths.markdown(table.read([decays])) if decays.exists() else "",
+        differences.relative_to(root).as_posix() if sections else "",
     )
     save_text(root / "RESULTS.md", text)
-    return [root / "RESULTS.md", *(p for paths in pictures.values() for p in paths)]
+    return [
+        root / "RESULTS.md",
+        *[differences] * bool(sections),
+        *(p for paths in pictures.values() for p in paths),
+    ]
 
 
 def results(
@@ -82,6 +94,7 @@ def results(
     plots: Mapping[str, Sequence[str]] | None = None,
     search_text: str = "",
     lengths_text: str = "",
+    picture: str = "",
 ) -> str:
     """The whole text of RESULTS.md.
 
@@ -91,6 +104,7 @@ def results(
         reading_text: Markdown: what the figures say. As above.
         plots: links to pictures, relative to RESULTS.md, by the titles of
             :func:`experiments.table.sections`.
+        picture: a link to that of all differences.
         search_text: Markdown: the plan of the search for a rectifier, and what was tried.
         lengths_text: Markdown: the decay lengths that were tried on validation images.
 
@@ -98,7 +112,11 @@ def results(
         RunError: records do not fit together, or the published figures are damaged.
     """
     plots = plots or {}
-    parts = ["# Results", NOTICE, "## Protocol", protocol_text.strip(), "## Runs"]
+    parts = ["# Results", NOTICE]
+    if picture:
+        parts.append(f"![Differences of final accuracy, with their intervals]({picture})")
+    parts += ["## Reading", reading_text.strip()]
+    parts += ["## Protocol", protocol_text.strip(), "## Runs"]
     for title, members in table.sections(records):
         name, data = members[0]["config"]["name"], members[0]["data"]
         parts += [f"### {name}, {data}", table.markdown(members)]
@@ -108,7 +126,7 @@ def results(
     if search_text:
         parts += ["## The search for a rectifier", search_text.strip()]
     parts += ["## Published", published_tables(published.load())]
-    parts += ["## Reading", reading_text.strip(), "## Machines and versions", machines(records)]
+    parts += ["## Machines and versions", machines(records)]
     return "\n\n".join(parts) + "\n"
 
 

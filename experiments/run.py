@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 from tqdm import tqdm
 
@@ -27,22 +26,22 @@ from dpm_core.adapters.base import Adapter, count_macs, count_parameters
 from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.saved import (
     DamagedError,
-    Saved,
-    SavedModelError,
     checksum,
     read,
     save_pruned,
 )
 from dpm_core.third_party.upstreams import PINS, require
 
-from . import data, models
-from .config import LARGEST_IMAGE, Config, ConfigError, Control
+from . import data, networks
+from .config import Config, ConfigError, Control
 from .files import FileError, load_tensors, save_json, save_tensors, save_text, vouches
-from .names import LAST_SEED, check_text, folder_of, shown
+from .images import Images
+from .names import LAST_SEED, check_text, folder_of
 from .places import alone_in, check, clean
+from .progress import Bar, Spinner
 from .ranks import Ranks
 from .starting import start_from
-from .training import Loop, Progress, Stopped, accuracy, latency, outputs
+from .training import Loop, Progress, Stopped, accuracy, latency, steps
 
 Variant = Literal["base", "sp", "sr", "random", "least-resistant"]
 VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
@@ -85,8 +84,6 @@ class Request:
         force: start anew; an old record is replaced when the new one is complete, an old checkpoint
             is removed when the new run is known to be possible.
         save_every: seconds between checkpoints; 0 writes one after every step.
-        graphs: on a GPU, replay the passes of a training step as CUDA graphs, where that can be
-            done; see :func:`experiments.training.captured`.
         ranks: this process among those that carry the run out together.
     """
 
@@ -99,7 +96,6 @@ class Request:
     resume: bool = False
     force: bool = False
     save_every: float = 30.0
-    graphs: bool = False
     ranks: Ranks = field(default_factory=Ranks)
 
     @property
@@ -171,6 +167,7 @@ def _carry_out(request: Request) -> Path:
     record_path = folder / RECORD
     saved = None if request.force else _checkpoint(folder / CHECKPOINT, request)
 
+    config.network.find()  # before images are decoded, which may take hours
     torch.use_deterministic_algorithms(True, warn_only=True)
     # What is read before it is written would show as NaN, at the price of writing all memory twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -182,20 +179,14 @@ def _carry_out(request: Request) -> Path:
             label=config.data.label,
             train=config.data.train,
             validation=config.data.validation,
+            augmentation=config.data.augmentation,
         ).to(request.device)
     _check_images(request, images, saved)
     if saved is not None:
         _go_on_alike(request, saved)
     model = _build(request, images)
     example = images.normalize(images.test[:2])
-    try:
-        outputs(model, example)
-    except RuntimeError as cause:
-        size = "x".join(map(str, example.shape[1:]))
-        raise ConfigError(
-            f"{config.model} cannot take images of {size} ({_first_line(cause)}); choose another "
-            "model or larger images"
-        ) from cause
+    networks.require_logits(config.network, model, example, images.classes)
     if saved is None:  # else the run has passed it before
         _adapter(request, images, model, example).check()
     if config.dense is not None:
@@ -208,14 +199,14 @@ def _carry_out(request: Request) -> Path:
             (folder / DENSE_CHECKPOINT).unlink(missing_ok=True)
     ranks.wait()
 
-    with _asked_to_stop() as asked:
+    with _asked_to_stop() as asked, Bar(ranks.hidden) as bar:
 
         def stop() -> bool:
             return ranks.any(asked())
 
         try:
-            dense = _dense_model(request, images, saved, stop)
-            loop, adapter = _framework_loop(request, images, dense, example, saved, stop)
+            dense = _dense_model(request, images, saved, stop, bar)
+            loop, adapter = _framework_loop(request, images, dense, example, saved, stop, bar)
             model = loop.model
             loop.run()
         except Stopped:
@@ -232,11 +223,11 @@ def _carry_out(request: Request) -> Path:
         model,
         adapter.removed,
         {
-            "model": config.model,
+            **config.network.facts(),
             "framework": config.framework,
             "in_channels": images.channels,
             "classes": images.classes,
-            "image_size": images.train.shape[2],
+            "image_size": images.size[0],
             "run": _run_of(request, images),
         },
     )
@@ -284,9 +275,7 @@ def _carry_out(request: Request) -> Path:
                 "zero": p.zero_at,
                 "removal": p.removed_at,
                 "heard": p.heard,
-                "dense": 0
-                if config.dense is None
-                else config.dense.epochs * images.steps_per_epoch(config.dense.batch),
+                "dense": 0 if config.dense is None else steps([("dense", config.dense)], images),
             },
             "latency": {
                 "batch": LATENCY_BATCH,
@@ -388,77 +377,6 @@ def _start_anew(request: Request) -> None:
     (request.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
-class _Facts(BaseModel):
-    """What the file of a run's model says about it, to build it again."""
-
-    model_config = ConfigDict(strict=True)
-
-    model: str
-    in_channels: Annotated[int, Field(ge=1)]
-    classes: Annotated[int, Field(ge=1)]
-    image_size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)]
-
-
-def load_model(path: Path) -> tuple[nn.Module, torch.Tensor]:
-    """The pruned model of a run, rebuilt from its file alone, in eval mode.
-
-    Args:
-        path: a run's ``model.safetensors``.
-
-    Returns:
-        The model, and an example of what it takes: random images, (4, C, H, W).
-
-    Raises:
-        RunError: the file cannot be read, or is no model of a run.
-        DamagedError, VersionError: see :func:`dpm_core.adapters.saved.read`.
-    """
-    try:
-        saved = read(path)
-    except OSError as cause:
-        raise RunError(f"{path} cannot be read ({cause.strerror})") from cause
-    try:
-        facts = _Facts.model_validate(saved.facts)
-        _check_facts(facts, saved)
-        model = models.build(facts.model, facts.in_channels, facts.classes)
-        shape = (4, facts.in_channels, facts.image_size, facts.image_size)
-        example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        return saved.load_into(model, example).eval(), example
-    except SavedModelError as cause:
-        raise RunError(f"{path} is no model of a run: {cause}") from cause
-    except ValidationError as cause:
-        first = cause.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "all"
-        raise RunError(f"{path} is no model of a run: its facts, {key}: {first['msg']}") from cause
-
-
-def _check_facts(facts: _Facts, saved: Saved) -> None:
-    """Refuse facts that do not fit the tensors, before a network of that size is built.
-
-    Raises:
-        SavedModelError: with what differs.
-    """
-    if facts.model not in models.MODELS:
-        raise SavedModelError(
-            f"its model is {shown(facts.model)!r}, and there are: {', '.join(models.MODELS)}"
-        )
-    gone = sum(len(channels) for _, channels in saved.removal)
-    try:
-        with torch.device("meta"):
-            dense = models.build(facts.model, facts.in_channels, facts.classes).state_dict()
-    except (RuntimeError, OverflowError, TypeError) as cause:
-        raise SavedModelError("its facts ask for a larger model than there can be") from cause
-    if dense.keys() != saved.tensors.keys():
-        raise SavedModelError(f"its tensors are not those of a {facts.model}; save the model anew")
-    for name in sorted(dense):
-        small, whole = saved.tensors[name].shape, dense[name].shape
-        pairs = zip(small, whole, strict=False)
-        if len(small) != len(whole) or any(not s <= w <= s + gone for s, w in pairs):
-            raise SavedModelError(
-                f"{name!r} has shape {tuple(small)}, and what was removed does not make it that "
-                f"from {tuple(whole)}, as the file's facts have it; save the model anew"
-            )
-
-
 def revision() -> str | None:
     """The checkout's git revision, marked where files differ from it; ``None`` outside of git."""
     here = Path(__file__).parent
@@ -482,7 +400,7 @@ def _check_seed(request: Request) -> None:
         raise RunError(f"the seed is {request.seed}; give 0 to {LAST_SEED}")
 
 
-def _check_places(request: Request, images: data.Images, model: nn.Module) -> None:
+def _check_places(request: Request, images: Images, model: nn.Module) -> None:
     """Refuse what would otherwise fail only after the training.
 
     Raises:
@@ -519,7 +437,7 @@ def _check_shares(config: Config, processes: int) -> None:
             )
 
 
-def _check_images(request: Request, images: data.Images, saved: Mapping[str, Any] | None) -> None:
+def _check_images(request: Request, images: Images, saved: Mapping[str, Any] | None) -> None:
     """Refuse images that are not those of the run's beginning, or not those of the runs beside it.
 
     Raises:
@@ -547,7 +465,7 @@ def _check_images(request: Request, images: data.Images, saved: Mapping[str, Any
             )
 
 
-def _run_of(request: Request, images: data.Images) -> dict[str, Any]:
+def _run_of(request: Request, images: Images) -> dict[str, Any]:
     return {
         "config_hash": request.config.hash(),
         "variant": request.variant,
@@ -556,18 +474,16 @@ def _run_of(request: Request, images: data.Images) -> dict[str, Any]:
     }
 
 
-def _build(request: Request, images: data.Images) -> nn.Module:
+def _build(request: Request, images: Images) -> nn.Module:
     config = request.config
     seed = config.dense_seed(request.seed)
-    model = models.build(config.model, images.channels, images.classes, seed=seed)
+    model = config.network.build(images.channels, images.classes, seed)
     if config.dense is not None and config.dense.checkpoint is not None:
         start_from(model, Path(config.dense.checkpoint).expanduser())
     return model.to(request.device)
 
 
-def _adapter(
-    request: Request, images: data.Images, model: nn.Module, example: torch.Tensor
-) -> Adapter:
+def _adapter(request: Request, images: Images, model: nn.Module, example: torch.Tensor) -> Adapter:
     config = request.config
     variant = request.variant
     control = variant if variant in CONTROLS else None
@@ -579,22 +495,25 @@ def _adapter(
         None if variant == "base" else config.build_smooth(),
         None if variant in ("base", "sp") else rectify,
         training=config.training(images.steps_per_epoch),
-        progress=_Spinner(request.ranks.hidden),
+        seed=request.seed if config.draw_by_seed else 0,
+        progress=Spinner(request.ranks.hidden),
     )
 
 
-def _dense_path(request: Request, images: data.Images) -> Path:
+def _dense_path(request: Request, images: Images) -> Path:
     config = request.config
     seed = config.dense_seed(request.seed)
-    name = f"{config.model}-{config.dense_hash(images.training_digest())}-seed{seed}.pt"
+    start = config.dense_hash(images.training_digest())
+    name = f"{folder_of(config.model)}-{start}-seed{seed}.pt"
     return request.out / "dense" / name
 
 
 def _dense_model(
     request: Request,
-    images: data.Images,
+    images: Images,
     saved: Mapping[str, Any] | None,
     stop: Callable[[], bool],
+    bar: Bar,
 ) -> nn.Module:
     """The dense model, trained once for all variants, frameworks and seeds that start from it."""
     config, model = request.config, _build(request, images)
@@ -623,10 +542,11 @@ def _dense_model(
         adapter=None,
         curve=config.curve,
         compute=config.compute,
-        graphs=request.graphs,
         ranks=request.ranks,
         save=lambda loop: _save(request, "dense", loop, name=own),
         stop=stop,
+        bar=bar,
+        after=steps(config.ordered_stages(), images),
         save_every=request.save_every,
     )
     if saved is not None and saved["part"] == "dense":
@@ -640,11 +560,12 @@ def _dense_model(
 
 def _framework_loop(
     request: Request,
-    images: data.Images,
+    images: Images,
     dense: nn.Module,
     example: torch.Tensor,
     saved: Mapping[str, Any] | None,
     stop: Callable[[], bool],
+    bar: Bar,
 ) -> tuple[Loop, Adapter]:
     """The framework's stages on a copy of the dense model, from the start or a checkpoint."""
     config, model = request.config, copy.deepcopy(dense)
@@ -665,10 +586,10 @@ def _framework_loop(
         adapter=adapter,
         curve=config.curve,
         compute=config.compute,
-        graphs=request.graphs,
         ranks=request.ranks,
         save=lambda loop: _save(request, "framework", loop, dense=start),
         stop=stop,
+        bar=bar,
         save_every=request.save_every,
     )
     if saved is not None and saved["part"] == "framework":
@@ -800,23 +721,6 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(kind, handler)
 
 
-class _Spinner:
-    """Progress of work between training steps, shown on a terminal only.
-
-    Args:
-        hidden: tqdm's ``disable``.
-    """
-
-    def __init__(self, hidden: bool | None) -> None:
-        self._hidden = hidden
-        self._bar: Any = None
-
-    def __call__(self, what: str) -> None:
-        if self._bar is None:
-            self._bar = tqdm(bar_format="{desc} [{elapsed}]", disable=self._hidden, leave=False)
-        self._bar.set_description_str(what)
-
-
 # ---------------------------------------------------------------------- what a record says
 
 
@@ -852,6 +756,7 @@ def _versions(config: Config) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **upstream,
+        **networks.version(config.network),
     }
 
 

@@ -254,6 +254,8 @@ def keep(records: Sequence[Record], folder: Path) -> list[Path]:
 def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """Records that may be compared with one another, by what they share.
 
+    Those whose runs trained most come first: they have most to tell.
+
     Raises:
         RunError: records of one experiment differ in configuration, in images or in the layers of
             the dense network, so a table would mix them; or there are several of one variant and
@@ -291,7 +293,22 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
             raise RunError(
                 f"{title} has {times} records of {variant}, seed {seed}; give only one of them"
             )
-    return list(by_title.items())
+    return sorted(by_title.items(), key=lambda section: -_work(section[1][0]))
+
+
+def short_names(sections: Sequence[tuple[str, list[Record]]]) -> dict[str, list[Record]]:
+    """Sections by their experiments' names, with what else tells two of one name apart."""
+    times = Counter(members[0]["config"]["name"] for _, members in sections)
+    named = {}
+    for title, members in sections:
+        name = members[0]["config"]["name"]
+        named[name if times[name] == 1 else title] = members
+    return named
+
+
+def _work(record: Record) -> int:
+    """MACs of all of a run's training, its dense model's included, up to the size of a batch."""
+    return int(record["macs"]["dense"] * (record["steps"]["total"] + record["steps"]["dense"]))
 
 
 def _images(records: Sequence[Record]) -> dict[str, str]:
@@ -363,7 +380,7 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
         }
         for name, values in columns.items():
             row[name] = summary(values)
-        versus = None if variant == "base" else _minus(records, variant, "base")
+        versus = None if variant == "base" else minus(records, variant, "base")
         row["difference"] = versus and asdict(versus)
         row["published"] = benchmark and benchmark.top1(*_counterpart(records), variant)
         table.append(row)
@@ -376,11 +393,13 @@ def contrasts(records: Sequence[Record]) -> list[dict[str, Any]]:
     The fields are those of :class:`~experiments.pairs.Difference`, in points, and ``minus``.
     """
     others: tuple[Variant, ...] = (*CONTROLS, "sp")
-    differences = {other: _minus(records, "sr", other) for other in others}
+    differences = {other: minus(records, "sr", other) for other in others}
     return [{"minus": other, **asdict(d)} for other, d in differences.items() if d is not None]
 
 
-def _minus(records: Sequence[Record], one: Variant, other: Variant) -> Difference | None:
+def minus(records: Sequence[Record], one: Variant, other: Variant) -> Difference | None:
+    """Final accuracy of one variant minus another's over a section's pairs, in points."""
+
     def finals(variant: Variant) -> dict[int, float]:
         return {r["seed"]: r["accuracy"]["final"] for r in records if r["variant"] == variant}
 
@@ -393,8 +412,9 @@ def _counterpart(records: Sequence[Record]) -> tuple[str, bool]:
 
 def _benchmark(records: Sequence[Record]) -> published.Benchmark | None:
     options = records[0]["config"].get("options", {})
-    if options.get("importance", "magnitude") != "magnitude":
-        return None  # the published figures are of upstream's ranking
+    own = ("round_to", "isomorphic", "max_pruning_ratio")
+    if options.get("importance", "magnitude") != "magnitude" or any(key in options for key in own):
+        return None  # the published figures are of upstream's ranking, and of widths as they fall
     return published.load().benchmark(*_counterpart(records))
 
 

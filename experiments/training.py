@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
-from tqdm import tqdm
 
 from dpm_core import DecayPruning, DecayPruningError, Phase
 from dpm_core.adapters.base import Adapter, AdapterError, new_optimizer
@@ -21,10 +20,13 @@ from dpm_core.adapters.removal import Removal
 from dpm_core.third_party.running import evaluating
 
 from .config import Compute, Curve, Stage
-from .data import Images, mixing
+from .images import Images, mix, mixing
+from .progress import Bar
 from .ranks import Ranks
 
 EVALUATION_BATCH = 500
+LARGE = 64 * 64
+"""Images of more pixels are evaluated fewer at a time, so that a batch takes no more memory."""
 POINTS = 40
 BETWEEN_CHECKS = 50
 """Steps between checks of the loss, if a check has to wait for a GPU or other processes."""
@@ -70,23 +72,35 @@ def learning_rate(stage: Stage, epoch: int) -> float:
     return stage.learning_rate * stage.gamma ** sum(epoch >= m for m in stage.milestones)
 
 
+def steps(stages: Sequence[tuple[str, Stage]], images: Images) -> int:
+    """Training steps of some stages, (name, settings), in all."""
+    return sum(s.epochs * images.steps_per_epoch(s.batch) for _, s in stages)
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
     """Share of the test images classified right, in percent. The model stays in its mode."""
-    right = torch.zeros((), dtype=torch.int64, device=images.test.device)
-    batches = images.test.split(EVALUATION_BATCH)
+    right = torch.zeros((), dtype=torch.int64, device=images.device)
     with evaluating(model):
-        for batch, labels in zip(batches, images.test_labels.split(EVALUATION_BATCH), strict=True):
-            right += (model(images.normalize(batch)).argmax(1) == labels).sum()
+        for part in _parts(len(images.test), images):
+            logits = model(images.normalize(images.test[part]))
+            right += (logits.argmax(1) == images.test_labels[part]).sum()
     return 100 * int(right) / len(images.test)
 
 
 def reestimated(model: nn.Module, images: Images, batches: int = 20) -> nn.Module:
     """A copy whose BatchNorm running statistics are means over some training batches."""
     fresh = copy.deepcopy(model)
-    chunks = images.train[: batches * EVALUATION_BATCH].split(EVALUATION_BATCH)
-    update_bn((images.normalize(c) for c in chunks), fresh)
+    parts = _parts(len(images.train), images)[:batches]
+    update_bn((images.normalize(images.plain(part)) for part in parts), fresh)
     return fresh
+
+
+def _parts(count: int, images: Images) -> list[slice]:
+    """So many images in batches of :data:`EVALUATION_BATCH`; of large images in smaller ones."""
+    pixels = images.size[0] * images.size[1]
+    batch = max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * LARGE // pixels))
+    return [slice(start, min(count, start + batch)) for start in range(0, count, batch)]
 
 
 @dataclass
@@ -106,7 +120,7 @@ class Progress:
         curve: (steps since the decision, test accuracy in %), with a point at ``zero_at``.
         events: what the core reported until the latest removal, with structures numbered as in the
             dense model.
-        heard: batches that hearings used up until then.
+        heard: batches that hearings and rankings used up until then.
         trace: norms of the structures that have decayed so far, in rounds since the latest removal:
             by the core's clock, by group and by number in the dense model. A decay gets
             :data:`POINTS` of them or more.
@@ -126,40 +140,6 @@ class Progress:
     trace: list[Norms] = field(default_factory=list)
 
 
-class _Whole(nn.Module):
-    """A model in a module of its own, so that what is done to that leaves the model alone."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.model(images)
-        return out
-
-
-def captured(model: nn.Module, example: Tensor, compute: Compute) -> Callable[[Tensor], Tensor]:
-    """A model's forward pass in training, it and its backward pass captured as CUDA graphs.
-
-    The arithmetic is that of the plain passes, kernel by kernel, but the host starts two graphs
-    where it started hundreds of kernels: small networks keep a GPU waiting for the host.
-
-    Args:
-        model: on a GPU. Parameters must keep their storage, and whether they are trained.
-        example: a batch; all that follow have its shape.
-        compute: the precision.
-    """
-    whole = _Whole(model).train()
-    before = [buffer.clone() for buffer in model.buffers()]  # the capture tries the passes out
-    half = compute.precision == "bfloat16"
-    with torch.autocast(example.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-        forward: Any = torch.cuda.make_graphed_callables(whole, (example,), allow_unused_input=True)
-    with torch.no_grad():
-        for buffer, saved in zip(model.buffers(), before, strict=True):
-            buffer.copy_(saved)
-    return forward  # type: ignore[no-any-return]
-
-
 @dataclass
 class Loop:
     """One run's training: a dense stage, or the stages of a framework.
@@ -172,11 +152,12 @@ class Loop:
         adapter: the framework, or ``None`` for a dense model.
         curve: how densely and how long the accuracy is taken after the decision.
         compute: how the arithmetic of training steps is done.
-        graphs: whether its passes are captured as CUDA graphs, where that can be done.
         ranks: which of several processes this is; each trains on its share of every batch.
         save: writes a checkpoint of this loop; by default there are none.
         stop: asked after every step whether to save and stop; by default never.
         save_every: seconds between checkpoints.
+        bar: shows how far the run is.
+        after: steps of the run's loop that follows this one, for the bar.
         progress: where the run stands.
         optimizer: of the present stage.
         masked: the model as it was right before the latest removal, with its structures at zero;
@@ -195,8 +176,9 @@ class Loop:
     stop: Callable[[], bool] = lambda: False
     save_every: float = 30.0
     compute: Compute = field(default_factory=Compute)
-    graphs: bool = False
     ranks: Ranks = field(default_factory=Ranks)
+    bar: Bar = field(default_factory=Bar)
+    after: int = 0
     progress: Progress = field(default_factory=Progress)
     optimizer: torch.optim.Optimizer | None = None
     masked: nn.Module | None = None
@@ -228,6 +210,7 @@ class Loop:
         """
         self._resumed_at, self._before = time.perf_counter(), self.progress.seconds
         self._saved_at = self._resumed_at
+        self.bar.begin(steps(self.stages, self.images), self.progress.total, self.after)
         while self.progress.stage < len(self.stages):
             self._run_stage(*self.stages[self.progress.stage])
             self.progress.stage += 1
@@ -247,11 +230,14 @@ class Loop:
         """
         return self._loss(self.model)
 
+    @property
+    def _stream(self) -> int:
+        """What the present stage draws from: its own, the same for all variants of a seed."""
+        return 1000 * self.seed + self.progress.stage + (0 if self.adapter is None else 1)
+
     def _loss(self, model: Callable[[Tensor], Tensor]) -> Tensor:
-        p, stage = self.progress, self.stages[self.progress.stage][1]
+        p, stage, stream = self.progress, self.stages[self.progress.stage][1], self._stream
         started = time.perf_counter()
-        # Every stage reads a stream of its own, the same for all variants of a seed.
-        stream = 1000 * self.seed + p.stage + (0 if self.adapter is None else 1)
         images, labels = self.images.batch(stage.batch, p.step, stream)
         share, partners = mixing(stage.mixup, stage.batch, p.step, stream)
         others = None
@@ -278,35 +264,26 @@ class Loop:
         if self.optimizer is None:
             self._begin()
         self._forward = self._compiled()
-        bar = tqdm(
-            total=total,
-            initial=p.step,
-            desc=name,
-            unit="step",
-            disable=self.ranks.hidden,
-            leave=False,
-        )
-        with bar:
-            while True:
-                self._look()
-                if p.step >= total:
-                    self._require_finite_model()
-                    return
-                assert self.optimizer is not None
-                for group in self.optimizer.param_groups:
-                    group["lr"] = learning_rate(stage, p.step // per_epoch)
-                self.model.train()
-                started = time.perf_counter()
-                self.optimizer.zero_grad()
-                loss = self._loss(self._forward)
-                self._watch(loss.detach())
-                loss.backward()
-                self.optimizer.step()
-                if self.adapter is not None:
-                    self._follow_norms(self.adapter)
-                self.seconds_training += time.perf_counter() - started
-                bar.update(p.step - bar.n)
-                self._save_or_stop()
+        while True:
+            self._look()
+            if p.step >= total:
+                self._require_finite_model()
+                return
+            assert self.optimizer is not None
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(stage, p.step // per_epoch)
+            self.model.train()
+            started = time.perf_counter()
+            self.optimizer.zero_grad()
+            loss = self._loss(self._forward)
+            self._watch(loss.detach())
+            loss.backward()
+            self.optimizer.step()
+            if self.adapter is not None:
+                self._follow_norms(self.adapter)
+            self.seconds_training += time.perf_counter() - started
+            self.bar.at(p.total, name)
+            self._save_or_stop()
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         """The present stage's optimizer, of the model as it is."""
@@ -322,14 +299,13 @@ class Loop:
         Hearings keep the plain one: they hook modules, which compiled code would not see.
         """
         compiled: Any = torch.compile(self.model) if self.compute.compile else self.model
-        frozen = self.adapter is not None and not self.adapter.trains_all
-        if self.graphs and self.images.train.is_cuda and self.ranks.count == 1 and not frozen:
-            batch = self.stages[self.progress.stage][1].batch
-            example = self.images.normalize(self.images.train[:batch])
-            return captured(compiled, example, self.compute)
         return self.ranks.averaging(compiled)
 
     def _begin(self) -> None:
+        # What the network draws itself, as dropout does: whether or not the dense model was trained
+        # in this run, and the same in all processes, so that a checkpoint's state is every one's.
+        torch.manual_seed(mix(self._stream, 5, 0))
+        self.model.train()
         self.optimizer = self.new_optimizer()
         if self.adapter is not None:
             self.adapter.attach(self.optimizer, self.next_loss)
@@ -372,7 +348,7 @@ class Loop:
         p, probe = self.progress, self.images.normalize(self.images.test[:64])
         if adapter.dpm is not None:
             p.events += [asdict(e) for e in adapter.events()]
-            p.heard += adapter.dpm.heard
+        p.heard = adapter.heard
         # What is not zero yet, as in DepGraph's base, is cut off: there is nothing to compare.
         zero = adapter.dpm is not None or adapter.settled
         before = outputs(self.model, probe)

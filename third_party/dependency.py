@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from . import graph, running
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
 
+Build = Callable[[nn.Module, Any], Any]
+"""Gives upstream's graph of a model, for an example of its inputs."""
+
 
 class RemovalError(UnsupportedLayerError):
     """A removal would change what the model computes. Nothing has been removed."""
 
 
-def remove(model: nn.Module, example: Any, plan: Plan) -> None:
+def remove(model: nn.Module, example: Any, plan: Plan, build: Build = graph.build) -> None:
     """Make a model physically smaller, in place; parameters become new objects.
 
     The channels have to be zero already: the outputs for the example stay the same, to rounding.
@@ -31,6 +34,7 @@ def remove(model: nn.Module, example: Any, plan: Plan) -> None:
         model: whose channels go.
         example: of its inputs, on its device.
         plan: what to remove.
+        build: gives the graph to go by, of the model and of its copies.
 
     Raises:
         RemovalError: the outputs would change; the model is as it was.
@@ -38,11 +42,11 @@ def remove(model: nn.Module, example: Any, plan: Plan) -> None:
     """
     before = Comparison(model, example)
     with _put_back_on_failure(model):
-        take_out(model, example, plan)
+        take_out(model, example, plan, build)
         before.require_same(model, plan)
 
 
-def cut(model: nn.Module, example: Any, plan: Plan) -> None:
+def cut(model: nn.Module, example: Any, plan: Plan, build: Build = graph.build) -> None:
     """Like :func:`remove`, for channels that are not zero, as in a freshly built model.
 
     The small model computes what the large one would with these channels set to zero.
@@ -54,9 +58,9 @@ def cut(model: nn.Module, example: Any, plan: Plan) -> None:
     with _put_back_on_failure(model):
         for part in separate(plan):
             zeroed = running.copied(model)
-            set_to_zero(zeroed, example, part)
+            set_to_zero(zeroed, example, part, build)
             before = Comparison(zeroed, example)
-            take_out(model, example, part)
+            take_out(model, example, part, build)
             before.require_same(model, part)
 
 
@@ -117,9 +121,9 @@ class Comparison:
         return f"{why}, in training mode" if why else None
 
 
-def set_to_zero(model: nn.Module, example: Any, plan: Plan) -> None:
+def set_to_zero(model: nn.Module, example: Any, plan: Plan, build: Build = graph.build) -> None:
     """Set the channels of one removal to zero, in place, with all that has to go with them."""
-    for name, table in graph.tables(model, example, [name for name, _ in plan]).items():
+    for name, table in graph.tables(model, example, [name for name, _ in plan], build).items():
         zero(table, table.structures_of(dict(plan)[name]))
 
 
@@ -150,7 +154,7 @@ def separate(plan: Plan) -> Iterator[Plan]:
         yield part
 
 
-def take_out(model: nn.Module, example: Any, plan: Plan) -> None:
+def take_out(model: nn.Module, example: Any, plan: Plan, build: Build = graph.build) -> None:
     """Remove channels from a model, in place, without comparing its outputs.
 
     Raises:
@@ -159,7 +163,7 @@ def take_out(model: nn.Module, example: Any, plan: Plan) -> None:
     trained = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
     with _whole_or_not(model):
         for part in separate(plan):
-            built = graph.build(model, example)
+            built = build(model, example)
             with graph.upstream(model):
                 _apply_whole(built, model, part)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -207,6 +211,9 @@ def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) 
             dep(positions)
     for names in tied:
         _tie(model, names)
+    adapt = getattr(built, "adapt", None)
+    if adapt is not None:
+        adapt(model)
 
 
 def shared_parameters(model: nn.Module) -> list[list[str]]:
@@ -272,7 +279,9 @@ def _whole_or_not(model: nn.Module) -> Iterator[None]:
         ) from cause
 
 
-def survivors(model: nn.Module, example: Any, plan: Plan) -> dict[str, list[Tensor]]:
+def survivors(
+    model: nn.Module, example: Any, plan: Plan, build: Build = graph.build
+) -> dict[str, list[Tensor]]:
     """Which positions of every parameter :func:`take_out` would leave.
 
     It is tried on a copy in which the value of every element is its own position, so the answer
@@ -282,6 +291,7 @@ def survivors(model: nn.Module, example: Any, plan: Plan) -> dict[str, list[Tens
         model: left as it is.
         example: of its inputs, on its device.
         plan: what would be removed.
+        build: gives the graph to go by.
 
     Returns:
         By the parameter's name (each of them, where layers share one): for each of its dimensions
@@ -302,32 +312,13 @@ def survivors(model: nn.Module, example: Any, plan: Plan) -> dict[str, list[Tens
         for name, parameter in parameters().items():  # positions as weights would overflow
             parameter.grad = None
             parameter.data = torch.zeros_like(codes[name], dtype=dtypes[name]).to(parameter.device)
-        built = graph.build(trial, example)
+        built = build(trial, example)
         for name, parameter in parameters().items():
             parameter.data = codes[name].to(parameter.device)  # exact to 2^53
         with _whole_or_not(trial), graph.upstream(trial):
             _apply_whole(built, trial, part)
         codes = {n: p.detach().cpu() for n, p in parameters().items()}
-    return {n: _positions(n, value.long(), shapes[n]) for n, value in codes.items()}
-
-
-def _positions(name: str, codes: Tensor, shape: torch.Size) -> list[Tensor]:
-    """Positions in the flattened tensor as positions along each of its dimensions."""
-    if codes.dim() == len(shape) and codes.numel():
-        strides = [shape[d + 1 :].numel() for d in range(len(shape))]
-        index = []
-        for d, stride in enumerate(strides):
-            line = codes.movedim(d, 0).reshape(codes.shape[d], -1)[:, 0]
-            index.append(line // stride % shape[d])
-        expected = torch.zeros((), dtype=torch.int64)
-        for positions, stride in zip(index, strides, strict=True):
-            expected = expected[..., None] + positions * stride
-        if torch.equal(expected, codes):
-            return index
-    raise UnsupportedLayerError(
-        f"what the removal leaves of {name!r}, {tuple(codes.shape)} of {tuple(shape)}, is nothing, "
-        "or is not whole rows and columns of it; leave the channels out of the plan that lead there"
-    )
+    return {n: graph.positions(n, value.long(), shapes[n]) for n, value in codes.items()}
 
 
 def _line(cause: BaseException) -> str:

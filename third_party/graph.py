@@ -19,6 +19,7 @@ What this file works around, all of it in that version:
 from __future__ import annotations
 
 import contextlib
+import copy
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -50,6 +51,7 @@ from torch_pruning.dependency import graph as _graph_module  # noqa: E402
 from torch_pruning.dependency import index_mapping as _index_mapping  # noqa: E402
 
 ROOTS = [tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR]
+_ROOTS = tuple(ROOTS)
 WALK = 20
 """A walk may take this many steps for every edge of the graph; ours. Most take one."""
 
@@ -60,6 +62,11 @@ Meeting = tuple[Tensor, Tensor]
 
 class TraceError(UnsupportedLayerError):
     """Upstream cannot follow the channels through a network."""
+
+
+def is_pruner(thing: object) -> bool:
+    """Whether it is one of upstream's pruners, or is derived from one."""
+    return isinstance(thing, tp.pruner.BasePruner)
 
 
 # ---------------------------------------------------------------------- building the graph
@@ -508,7 +515,12 @@ def _overlapping(groups: Sequence[UpstreamGroup]) -> dict[str, str]:
     return refused
 
 
-def tables(model: nn.Module, example: Any, roots: Iterable[str]) -> dict[str, UpstreamGroup]:
+def tables(
+    model: nn.Module,
+    example: Any,
+    roots: Iterable[str],
+    build: Callable[[nn.Module, Any], Any] = build,
+) -> dict[str, UpstreamGroup]:
     """The groups that some layers belong to, by the layers' names, whatever their root is.
 
     Raises:
@@ -524,7 +536,7 @@ def _table_of(built: Any, model: nn.Module, name: str) -> UpstreamGroup:
         layer = model.get_submodule(name)
     except AttributeError:
         layer = nn.Module()
-    if layer not in built.module2node or not isinstance(layer, tuple(ROOTS)):
+    if layer not in built.module2node or not isinstance(layer, getattr(built, "roots", _ROOTS)):
         raise UnsupportedLayerError(
             f"{name!r} is no convolution or linear layer of the model that its outputs depend on"
         )
@@ -601,6 +613,7 @@ def _table(
     group: Any,
     names: Mapping[nn.Module, str],
     among: Sequence[SplitAttention],
+    ties: Sequence[Meeting] = (),
 ) -> UpstreamGroup:
     """One group as index tables; a refusal's message follows "the group of ..."."""
     root, attention = group[0].dep.target.module, attention_of(built, group, among)
@@ -610,7 +623,7 @@ def _table(
         size = attention.head_dim
         tied = [list(range(k * size, (k + 1) * size)) for k in range(attention.heads)]
     else:
-        tied = members(built, group)
+        tied = members(built, group, ties)
     table = UpstreamGroup(names[root], tied, attention is not None)
     of = torch.empty(table.channels, dtype=torch.int64)
     for structure, channels in enumerate(tied):
@@ -632,6 +645,12 @@ def _table(
             continue
         if module not in names:
             continue  # an operation between layers
+        if _customised(built, module):
+            index = _by_structure(meetings.values(), of, len(tied), names[module])
+            for share in _probed(built, node, index, names[module]):
+                _add(table, share)
+            producers.append((module, 1 if _any_conv(rows) else -1, index))
+            continue
         kind = _kind(module, names[module])
         if kind is None:
             continue
@@ -657,17 +676,17 @@ def _table(
     return table
 
 
-def members(built: Any, group: Any) -> list[list[int]]:
+def members(built: Any, group: Any, ties: Sequence[Meeting] = ()) -> list[list[int]]:
     """The root's channels by structure: those that can only be removed together.
 
-    Two channels belong together where they meet in one position of some layer, or lie in the same
-    place of a grouped convolution's parts.
+    Two channels belong together where they meet in one position of some layer, or of ``ties``, or
+    lie in the same place of a grouped convolution's parts.
     """
     root, count = group[0].dep, len(group[0].idxs)
     label, meetings = torch.arange(count), dict[tuple[Any, Any], dict[int, Meeting]]()
     for dep, idxs in group.raw:
         meetings.setdefault((dep.target, dep.handler), {})[id(idxs)] = group.meeting(idxs)
-    pairs = []
+    pairs = list(ties)
     for (node, handler), met in meetings.items():
         places, channels = (torch.cat(t) for t in zip(*met.values(), strict=True))
         if int(channels.max()) >= count:
@@ -709,6 +728,98 @@ def _parts(built: Any, node: Any, handler: Any) -> tuple[int, int]:
     if built.is_out_channel_pruning_fn(handler):
         return pruner.get_out_channel_groups(module), pruner.get_out_channels(module)
     return pruner.get_in_channel_groups(module), pruner.get_in_channels(module)
+
+
+def _customised(built: Any, module: nn.Module) -> bool:
+    """Whether a pruner of the user's own takes channels from a layer that is not known here."""
+    return type(module) in built.CUSTOMIZED_PRUNERS and not isinstance(module, _KNOWN)
+
+
+_KNOWN = (
+    _ConvNd,
+    nn.Linear,
+    nn.Embedding,
+    _BatchNorm,
+    _InstanceNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.PReLU,
+    nn.RNNBase,
+)
+
+
+def _any_conv(nodes: Iterable[Any]) -> bool:
+    return any(isinstance(node.module, _ConvNd) for node in nodes)
+
+
+def _probed(built: Any, node: Any, index: list[list[int]], name: str) -> list[Share]:
+    """The parts in a group of a layer's parameters, read off what its own pruner takes of copies.
+
+    Each element of a copy's parameters is its own position. The binary digits of a channel's number
+    say in which trials it goes; so a few trials tell which rows go with which channel.
+
+    Raises:
+        UnsupportedLayerError: a channel takes something else than whole rows along one dimension.
+    """
+    layer, own = node.module, dict(node.module.named_parameters())
+    number = {p: i + 1 for i, p in enumerate(sorted(p for places in index for p in places))}
+    codes = {n: [torch.zeros(size, dtype=torch.int64) for size in p.shape] for n, p in own.items()}
+    for bit in range(len(number).bit_length()):
+        trial = copy.deepcopy(layer)
+        for parameter in trial.parameters():
+            parameter.grad = None
+            parameter.data = torch.arange(parameter.numel()).view(parameter.shape).double()
+        handler = built.get_pruner_of_module(layer).prune_out_channels
+        handler.__self__.pruning_dim = node.pruning_dim
+        handler(trial, [p for p, code in number.items() if code >> bit & 1])
+        for what, parameter in trial.named_parameters():
+            left = positions(f"{name}.{what}", parameter.detach().long(), own[what].shape)
+            for code, kept in zip(codes[what], left, strict=True):
+                taken = torch.ones_like(code)
+                taken[kept] = 0
+                code += taken << bit
+    shares = []
+    for what, by_dim in codes.items():
+        touched = [dim for dim, code in enumerate(by_dim) if bool(code.any())]
+        if not touched:
+            continue
+        if len(touched) > 1:
+            raise UnsupportedLayerError(
+                f"involves {name!r}, of whose {what!r} a channel takes rows and columns at once"
+            )
+        rows: dict[int, list[int]] = {}
+        for row, code in enumerate(by_dim[touched[0]].tolist()):
+            rows.setdefault(code, []).append(row)
+        taken_by = [[r for p in places for r in rows.get(number[p], [])] for places in index]
+        if len({len(t) for t in taken_by}) > 1 or not set(rows) <= {0, *number.values()}:
+            raise _uneven(repr(f"{name}.{what}"))
+        shares.append(
+            _share(f"{name}.{what}", own[what], touched[0], False, list(map(sorted, taken_by)))
+        )
+    return shares
+
+
+def positions(name: str, codes: Tensor, shape: torch.Size) -> list[Tensor]:
+    """What is left of a tensor along each dimension, of which each element was its own position.
+
+    Raises:
+        UnsupportedLayerError: that is not whole rows and columns.
+    """
+    if codes.dim() == len(shape) and codes.numel():
+        strides = [shape[d + 1 :].numel() for d in range(len(shape))]
+        index = []
+        for d, stride in enumerate(strides):
+            line = codes.movedim(d, 0).reshape(codes.shape[d], -1)[:, 0]
+            index.append(line // stride % shape[d])
+        expected = torch.zeros((), dtype=torch.int64)
+        for here, stride in zip(index, strides, strict=True):
+            expected = expected[..., None] + here * stride
+        if torch.equal(expected, codes):
+            return index
+    raise UnsupportedLayerError(
+        f"what the removal leaves of {name!r}, {tuple(codes.shape)} of {tuple(shape)}, is nothing, "
+        "or is not whole rows and columns of it; leave the channels out of the plan that lead there"
+    )
 
 
 def _width(layer: Any) -> int:

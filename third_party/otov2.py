@@ -89,6 +89,7 @@ with _importable():
     from only_train_once.optimizer import dhspg as _dhspg_module
 
 OPERATORS: dict[str, Any] = _graph_module.OP_DICT
+_OTO: Any = only_train_once.OTO
 _DHSPG: Any = _dhspg_module.DHSPG
 # PyTorch wraps a class's step once it has an instance; called inside ours, hooks would run twice.
 _STEP = inspect.unwrap(_DHSPG.step)
@@ -139,32 +140,144 @@ def running(device: torch.device) -> Iterator[None]:
             torch.Tensor.cuda = before  # type: ignore[method-assign]
 
 
-def graph(model: nn.Module, example: Any) -> Any:
+class OTO(_OTO):  # type: ignore[misc]
+    """Upstream's ``OTO``, to be used as its README has it, on today's PyTorch and on any device.
+
+    ::
+
+        from dpm_core.third_party.otov2 import OTO  # from then on also: from only_train_once ...
+
+        oto = OTO(model, dummy_input)
+        optimizer = oto.dhspg(variant="sgd", lr=0.1, target_group_sparsity=0.7)
+
+    Args:
+        model: stays in its mode.
+        dummy_input: of its inputs, on its device: a tensor, several in a tuple or list, or by name.
+    """
+
+    def initialize(self, model: nn.Module | None = None, dummy_input: Any = None) -> None:
+        """Trace the model; upstream's first half of the constructor."""
+        if model is None or dummy_input is None:
+            raise UnsupportedLayerError("OTO traces the model: give model and dummy_input")
+        given = tuple(dummy_input) if isinstance(dummy_input, list) else dummy_input
+        with evaluating(model), self._at_work(model, given):
+            super().initialize(model, given)
+            for node in self._graph.nodes.values():
+                if _keeps_channels(node):
+                    node.op = _graph_module.Operator(name=node.op.name, zero_invariant=True)
+
+    def partition_zigs(self) -> None:
+        """Find the zero-invariant groups; upstream's second half of the constructor."""
+        with evaluating(self._model), self._at_work(self._model, self._dummy_input):
+            super().partition_zigs()
+        _put_in_order(self, self._model)
+
+    def dhspg(self, lr: float = 0.1, **settings: Any) -> DHSPG:
+        """Upstream's optimizer, with upstream's settings by their names."""
+        self._optimizer = DHSPG(self, lr=lr, **settings)
+        return self._optimizer
+
+    def compress(self, *given: Any, **settings: Any) -> None:
+        """Upstream's small model, an ONNX file beside one of the full size; see its own."""
+        with (
+            evaluating(self._model),
+            self._at_work(self._model, self._dummy_input),
+            _statistics_at_zero(self, self._model),
+            _exporting(),
+        ):
+            super().compress(*given, **settings)
+
+    def compute_flops(self, compressed: bool = False, verbose: bool = False) -> Any:
+        """Upstream's."""
+        with self._at_work(self._model, self._dummy_input):
+            return super().compute_flops(compressed, verbose)
+
+    @staticmethod
+    @contextmanager
+    def _at_work(model: nn.Module, example: Any) -> Iterator[None]:
+        operators, had = dict(OPERATORS), hasattr(torch.onnx, "_optimize_graph")
+        if not had:
+            torch.onnx._optimize_graph = _optimize_graph()  # type: ignore[attr-defined]
+        try:
+            with running(device_of(example, model)), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            OPERATORS.clear()
+            OPERATORS.update(operators)
+            if not had:
+                del torch.onnx._optimize_graph  # type: ignore[attr-defined]
+
+
+only_train_once.OTO = OTO  # for the import that stands in upstream's README
+
+
+def graph(model: nn.Module, example: Any) -> OTO:
     """Upstream's ``OTO`` of a model: its graph, partitioned into zero-invariant groups.
 
     Args:
         model: stays in its mode.
         example: of its inputs, on its device: a tensor, or several in a tuple or list, or by name.
     """
-    operators, had = dict(OPERATORS), hasattr(torch.onnx, "_optimize_graph")
-    if not had:
-        torch.onnx._optimize_graph = _optimize_graph()  # type: ignore[attr-defined]
-    oto = only_train_once.OTO()
+    return OTO(model, example)
+
+
+@contextmanager
+def _statistics_at_zero(oto: OTO, model: nn.Module) -> Iterator[None]:
+    """Upstream takes a structure for zero only where its running statistics are, too."""
+    kept: list[tuple[Tensor, Tensor]] = []
     try:
-        with evaluating(model), running(device_of(example, model)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            oto.initialize(model, tuple(example) if isinstance(example, list) else example)
-            for node in oto._graph.nodes.values():
-                if _keeps_channels(node):
-                    node.op = _graph_module.Operator(name=node.op.name, zero_invariant=True)
-            oto.partition_zigs()
+        for group in groups(oto, model):
+            gone = (group_norms(group) == 0).nonzero()[:, 0].tolist()
+            for share in group.shares:
+                layer = model.get_submodule(share.name.rpartition(".")[0])
+                if not share.batch_norm or not share.name.endswith(".weight"):
+                    continue
+                at = [p for k in gone for p in share.index[k]]
+                for buffer in (layer.running_mean, layer.running_var):
+                    if isinstance(buffer, Tensor):
+                        kept.append((buffer, buffer.clone()))
+                        buffer[at] = 0
+        yield
     finally:
-        OPERATORS.clear()
-        OPERATORS.update(operators)
-        if not had:
-            del torch.onnx._optimize_graph  # type: ignore[attr-defined]
-    _put_in_order(oto, model)
-    return oto
+        for buffer, value in kept:
+            buffer.copy_(value)
+
+
+@torch.no_grad()
+def group_norms(group: UpstreamGroup) -> Tensor:
+    """The largest magnitude in each of a group's structures, (K,)."""
+    most = torch.zeros(group.structures)
+    for share in group.shares:
+        rows = share.parameter.movedim(share.dim, 0)[torch.tensor(share.index)].flatten(1)
+        most = torch.maximum(most, rows.abs().amax(1).float().cpu())
+    return most
+
+
+@contextmanager
+def _exporting() -> Iterator[None]:
+    """Upstream's exporter was the one that keeps a graph's parameters apart and by their names."""
+    export = torch.onnx.export
+
+    def by_names(model: Any, given: Any, path: Any, **settings: Any) -> Any:
+        import onnx
+
+        done = export(
+            model, given, path, **settings, dynamo=False, keep_initializers_as_inputs=True
+        )
+        written = onnx.load(path)
+        names = {tensor.name for tensor in written.graph.initializer}
+        inputs = [i for i in written.graph.input if i.name not in names]
+        del written.graph.input[:]
+        written.graph.input.extend(inputs)
+        onnx.save(written, path)
+        return done
+
+    torch.onnx.export = by_names  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.onnx.export = export
 
 
 def _keeps_channels(node: Any) -> bool:
@@ -295,6 +408,16 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
         with running(self.device):
             return _STEP(self, closure)
 
+    def compute_group_sparsity_omega(self) -> Any:
+        """Upstream's share of structures at zero, and the sum of all norms."""
+        with running(self.device):
+            return super().compute_group_sparsity_omega()
+
+    def compute_norm_group_partitions(self) -> Any:
+        """Upstream's sums of norms, and counts, in G_p and outside."""
+        with running(self.device):
+            return super().compute_norm_group_partitions()
+
     @property
     def partitioned(self) -> bool:
         """Whether G_p, the structures to be penalised, has been chosen."""
@@ -418,6 +541,28 @@ class DeferringDHSPG(DHSPG):
 
     def __init__(self, oto: Any, **settings: Any) -> None:
         super().__init__(oto, **settings)
+        self._start()
+
+    @classmethod
+    def of(cls, optimizer: DHSPG) -> DeferringDHSPG:
+        """An optimizer that is at work already, which from now on is one of this class.
+
+        Raises:
+            UnsupportedLayerError: it has chosen G_p, by scores that it did not keep.
+        """
+        if isinstance(optimizer, DeferringDHSPG):
+            return optimizer
+        if optimizer.partitioned:
+            raise UnsupportedLayerError(
+                "DHSPG has chosen already what goes; take it over before its step "
+                f"{optimizer.partition_step + 1}, best where it is constructed"
+            )
+        optimizer.__class__ = cls
+        assert isinstance(optimizer, DeferringDHSPG)
+        optimizer._start()
+        return optimizer
+
+    def _start(self) -> None:
         self.reached = False
         self.wanted: dict[str, tuple[Tensor, Tensor]] = {}
         self.scores: dict[str, Tensor] = {}

@@ -8,6 +8,11 @@ What this file works around, all of it in that version:
   one may take others along (``BasePruner._prune``). Here what goes together is ranked together.
 - A layer that would lose all its channels loses none (``DependencyGraph.check_pruning_group``).
 - Groups kept across a removal go stale, so they are kept as (root, indices) and fetched anew.
+- Rounding takes channels and structures for the same number, asks for all of a layer that is no
+  wider than what it rounds to, and ``max_pruning_ratio`` is looked at before a step only
+  (``BasePruner._round_to``, ``_check_pruning_ratio``).
+- Two importances sort a group's positions, and not the root's channels that these belong to
+  (``GroupTaylorImportance``, ``GroupHessianImportance``).
 - A group of attention heads has the inputs of the next layer as its root. A step in which global
   ranking has no head to remove fails. Heads are counted as removed even if the removal is then
   refused, as it is for the last heads of a layer.
@@ -16,6 +21,7 @@ What this file works around, all of it in that version:
 from __future__ import annotations
 
 import copy
+import math
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -30,9 +36,47 @@ from .upstreams import require
 require("torch-pruning")
 import torch_pruning as tp  # noqa: E402  (only after its version is known)
 
+IMPORTANCES: dict[str, Callable[[str], Any]] = {
+    "magnitude": lambda normalizer: tp.importance.GroupMagnitudeImportance(2, "mean", normalizer),
+    "taylor": lambda normalizer: tp.importance.GroupTaylorImportance("mean", normalizer),
+    "hessian": lambda normalizer: tp.importance.GroupHessianImportance("mean", normalizer),
+    "fpgm": lambda normalizer: tp.importance.FPGMImportance(2, "mean", normalizer),
+    "lamp": lambda _: tp.importance.LAMPImportance(),
+    "bn-scale": lambda normalizer: tp.importance.BNScaleImportance("mean", normalizer),
+}
+"""Upstream's rankings, by the normalizer. For ``taylor`` the model's parameters hold gradients, for
+``hessian`` squares of gradients."""
+
+
+class _Upstream(tp.pruner.GroupNormPruner):  # type: ignore[misc]
+    """Upstream's pruner, whose rounding counts in structures and leaves each layer something.
+
+    Attributes:
+        least: how many structures of a group have to stay, by the group's root layer.
+        kept: layers of which rounding, or ``least``, has kept more than the ranking.
+    """
+
+    least: Callable[[nn.Module], int]
+    kept: set[nn.Module]
+
+    def _is_atten_group(self, group: Any) -> Any:
+        self._present = group  # whose channels are rounded next
+        return super()._is_atten_group(group)
+
+    def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
+        """How many structures go, so that a multiple of ``round_to`` channels stays."""
+        root, size = self._present[0].dep.target.module, self._get_channel_groups(self._present)
+        structures, unit = current_channels // size, round_to // math.gcd(round_to, size)
+        least = math.ceil(self.least(root) / unit) * unit
+        left = (structures - n_pruned) // unit * unit
+        if left < least:
+            self.kept.add(root)
+        going: int = max(structures - max(left, least), 0)
+        return going
+
 
 class Pruner:
-    """Upstream's GroupNormPruner with the group magnitude (p = 2), free of shared defaults.
+    """Upstream's GroupNormPruner, free of shared defaults.
 
     A :class:`~dpm_core.third_party.attention.SplitAttention` loses whole heads, the share ``ratio``
     of them; heads are ranked among one another.
@@ -40,9 +84,13 @@ class Pruner:
     Args:
         model: what to prune; it stays as it is until :meth:`run`.
         example: of its inputs, on its device.
-        ratio, steps, global_pruning, normalizer, reg: upstream's own.
+        ratio, steps, global_pruning, normalizer, reg, isomorphic: upstream's own.
         ignored: layers that stay as they are, those of the network's outputs among them.
-        drawn: a seed, to draw channels instead of ranking them.
+        importance: one of :data:`IMPORTANCES`, or a seed, to draw channels instead of ranking them.
+        round_to: as upstream's; of a structure of several channels, these are counted.
+        max_pruning_ratio: a layer loses no larger share of its structures. Of heads it may lose
+            more by one step, as in upstream.
+        sizes: structures that groups had in the dense model, by root, if it was pruned before.
 
     Attributes:
         upstream: its pruner.
@@ -65,19 +113,26 @@ class Pruner:
         normalizer: str,
         reg: float,
         ignored: Collection[str],
-        drawn: int | None = None,
+        importance: str | int = "magnitude",
+        round_to: int | None = None,
+        isomorphic: bool = False,
+        max_pruning_ratio: float = 1.0,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
         self._model = model
-        importance: Any = tp.importance.GroupMagnitudeImportance(p=2, normalizer=normalizer)
-        if drawn is not None:
-            importance = _drawn(model, drawn)
-        self._importance = importance
+        self._importance: Any = (
+            _drawn(model, importance)
+            if isinstance(importance, int)
+            else IMPORTANCES[importance](normalizer)
+        )
+        self._sorting = importance in ("taylor", "hessian")
+        self._share, self._unit = 1 - max_pruning_ratio, round_to or 1
         self._attentions = graph.attentions(model)
         parts = [(p, a) for a in self._attentions for p in (a.query, a.key, a.value)]
         tracing = graph.Tracing()
         graph.require_plain_weights(model)
         with graph.upstream(model):
-            self.upstream = tp.pruner.GroupNormPruner(
+            self.upstream = _Upstream(
                 model,
                 example,
                 importance=self._by_structure,
@@ -85,6 +140,10 @@ class Pruner:
                 global_pruning=global_pruning,
                 pruning_ratio=ratio,
                 iterative_steps=steps,
+                # Rounding to 1 lets it leave what has to stay.
+                round_to=round_to or (1 if max_pruning_ratio < 1 else None),
+                isomorphic=isomorphic,
+                max_pruning_ratio=max_pruning_ratio,
                 ignored_layers=[model.get_submodule(name) for name in ignored],
                 root_module_types=list(graph.ROOTS),
                 in_channel_groups={},
@@ -103,6 +162,10 @@ class Pruner:
         for why in reading.refused.values():
             raise UnsupportedLayerError(why)
         self.groups = reading.groups
+        self._sizes = {g.root: g.structures for g in self.groups} | dict(sizes or {})
+        names = {m: n for n, m in model.named_modules()}
+        self.upstream.least = lambda root: self._least(names[root])
+        self.upstream.kept = set()
         self._tied = {model.get_submodule(g.root) for g in self.groups if not self._tie(g)}
 
     def _tie(self, group: UpstreamGroup) -> bool:
@@ -117,9 +180,35 @@ class Pruner:
             self.upstream.out_channel_groups[self._model.get_submodule(group.root)] = size
         return True
 
+    @property
+    def kept(self) -> list[str]:
+        """Layers of which :meth:`run` left more than the ranking would have, because it has to."""
+        names = {m: n for n, m in self._model.named_modules()}
+        return sorted(names[root] for root in self.upstream.kept)
+
+    def _least(self, root: str) -> int:
+        """How many structures of a group have to stay."""
+        # A group without a table is refused, or its channels are the network's outputs.
+        return max(1, math.ceil(self._share * self._sizes.get(root, 1) - 1e-9))
+
+    def most(self, group: UpstreamGroup) -> list[int]:
+        """As many channels of a group as may go at most."""
+        size = len(group.members[0])
+        unit = self._unit // math.gcd(self._unit, size)
+        if group.heads:
+            unit = 1
+        least = math.ceil(self._least(group.root) / unit) * unit
+        return group.channels_of(range(least, group.structures)) if self.ranks(group) else []
+
+    def ranks(self, group: UpstreamGroup) -> bool:
+        """Whether the importance says anything about a group; upstream leaves others whole."""
+        return self._scores(group) is not None
+
     def _by_structure(self, group: Any, **settings: Any) -> Any:
         """Upstream's importance, in which all channels of a structure get their mean."""
-        scores = self._importance(_rankable(group), **settings)
+        scores = self._importance(self._rankable(group), **settings)
+        if scores is None:
+            return None
         if group[0].dep.target.module in self._tied:
             for members in graph.members(self._graph, group):
                 scores[members] = scores[members].mean()
@@ -134,11 +223,23 @@ class Pruner:
 
     def importance(self, group: UpstreamGroup) -> Tensor:
         """Upstream's importance of each structure of a group, (K,) on the host."""
+        scores = self._scores(group)
+        assert scores is not None
+        return scores.detach().cpu()[torch.tensor(group.members)].mean(1)
+
+    def _scores(self, group: UpstreamGroup) -> Tensor | None:
+        """Upstream's importance of a group's channels."""
         layer = self._model.get_submodule(group.root)
         with graph.upstream(self._model), torch.no_grad():
             whole = graph.whole(self._graph, layer, range(group.channels))
-            scores: Tensor = self._importance(_rankable(whole))
-        return scores.detach().cpu()[torch.tensor(group.members)].mean(1)
+            scores: Tensor | None = self._importance(self._rankable(whole))
+        return scores
+
+    def _rankable(self, group: Any) -> Any:
+        rankable = _rankable(group)
+        if self._sorting:
+            rankable._group = [_sorted(item) for item in rankable._group]
+        return rankable
 
     def counts(self) -> dict[str, int]:
         """How many structures there are in each of upstream's scopes of ranking.
@@ -171,6 +272,8 @@ class Pruner:
             self.left_whole.clear()
             with graph.upstream(self._model):
                 for group in up.step(interactive=True):
+                    if not group[0].idxs:  # all of it has to stay
+                        continue
                     root, here = group[0].dep.target.module, sorted(group[0].idxs)
                     attention = graph.attention_of(self._graph, group, self._attentions)
                     if attention is not None:  # inputs and values are counted alike
@@ -224,6 +327,14 @@ def _rankable(group: Any) -> Any:
         )
     ]
     return rankable
+
+
+def _sorted(item: Any) -> Any:
+    """A part of a group with its positions in ascending order, the root's channels beside them."""
+    order = sorted(range(len(item.idxs)), key=item.idxs.__getitem__)
+    ordered = type(item)(item.dep, [item.idxs[i] for i in order])
+    ordered.root_idxs = [item.root_idxs[i] for i in order]
+    return ordered
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -92,6 +92,11 @@ def device_of(example: Any, model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
+def type_of(model: nn.Module) -> torch.dtype | None:
+    """The type of a model's first parameter of floating point; ``None``: it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
 def tensors(outputs: Any) -> list[Tensor]:
     """Every tensor in a model's outputs, in order, with floats and arrays as tensors.
 

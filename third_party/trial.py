@@ -79,6 +79,7 @@ def inexact(
     example: Any,
     groups: Sequence[UpstreamGroup],
     progress: Callable[[str], object] = str,
+    build: dependency.Build = graph.build,
 ) -> dict[str, str]:
     """The groups for which removing structures is not the same as setting them to zero.
 
@@ -87,6 +88,7 @@ def inexact(
         example: of its inputs, on its device.
         groups: those of :func:`dpm_core.third_party.graph.read`, or another upstream's.
         progress: called now and then with what is going on.
+        build: gives the graph that removals go by, of a copy of the model.
 
     Returns:
         By the group's root why, in words that follow its name; empty if none is at fault.
@@ -95,7 +97,7 @@ def inexact(
     groups = sorted((g for g in groups if g.structures > 1), key=lambda g: _kind(g.root))
     if not groups:
         return {}
-    trial = Trial(model, example, groups)
+    trial = Trial(model, example, groups, build)
     faults = {g.root: trial.unfelt(g) or trial.parts_ties(g) for g in groups}
     odd = {root: why for root, why in faults.items() if why is not None}
     while left := [g for g in groups if g.root not in odd]:
@@ -141,16 +143,23 @@ class Trial:
         model: left as it is.
         example: of its inputs, on its device.
         groups: of it.
+        build: gives the graph that removals go by.
     """
 
-    def __init__(self, model: nn.Module, example: Any, groups: Sequence[UpstreamGroup]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        groups: Sequence[UpstreamGroup],
+        build: dependency.Build = graph.build,
+    ) -> None:
         graph.require_plain_weights(model)
         example = running.informative(example)
         try:
-            self._copy(model, running.first(example, ROWS), groups, double=True)
+            self._copy(model, running.first(example, ROWS), groups, build, double=True)
         except Exception:  # rows that are no samples, or a layer that insists on its own precision
             example = running.shortened(model, example, ROWS)
-            self._copy(model, example, groups, running.Precision(model, example).double)
+            self._copy(model, example, groups, build, running.Precision(model, example).double)
         dense, again = self._dense, running.outputs(self._model, self._example)
         little = [100 * dense.eps * running.size(t) for t in dense.values]
         differs = running.unlike(dense, again, little, doubts=False)
@@ -171,12 +180,17 @@ class Trial:
         self._silent = self._without_effect()
 
     def _copy(
-        self, model: nn.Module, example: Any, groups: Sequence[UpstreamGroup], double: bool
+        self,
+        model: nn.Module,
+        example: Any,
+        groups: Sequence[UpstreamGroup],
+        build: dependency.Build,
+        double: bool,
     ) -> None:
         """Copy a model, read its graph in its own type, and draw weights."""
         copies: dict[int, Any] = {}
         self._model = running.copied(model, copies).eval()
-        self._graph = graph.build(self._model, example)
+        self._graph = build(self._model, example)
         if double:
             self._model.double()
         self._example = running.doubled(example) if double else example

@@ -15,7 +15,15 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 FOLDER = Path(__file__).parent
 SCRIPTS = tuple(
     FOLDER / f"{name}.py"
-    for name in ("core_in_your_own_loop", "depgraph", "otov2", "gate_decorator")
+    for name in (
+        "core_in_your_own_loop",
+        "depgraph",
+        "own_pruner",
+        "otov2",
+        "gate_decorator",
+        "in_lightning",
+        "in_the_trainer",
+    )
 )
 CODE, MARKDOWN = "# %%", "# %% [markdown]"
 

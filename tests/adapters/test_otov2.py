@@ -165,7 +165,7 @@ def test_base_is_upstream_bit_for_bit(monkeypatch, kind, told):
     else:
         monkeypatch.setattr(torch.onnx, "_optimize_graph", otov2._optimize_graph(), raising=False)
         with otov2.running(torch.device("cpu")):
-            made = otov2.only_train_once.OTO(model, EXAMPLE)
+            made = otov2._OTO(model, EXAMPLE)
         # Upstream's sets have no order of their own; another one would end in other bits.
         otov2._put_in_order(made, model)
     expected = upstream(model, made, 36, **own)

@@ -308,6 +308,8 @@ def test_what_is_no_list_of_seeds_is_refused(capsys, text):
 OTHERS = {
     "name": "other",
     "model": "resnet20",
+    "draw_by_seed": True,
+    "model_sha256": None,  # of a file that `model` names: see test_networks.py
     "data.name": "cifar10",
     "data.size": 64,
     **{
@@ -346,6 +348,7 @@ OTHERS = {
     "curve.until": 70,
     "data.label": "others",
     "data.train": 900,
+    "data.augmentation": "resized-crop",
     "data.validation": 100,
     "compute.precision": "bfloat16",
     "compute.compile": True,
@@ -354,6 +357,7 @@ HEARING_OTHERS = {"rectify.batches": 3, "rectify.threshold": 0.3}
 IN_DENSE_HASH = {k for k in OTHERS if k.startswith("dense.") and k != "dense.seeds"} | {
     "model",
     "data.size",
+    "data.augmentation",
     "compute.precision",
     "compute.compile",
 }

@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import data
-from experiments.data import DataError, Images, load, mixing
+from experiments import folders
+from experiments.data import load
+from experiments.images import DataError, Images, mixing
 from tests.support.damage import damaged
 
 
@@ -492,7 +493,7 @@ def only(content: bytes, tmp_path: Path, name: str = "x.png", size: int = 8) -> 
     """One image as a folder's images come, (3, size, size)."""
     path = tmp_path / name
     path.write_bytes(content)
-    return data._decode(path, size).int()
+    return torch.from_numpy(folders._decode(path, size).copy()).int()
 
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -712,15 +713,14 @@ def test_one_class_is_refused(tmp_path):
 
 
 def test_images_that_change_while_they_are_decoded_are_refused(tmp_path, monkeypatch):
-    folder, decode = make_folder(tmp_path / "pets"), data._decoded
+    folder, decode = make_folder(tmp_path / "pets"), folders._decode
 
-    def slow(path, parts, size):
-        decoded = decode(path, parts, size)
+    def slow(file, side):
         one_more_image = folder / "train" / "cat" / "0.png"
         picture(9, (9, 9), "RGB").save(one_more_image)
-        return decoded
+        return decode(file, side)
 
-    monkeypatch.setattr(data, "_decoded", slow)
+    monkeypatch.setattr(folders, "_decode", slow)
     with pytest.raises(DataError, match=r"changed while it was read; run again"):
         load_folder(folder, tmp_path)
     assert not (tmp_path / "root").exists()
@@ -748,7 +748,7 @@ def test_the_order_is_that_of_torchvisions_image_folders(tmp_path):
         file = folder / "train" / "cat" / at
         file.parent.mkdir(parents=True, exist_ok=True)
         picture(len(at), (8, 8), "RGB").save(file)
-    classes = data._classes(folder / "train", {})
+    classes = folders._classes(folder / "train", {})
     expected = torchvision.datasets.ImageFolder(str(folder / "train"))
     assert list(classes) == expected.classes
     listed = [(str(f), i) for i, of in enumerate(classes.values()) for f in of]

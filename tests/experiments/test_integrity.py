@@ -17,6 +17,7 @@ from experiments import run as run_module
 from experiments.__main__ import main
 from experiments.compare import Job, compare
 from experiments.files import vouched
+from experiments.rebuild import load_model
 from experiments.run import CHECKPOINT, MODEL, RunError, finished, run
 from experiments.training import DivergedError, Stopped
 from tests.support import tiny
@@ -55,7 +56,7 @@ def drawn(out: Path) -> None:
 
 
 def rebuilt(out: Path) -> None:
-    run_module.load_model(tiny.request(out, "sr", MINIATURE).folder / MODEL)
+    load_model(tiny.request(out, "sr", MINIATURE).folder / MODEL)
 
 
 # By kind: which file, and what reads it.

@@ -52,6 +52,17 @@ def test_a_decay_is_paired_with_the_base_of_its_own_fine_tuning():
     assert [r["difference"] for r in (rows[0], rows[3], rows[4])] == [None] * 3
 
 
+def test_settings_of_later_releases_keep_no_runs_apart():
+    """Where they are as they were, and nobody could set them otherwise."""
+    later = [
+        {**r, "config": {**r["config"], "model_options": {}, "draw_by_seed": False}}
+        if r["variant"] == "sp"
+        else r
+        for r in RUNS
+    ]
+    assert lengths.rows(later) == lengths.rows(RUNS)
+
+
 def test_the_table_says_what_there_is():
     lines = lengths.markdown(RUNS).splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]

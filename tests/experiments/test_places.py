@@ -20,16 +20,17 @@ from hypothesis import strategies as st
 from dpm_core import DecayPruningError
 from dpm_core.adapters import saved
 from dpm_core.adapters.saved import save_pruned
-from experiments import places
+from experiments import places, rebuild
 from experiments import run as run_module
 from experiments.__main__ import count, folder, main, pause, seed, seeds
 from experiments.config import ConfigError
-from experiments.data import DataError
 from experiments.errors import carried_out, reported
 from experiments.files import save_text
+from experiments.images import DataError
 from experiments.names import LAST_SEED
 from experiments.places import BusyError, alone_in, busy, clean, explained
-from experiments.run import CHECKPOINT, FORCED, MODEL, RECORD, RunError, finished, load_model, run
+from experiments.rebuild import load_model
+from experiments.run import CHECKPOINT, FORCED, MODEL, RECORD, RunError, finished, run
 from experiments.training import DivergedError, Stopped
 from tests.support import forked, tiny
 from tests.support.tiny import MINIATURE
@@ -500,10 +501,10 @@ def test_facts_that_do_not_go_with_a_models_tensors_are_refused_before_it_is_bui
         assert torch.empty(()).is_meta or classes <= 11
         return build(name, channels, classes, seed)
 
-    monkeypatch.setattr(run_module.models, "build", built)
+    monkeypatch.setattr(models, "build", built)
     read = saved.read(path)
     for facts in tried:
-        monkeypatch.setattr(run_module, "read", lambda _, facts=facts: replace(read, facts=facts))
+        monkeypatch.setattr(rebuild, "read", lambda _, facts=facts: replace(read, facts=facts))
         line = refused(capsys, "export", str(path))
         assert str(path) in line
     assert names(tmp_path) == ["m.safetensors"]

@@ -553,3 +553,29 @@ def test_the_tradeoffs_legend_lies_within_the_figure_whatever_the_names():
 def test_names_with_dollars_are_drawn_as_they_are(tmp_path):
     content = record("base", 0, data="$x^{", config={"name": "a$b", "stages": {}})
     assert len(plot.plot([(tmp_path / "r.json", content)], tmp_path)) == 2
+
+
+def test_differences_are_those_of_the_pairs_and_hollow_without_an_interval():
+    several = [
+        record(v, s, accuracy__final=80.0 + up + s / 10)
+        for v, up in (("base", 0.0), ("sp", 1.0), ("sr", 2.0))
+        for s in (0, 1)
+    ]
+    several[-1]["accuracy"]["final"] += 0.4
+    alone = [record(v, 0, accuracy__final=70.0 + up) for v, up in (("base", 0.0), ("sp", -0.5))]
+    (axis,) = plot.draw_differences({"several": several, "alone": alone}).axes
+    marks = [line for line in axis.lines if line.get_marker() not in ("None", None, "")]
+    found = [
+        (line.get_xdata()[0], round(line.get_ydata()[0]), line.get_fillstyle()) for line in marks
+    ]
+    assert [row[1:] for row in found] == [(0, "full"), (0, "full"), (1, "none")]
+    assert [row[0] for row in found] == pytest.approx([1.0, 2.2, -0.5])
+    (interval,) = [
+        line for line in axis.lines if len(set(line.get_xdata())) == 2 and line not in marks
+    ]  # that of +SP has no width
+    versus = table.minus(several, "sr", "base")
+    assert interval.get_xdata() == pytest.approx([versus.low, versus.high])
+    assert [t.get_text() for t in axis.get_yticklabels()] == ["several", "alone"]
+    left, right = axis.get_xlim()
+    assert left == -right
+    assert right == pytest.approx(1.2 * 2.2)

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from dpm_core import DisagreementError
 from dpm_core.adapters import torch_prune
 from dpm_core.adapters.base import AdapterError
-from experiments import data, models
+from experiments import data, folders, models
 from experiments import run as run_module
 from experiments.config import ConfigError
-from experiments.data import DataError
+from experiments.images import DataError
 from experiments.ranks import Averaging, Ranks
-from experiments.run import RunError, load_model, run
+from experiments.rebuild import load_model
+from experiments.run import RunError, run
 from experiments.training import Stopped
 from tests.support import forked, rounding, tiny
 from tests.support.frameworks import CASES, small_resnet
@@ -269,18 +271,20 @@ def test_a_process_that_would_remove_something_else_stops_all(pair, tmp_path):
 
 def decoded(rank: int, root: Path, images: Path, fails: bool) -> tuple[int, Any]:
     """How many files a process decoded, and its images then, or its error."""
-    ranks, files, decode = Ranks(rank, COUNT), [], data._decode
+    ranks, files, decode = Ranks(rank, COUNT), [], folders._decode
 
-    def counted(file: Path, size: int) -> Tensor:
+    def counted(file: Path, size: int) -> np.ndarray:
         files.append(file)
         time.sleep(0.1)  # the others would come by in this time
         return decode(file, size)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_decode", counted)
+        patch.setattr(folders, "_decode", counted)
         try:
             with ranks.first_alone():
-                return len(files), data.load(f"folder:{images}{'x' * fails}", root, size=8).train
+                return len(files), data.load(
+                    f"folder:{images}{'x' * fails}", root, size=8
+                ).train.clone()
         except DataError as error:
             return len(files), str(error)
         finally:

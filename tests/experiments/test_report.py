@@ -129,16 +129,18 @@ def test_nothing_outside_of_the_page_is_loaded(content):
 def test_every_figure_has_a_caption_and_says_what_it_shows(content):
     page = Page(content)
     figures, pictures = page.all("figure"), page.all("svg")
-    # Overview: one per data set. First: accuracy, two norms, two of releases, latency, channels.
-    assert len(figures) == len(pictures) == len(page.all("figcaption")) == 2 + 7 + 3
+    # Overview: differences, and one per data set. First: accuracy, two norms, two of releases,
+    # latency, channels.
+    assert len(figures) == len(pictures) == len(page.all("figcaption")) == 1 + 2 + 7 + 3
     for picture in pictures:
         assert picture["role"] == "img"
         assert len(picture["aria-label"]) > 40
         assert "viewbox" in picture
     assert len({p["aria-label"] for p in pictures}) == len(pictures)
-    assert sum(f.get("class") == "wide" for f in figures) == 1  # forty layers
+    assert sum(f.get("class") == "wide" for f in figures) == 2  # the differences, and forty layers
     titles = page.words("b")
     for title in (
+        "What it is worth.",
         "Accuracy against MACs, CIFAR-10.",
         "Accuracy against MACs, digits.",
         "Accuracy around removal.",
@@ -162,7 +164,7 @@ def test_tables_have_heads_and_scroll_within_themselves(content):
         r'<div class="scroll" tabindex="0" role="region"[^>]*>\s*<(\w+)', content
     )
     assert scrolling.count("table") == tables
-    assert scrolling.count("svg") == 1
+    assert scrolling.count("svg") == 2
 
 
 def test_the_page_has_the_table_and_the_links_of_every_experiment(content, runs):

@@ -21,7 +21,8 @@ from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.saved import read
 from experiments import plot, table
 from experiments.config import Stage
-from experiments.run import load_model, run
+from experiments.rebuild import load_model
+from experiments.run import run
 from experiments.training import Loop, accuracy, laid_out
 from tests.support import rounding, tiny
 from tests.support.tiny import MINIATURE

@@ -16,6 +16,8 @@ from experiments import data, table, training
 from experiments import run as run_module
 from experiments.__main__ import STOPPED, main
 from experiments.files import load_tensors, save_tensors
+from experiments.images import Images
+from experiments.rebuild import load_model
 from experiments.run import (
     CHECKPOINT,
     MODEL,
@@ -23,7 +25,6 @@ from experiments.run import (
     VARIANTS,
     Request,
     RunError,
-    load_model,
     run,
 )
 from experiments.training import Loop, Stopped, accuracy, laid_out, outputs
@@ -93,7 +94,7 @@ def assert_fields(record, fields, where="record"):
             assert type(record[key]) in kinds, f"{where}.{key}"
 
 
-def digits() -> data.Images:
+def digits() -> Images:
     return data.load("digits", Path("unused"), train=360)
 
 
@@ -413,7 +414,7 @@ def test_seeds_end_in_different_models(tmp_path):
 def test_variants_read_the_same_batches_in_the_same_steps(tmp_path, monkeypatch):
     read: dict[str, list[tuple[int, int, int]]] = {}
     mixed: dict[str, list[tuple[float, int, int, int]]] = {}
-    batch, mixing = data.Images.batch, data.mixing
+    batch, mixing = Images.batch, training.mixing
     for variant in VARIANTS:
         seen, drawn = read.setdefault(variant, []), mixed.setdefault(variant, [])
 
@@ -426,7 +427,7 @@ def test_variants_read_the_same_batches_in_the_same_steps(tmp_path, monkeypatch)
             return mixing(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(data.Images, "batch", note)
+            patch.setattr(Images, "batch", note)
             patch.setattr(training, "mixing", note_mixing)
             run(tiny.request(tmp_path / variant, variant, MINIATURE))
     assert read["base"] == read["sp"] == read["sr"]
@@ -434,7 +435,7 @@ def test_variants_read_the_same_batches_in_the_same_steps(tmp_path, monkeypatch)
     assert mixed["base"] == mixed["sp"] == mixed["sr"] == [(0.0, *at) for at in read["base"]]
     assert len(read["base"]) == len(set(read["base"])) == 4 + 8 + 16
     # Another seed shares no batch with it.
-    monkeypatch.setattr(data.Images, "batch", lambda *args: (other.add(args[1:]), batch(*args))[1])
+    monkeypatch.setattr(Images, "batch", lambda *args: (other.add(args[1:]), batch(*args))[1])
     other: set[tuple[int, int, int]] = set()
     run(tiny.request(tmp_path, "base", MINIATURE, seed=1))
     assert len(other) == 4 + 8 + 16
@@ -530,6 +531,35 @@ def test_what_a_hearing_reads_counts_as_training_steps(tmp_path):
     assert [r["steps"]["heard"] for r in records] == [0, 2]
     assert records[0]["steps"]["total"] == records[1]["steps"]["total"] == 24
     assert records[1]["structures"]["released"] > 0
+
+
+RANKED = {**MINIATURE, "options": {"speed_up": 1.5, "steps": 8, "round_to": 2, "batches": 3}}
+
+
+@pytest.mark.parametrize("importance", ["taylor", "hessian", "fpgm", "lamp", "bn-scale"])
+@pytest.mark.usefixtures("miniature")
+def test_upstreams_rankings_are_settings_and_all_variants_end_alike(tmp_path, importance):
+    changes = {**RANKED, "options": {**RANKED["options"], "importance": importance}}
+    records = [json.loads(run(tiny.request(tmp_path, v, changes)).read_text()) for v in VARIANTS]
+    reads = 3 if importance in ("taylor", "hessian") else 0
+    assert [r["steps"]["heard"] for r in records] == [reads] * 3
+    assert [r["steps"]["total"] for r in records] == [24] * 3
+    assert [r["steps"]["decision"] for r in records] == [8] * 3
+    assert records[0]["channels"] == records[1]["channels"] == records[2]["channels"]
+    assert all(now % 2 == 0 for _, now in records[0]["channels"].values())
+    assert records[0]["macs"]["pruned"] <= records[0]["macs"]["dense"] / 1.5
+    assert records[2]["structures"]["released"] > 0
+
+
+@pytest.mark.parametrize("by_seed", [False, True])
+@pytest.mark.usefixtures("miniature")
+def test_what_a_framework_draws_is_alike_or_by_seed(tmp_path, by_seed):
+    changes = {**SCRATCH, "options.importance": "random", "draw_by_seed": by_seed}
+    drawn = []
+    for seed in (0, 1):
+        path = run(tiny.request(tmp_path, "base", changes, seed=seed))
+        drawn.append(list(read(path.parent / MODEL).removal))
+    assert (drawn[0] != drawn[1]) == by_seed
 
 
 # ---------------------------------------------------------------------- checkpoints

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from dpm_core import DecayPruningError
-from experiments import run as run_module
+from experiments import models
 from experiments.config import Config
 from experiments.run import run
 from experiments.starting import CheckpointError, start_from, weights
@@ -28,7 +28,7 @@ def small(monkeypatch):
 @pytest.fixture
 def trained():
     """The weights of a network that no seed gives."""
-    model = run_module.models.build("miniature", 1, 10, seed=99)
+    model = models.build("miniature", 1, 10, seed=99)
     return {n: t + 0.01 if t.is_floating_point() else t for n, t in model.state_dict().items()}
 
 
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_refused_by_name_before_any_work(tmp_path, trained,
 
 def test_a_model_that_is_refused_weights_is_as_it_was(tmp_path, trained):
     torch.save({**trained, "classifier.bias": torch.zeros(3)}, tmp_path / "w.pt")
-    model = run_module.models.build("miniature", 1, 10, seed=0)
+    model = models.build("miniature", 1, 10, seed=0)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(CheckpointError):
         start_from(model, tmp_path / "w.pt")

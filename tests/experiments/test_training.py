@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 
@@ -12,14 +11,13 @@ from torch import nn
 
 from experiments import models, training
 from experiments.config import Compute, Curve, Stage
-from experiments.data import Images, mixing
+from experiments.images import Images, mixing
 from experiments.ranks import Ranks
 from experiments.training import (
     EVALUATION_BATCH,
     DivergedError,
     Loop,
     accuracy,
-    captured,
     evaluating,
     laid_out,
     latency,
@@ -431,27 +429,3 @@ def test_where_a_look_waits_for_others_it_is_taken_now_and_then(monkeypatch):
     with pytest.raises(DivergedError, match="by step 8"):
         watched.run()
     assert asked == [4, 8]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_captured_passes_are_the_plain_ones(precision):
-    model = network().cuda()
-    twin = copy.deepcopy(model)
-    images = torch.randn(3, 32, 1, 8, 8, device="cuda")
-    compute = Compute(precision=precision)
-    forward = captured(model, images[0], compute)
-    for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
-        assert torch.equal(a, b), "the capture left its traces"
-    for batch in images:
-        for net, run in ((model, forward), (twin, twin.train())):
-            net.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
-                run(batch).float().square().mean().backward()
-        with torch.no_grad():
-            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-                assert torch.equal(p.grad, q.grad)
-                p -= 0.1 * p.grad
-                q -= 0.1 * q.grad
-    for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
-        assert torch.equal(a, b)

@@ -31,7 +31,13 @@ START, *STARTS = re.findall(
     r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
 )
 """The README's network and batches, and the quick starts that begin with them."""
-LAST = "\nassert 10 < model[0].out_channels <= 24, model\nassert removal\n"
+LAST = [
+    "assert model[0].out_channels == 16 and run.removed",
+    "assert 10 < model[0].out_channels <= 24 and run.removed",
+    "assert module.layer[0].out_features == 32 and callback.run.removed",
+    "assert model.bert.encoder.layer[0].intermediate.dense.out_features < 3072 and run.removed",
+]
+"""What has become of each."""
 
 pytestmark = pytest.mark.slow
 
@@ -162,12 +168,12 @@ print(*loaded("dpm_core").values(), sep="\\n")
 @pytest.mark.parametrize("number", range(len(STARTS)))
 def test_the_readmes_quick_starts_run_where_only_the_wheel_is(environment, tmp_path, number):
     script = tmp_path / "script.py"
-    script.write_text(START + STARTS[number] + LAST, encoding="utf-8")
+    script.write_text(f"{START}{STARTS[number]}\n{LAST[number]}\n", encoding="utf-8")
     run([environment.python, script], tmp_path)
 
 
-def test_the_readme_has_three_quick_starts():
-    assert len(STARTS) == 3
+def test_the_readme_has_four_quick_starts():
+    assert len(STARTS) == len(LAST) == 4
 
 
 def test_a_checkout_runs_its_own_code_whichever_is_installed(checkout, tmp_path):

@@ -174,7 +174,7 @@ class Case:
         kind, steps = registry.load(self.framework), stages or self.stages
         return kind(
             model,
-            EXAMPLE.to(next(model.parameters()).dtype),
+            EXAMPLE.to(next(model.parameters())),  # its device and type
             kind.Options(**(self.options if options is None else options)),
             None if variant == "base" else smooth or SmoothPruning(6),
             rectify if variant == "sr" else None,
@@ -209,6 +209,16 @@ CASES = [
         {"speed_up": 1e6},
         short=14,
         removals=2,
+    ),
+    # Reads batches before each decision, and rounds what it leaves.
+    Case(
+        "depgraph-taylor",
+        "depgraph",
+        {**_DEPGRAPH, "importance": "taylor", "batches": 2, "round_to": 2},
+        {"sparse": 7, "prune": 18},
+        0.5,
+        {"speed_up": 1e6},
+        short=7,
     ),
     Case(
         "depgraph-mixed",
@@ -289,7 +299,8 @@ class Drive:
         return training.steps + (0 if training.sparse is None else training.sparse.steps)
 
     def loss(self) -> Tensor:
-        images, labels = batch(self.step)
+        device = next(self.model.parameters()).device
+        images, labels = (t.to(device) for t in batch(self.step))
         self.step += 1
         return functional.cross_entropy(self.model(images), labels)
 

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from dpm_core.adapters.saved import read
-from experiments import data, models
+from experiments import models
 from experiments import run as run_module
 from experiments.config import Config
 from experiments.data import load as load_data  # kept: miniature() puts another in its place
+from experiments.images import Images
 from experiments.run import MODEL, Request, run
 from experiments.training import Stopped
 from tests.support.snapshot import difference
@@ -107,7 +108,7 @@ def one_thread() -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
-def few_digits(train: int = 160, test: int = 100) -> data.Images:
+def few_digits(train: int = 160, test: int = 100) -> Images:
     """The first of the digits."""
     whole = load_data("digits", Path("unused"))
     return replace(

@@ -1,0 +1,41 @@
+"""The reference of configurations: every key is on it, and its example is one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from dpm_core.adapters.depgraph import DepGraphOptions
+from experiments.config import Compute, Config, Curve, Data, Dense, Rectify, Smooth, Stage, load
+from experiments.models import MODELS
+
+PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+KEYS = {
+    key
+    for kind in (Config, Data, Stage, Dense, Smooth, Rectify, Curve, Compute)
+    for key in kind.model_fields
+} | {f.name for f in fields(DepGraphOptions)}
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_every_key_is_described(key):
+    in_example = re.search(rf"^{key} = ", PAGE, re.MULTILINE)
+    assert f"`{key}`" in PAGE or f"`[{key}]`" in PAGE or f"[{key}." in PAGE or in_example
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_is_named(name):
+    assert f'`"{name}"`' in PAGE
+
+
+def test_the_example_is_a_configuration(tmp_path):
+    (example,) = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    path = tmp_path / "c.toml"
+    path.write_text(example)
+    config = load(path)
+    assert config.network.code == "timm"
+    assert config.data.augmentation == "resized-crop"
+    assert config.build_options().reads == 10
