@@ -74,7 +74,9 @@ def test_the_commands_run(tmp_path):
         if words[0] == "make":
             # On make's command line they override the Makefile's; CONFIG is not the README's.
             words = [w for w in words if not w.startswith("SEEDS=")]
-            words += [f"{k}={v}" for k, v in flags.items() if f"{k}=" not in command or k == "SEEDS"]
+            words += [
+                f"{k}={v}" for k, v in flags.items() if f"{k}=" not in command or k == "SEEDS"
+            ]
         else:
             assert words[0] == "python"
             words = small(words)
