@@ -13,9 +13,8 @@
 
 What the pruner would remove in its next step decays, and is removed in the end, by the pruner's own
 graph, and with its own functions for layers of one's own. Without smoothing it is removed as soon
-as it is decided. Any of upstream's pruners serves, with any importance. A pruner of several
-``iterative_steps`` takes them one after the other, so that this loop ends at its whole target:
-see ``first`` and ``every``.
+as it is decided. Any of upstream's pruners serves, with any importance. Several ``iterative_steps``
+are taken one after the other in one decision, or with training between them: see ``every``.
 """
 
 from __future__ import annotations
@@ -45,8 +44,9 @@ class TorchPruningOptions:
     Attributes:
         first: optimizer steps before the pruner's first decision; 0: it falls in ``attach()``.
             With 1 an importance has the first batch's gradients.
-        every: optimizer steps from one removal to the pruner's next decision. ``None``: all of
-            them, the first too, fall when ``decide()`` is called.
+        every: optimizer steps from one removal to the pruner's next step. 0: all of its steps are
+            one decision, each of what those before it would leave, with no training between them.
+            ``None``: each is taken when ``decide()`` is called, the first, too.
         adapt: called with the model after every removal, and with copies of it, to bring numbers
             up to date that upstream does not know, such as an attention's number of heads. It reads
             them off the layers.
@@ -182,10 +182,13 @@ class TorchPruning(Adapter):
         return self._left.get(group, range(self._groups[group].structures))
 
     def selection(self) -> Structures:
-        """What the pruner takes out in its next step, which counts as taken."""
+        """What the pruner takes out in its next step, or in all of them, which count as taken."""
         if self.dpm is None:
             self.groups()
-        decision = self._own.decide()
+        at_once = self.options.every == 0
+        decision = (
+            self._own.decide_all(self.example, self.progress) if at_once else self._own.decide()
+        )
         self._scores = decision.scores
         if decision.dropped:
             layers = ", ".join(map(repr, decision.dropped))

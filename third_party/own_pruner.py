@@ -262,6 +262,12 @@ class OwnPruner:
             asked.append(self._graph._module2name[group[0].dep.target.module])
             found = ranking(group, *given, **named)
             if found is not None:
+                if len(found) < len(group[0].idxs):
+                    raise AdapterError(
+                        f"{self._importance} gives {len(found)} scores for the "
+                        f"{len(group[0].idxs)} channels of {asked[-1]!r}; it has to give one for "
+                        "each"
+                    )
                 scores[self._key(group)] = found.detach().float().cpu()
             return found
 
@@ -359,6 +365,67 @@ class OwnPruner:
             )
         before = decision.structures.setdefault(table.group.root, [])
         before[:] = sorted({*before, *chosen})
+
+    def decide_all(self, example: Any, progress: Callable[[str], object] = str) -> Decision:
+        """What the pruner's remaining steps take out, each from what those before it leave.
+
+        The model stays as it is, and all steps are counted. Structures are numbered as they are
+        now; those that would stay have the scores of the last step.
+
+        Args:
+            example: of the model's inputs, on its device.
+            progress: called before every step but the first.
+
+        Raises:
+            AdapterError: as :meth:`decide`.
+        """
+        if self.steps - self.step < 2:
+            return self.decide()
+        up, decision = self.upstream, Decision()
+        before = {name: dict(getattr(up, name)) for name in _COUNTED}
+        left = {t.group.root: list(range(t.group.structures)) for t in self._tables.values()}
+        size, kept = {root: len(numbers) for root, numbers in left.items()}, self._state_of_all()
+        try:
+            while self.step < self.steps:
+                step = self.decide()
+                plan: Plan = []
+                tables = {t.group.root: t.group for t in self._tables.values()}
+                for root, scores in step.scores.items():
+                    decision.scores[root] = torch.full((size[root],), torch.inf)
+                    decision.scores[root][left[root]] = scores
+                for root, gone in step.structures.items():
+                    plan.append((root, tables[root].channels_of(gone)))
+                    taken = decision.structures.get(root, []) + [left[root][k] for k in gone]
+                    decision.structures[root] = sorted(taken)
+                    left[root] = [n for k, n in enumerate(left[root]) if k not in set(gone)]
+                decision.dropped = sorted({*decision.dropped, *step.dropped})
+                if plan and self.step < self.steps:
+                    progress(f"step {self.step + 1} of {self.steps} of {self.name}")
+                    with self.removal(plan):
+                        dependency.take_out(self.model, example, plan, self.build)
+                    self.groups()
+            counted = {name: dict(getattr(up, name)) for name in _COUNTED}
+            for name, later in self._later.items():
+                counted[name].update(later)
+        finally:
+            running.put_back(kept)
+            self.groups()
+        up.current_step = self.steps
+        for name in _PARTS:
+            now = counted[name]
+            self._later[name] = {m: n for m, n in now.items() if before[name].get(m) != n}
+        up._scope_initial_channels.update(counted["_scope_initial_channels"])
+        return decision
+
+    def _state_of_all(self) -> running.Attributes:
+        """Whatever a removal changes: of model, pruner, importance and graph."""
+        nodes = list(self._graph.module2node.values())
+        things = [*self.model.modules(), self.upstream, self._graph, *nodes]
+        things += [d for node in nodes for d in node.dependencies]
+        things += [n.module for n in nodes if not isinstance(n.module, nn.Parameter)]
+        if hasattr(self.upstream.importance, "__dict__"):
+            things.append(self.upstream.importance)
+        return running.attributes_of({id(thing): thing for thing in things}.values())
 
     # ------------------------------------------------------------------ removal
 

@@ -14,7 +14,7 @@ import os
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -160,15 +160,20 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-Attributes = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
-"""For each module its attributes, and the contents of those that are collections."""
+Attributes = list[tuple[Any, dict[str, Any], dict[str, Any]]]
+"""For each object its attributes, and the contents of those that are collections."""
 
 
 def parts(model: nn.Module) -> Attributes:
     """The attributes of all modules of a model, without copies of its tensors."""
+    return attributes_of(model.modules())
+
+
+def attributes_of(things: Iterable[Any]) -> Attributes:
+    """The attributes of some objects, without copies of what they hold."""
     return [
-        (m, dict(vars(m)), {k: v.copy() for k, v in vars(m).items() if type(v) in _COLLECTIONS})
-        for m in model.modules()
+        (t, dict(vars(t)), {k: v.copy() for k, v in vars(t).items() if type(v) in _COLLECTIONS})
+        for t in things
     ]
 
 
@@ -176,10 +181,10 @@ _COLLECTIONS = {dict, OrderedDict, list, set}
 
 
 def put_back(kept: Attributes) -> None:
-    """Give modules the attributes back that they had in :func:`parts`, in the same collections."""
-    for module, attributes, contents in kept:
-        vars(module).clear()
-        vars(module).update(attributes)
+    """Give objects the attributes back that they had, in the same collections."""
+    for thing, attributes, contents in kept:
+        thing.__dict__.clear()
+        thing.__dict__.update(attributes)
         for name, content in contents.items():
             collection = attributes[name]
             if not content and not collection:  # most are, such as those of hooks
