@@ -656,6 +656,11 @@ def count_macs(model: nn.Module, example: Any) -> int:
         model: what to count.
         example: of its inputs; one row is taken of every tensor with as many rows as the first.
     """
+    return counted(model, example).flops // 2
+
+
+def counted(model: nn.Module, example: Any) -> running.Watched:
+    """A pass for :func:`count_macs`, with its operations one by one."""
     watched = running.Watched(counting=True)
     with torch.no_grad():
         try:
@@ -663,7 +668,7 @@ def count_macs(model: nn.Module, example: Any) -> int:
         except Exception:  # rows that are no samples, as of a graph: then the whole example
             watched = running.Watched(counting=True)
             running.probe(model, example, watched=watched)
-    return watched.flops // 2
+    return watched
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -24,7 +24,7 @@ from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import graph, upstreams
 from dpm_core.third_party.groups import UnsupportedLayerError
 from dpm_core.third_party.pruner import Pruner
-from experiments import models
+from experiments.inputs import models
 from tests.support import rounding, torchvisions
 from tests.support.frameworks import (
     CASES,

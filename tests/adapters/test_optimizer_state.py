@@ -19,7 +19,7 @@ from dpm_core.adapters.optimizer_state import CarryOver, CarryOverError
 from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import dependency, graph
 from dpm_core.third_party.groups import UnsupportedLayerError
-from experiments.models import build
+from experiments.inputs.models import build
 from tests.support import rounding
 from tests.support.frameworks import CASES, Drive
 from tests.support.snapshot import refused, same_bits

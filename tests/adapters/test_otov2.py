@@ -22,7 +22,7 @@ from dpm_core.adapters.base import AdapterError, Training, count_macs, structure
 from dpm_core.adapters.otov2 import OTOv2, OTOv2Options
 from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import dependency, otov2
-from experiments import models
+from experiments.inputs import models
 from tests.support import rounding, torchvisions
 from tests.support.frameworks import EAGER, EXAMPLE, SmallResNet, batch, small_resnet
 from tests.support.rounding import exact_outputs

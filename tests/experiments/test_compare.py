@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from dpm_core.adapters.saved import save_pruned
-from experiments import compare as compare_module
 from experiments.__main__ import STOPPED, main
-from experiments.compare import Job, compare
 from experiments.config import Config
-from experiments.run import ASKING, MODEL, Request, RunError
+from experiments.errors import RunError
+from experiments.running import compare as compare_module
+from experiments.running.compare import Job, compare
+from experiments.running.run import ASKING, MODEL, Request
 from tests.support import forked, tiny
 from tests.support.records import record
 

@@ -12,9 +12,11 @@ from torch import nn
 from dpm_core.adapters.base import structure_group
 from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import otov2
-from experiments import export, models
-from experiments.run import MODEL, RunError, run
-from experiments.training import outputs
+from experiments.errors import RunError
+from experiments.inputs import models
+from experiments.running import export
+from experiments.running.run import MODEL, run
+from experiments.running.training import outputs
 from tests.support import rounding, tiny, torchvisions
 from tests.support.rounding import exact_outputs
 

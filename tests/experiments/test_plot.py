@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import plot, table
 from experiments.__main__ import main
-from experiments.run import CONTROLS, VARIANTS, RunError
+from experiments.errors import RunError
+from experiments.running.run import CONTROLS, VARIANTS
+from experiments.showing import plot, table
 from tests.support.records import record, save, save_trace
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import results, table
 from experiments.config import load
+from experiments.showing import results, table
 from tests.support import forked
 
 ROOT = Path(__file__).parents[2]

@@ -21,11 +21,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import run as run_module
 from experiments.__main__ import STOPPED
+from experiments.errors import RunError
 from experiments.files import load_tensors, save_tensors
-from experiments.run import MODEL, RunError, run
-from experiments.training import Stopped
+from experiments.running import run as run_module
+from experiments.running.run import MODEL, run
+from experiments.running.training import Stopped
 from tests.support import forked, tiny
 from tests.support.tiny import MINIATURE
 

@@ -12,22 +12,17 @@ from PIL import Image
 
 from dpm_core.adapters.base import AdapterError, count_macs, count_parameters
 from dpm_core.adapters.saved import DamagedError, read, save_pruned
-from experiments import data, table, training
-from experiments import run as run_module
 from experiments.__main__ import STOPPED, main
+from experiments.errors import RunError
 from experiments.files import load_tensors, save_tensors
-from experiments.images import Images
-from experiments.rebuild import load_model
-from experiments.run import (
-    CHECKPOINT,
-    MODEL,
-    RECORD_VERSION,
-    VARIANTS,
-    Request,
-    RunError,
-    run,
-)
-from experiments.training import Loop, Stopped, accuracy, laid_out, outputs
+from experiments.inputs import data
+from experiments.inputs.images import Images
+from experiments.running import run as run_module
+from experiments.running import training
+from experiments.running.rebuild import load_model
+from experiments.running.run import CHECKPOINT, MODEL, RECORD_VERSION, VARIANTS, Request, run
+from experiments.running.training import Loop, Stopped, accuracy, laid_out, outputs
+from experiments.showing import table
 from tests.support import rounding, tiny
 from tests.support.tiny import MINIATURE
 

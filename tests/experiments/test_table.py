@@ -9,10 +9,11 @@ import re
 import pytest
 from scipy import stats
 
-from experiments import table
 from experiments.__main__ import main
-from experiments.pairs import detectable
-from experiments.run import RECORD_VERSION, RunError
+from experiments.errors import RunError
+from experiments.running.run import RECORD_VERSION
+from experiments.showing import table
+from experiments.showing.pairs import detectable
 from tests.support.records import record, save
 
 FINAL = {"base": [80.0, 82.0, 84.0], "sp": [81.0, 85.0, 86.0], "sr": [83.0]}
