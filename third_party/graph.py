@@ -624,9 +624,7 @@ def tables(
         return dict(_tables(built, model, roots))
 
 
-def _tables(
-    built: Any, model: nn.Module, of: Iterable[str]
-) -> Iterator[tuple[str, UpstreamGroup]]:
+def _tables(built: Any, model: nn.Module, of: Iterable[str]) -> Iterator[tuple[str, UpstreamGroup]]:
     names, kinds = _names(model), getattr(built, "roots", roots())
     layers: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     for name in of:
