@@ -12,6 +12,7 @@ installed, how Python was set up, or which number the process has.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -126,6 +127,7 @@ def serve(listener: socket.socket, program: str) -> None:
             if not loaded:
                 for module in HEAVY:
                     __import__(module)
+                gc.freeze()  # nothing of this is looked at again, so that processes share it
                 loaded = True
             if os.fork() == 0:
                 listener.close()
