@@ -187,8 +187,7 @@ def _fitting(build: Build, plan: Plan) -> Build:
 
 def _apply_whole(built: Any, model: nn.Module, part: Plan) -> None:
     """One removal, of whole structures, that leaves something of every layer."""
-    for name, channels in part:
-        graph.require_whole(built, model, name, channels)
+    graph.require_whole(built, model, part)
     had = {n for n, p in model.named_parameters(remove_duplicate=False) if p.numel()}
     apply(built, model, gathered(built, model, part))
     for name, parameter in model.named_parameters(remove_duplicate=False):

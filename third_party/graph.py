@@ -41,7 +41,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from . import heads, running
-from .groups import BATCH_NORMS, Share, UnsupportedLayerError, UpstreamGroup, named
+from .groups import BATCH_NORMS, Plan, Share, UnsupportedLayerError, UpstreamGroup, named
 from .upstreams import require
 
 require("torch-pruning")
@@ -621,36 +621,39 @@ def tables(
     """
     built = build(model, example)
     with upstream(model):
-        return {name: _table_of(built, model, name) for name in roots}
+        return dict(_tables(built, model, roots))
 
 
-def _table_of(built: Any, model: nn.Module, name: str) -> UpstreamGroup:
-    of_heads = built.heads.of(name)
-    if of_heads is not None:
-        return of_heads.group(model)  # type: ignore[no-any-return]
-    try:
-        layer = model.get_submodule(name)
-    except AttributeError:
-        layer = nn.Module()
-    kinds = getattr(built, "roots", roots())
-    if layer not in built.module2node or not isinstance(layer, kinds):
-        raise UnsupportedLayerError(
-            f"{name!r} is no convolution or linear layer of the model that its outputs depend on"
-        )
-    channels = range(built.get_pruner_of_module(layer).get_out_channels(layer))
-    try:
-        return _table(built, whole(built, layer, channels), _names(model))
-    except UnsupportedLayerError as why:
-        raise UnsupportedLayerError(named(name, str(why))) from why
+def _tables(built: Any, model: nn.Module, of: Iterable[str]) -> Iterator[tuple[str, UpstreamGroup]]:
+    names, kinds = _names(model), getattr(built, "roots", roots())
+    layers: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    for name in of:
+        of_heads = built.heads.of(name)
+        if of_heads is not None:
+            yield name, of_heads.group(model)
+            continue
+        layer: Any = layers.get(name)
+        if layer not in built.module2node or not isinstance(layer, kinds):
+            raise UnsupportedLayerError(
+                f"{name!r} is no convolution or linear layer of the model that its outputs depend "
+                "on"
+            )
+        channels = range(built.get_pruner_of_module(layer).get_out_channels(layer))
+        try:
+            yield name, _table(built, whole(built, layer, channels), names)
+        except UnsupportedLayerError as why:
+            raise UnsupportedLayerError(named(name, str(why))) from why
 
 
-def require_whole(built: Any, model: nn.Module, name: str, channels: Sequence[int]) -> None:
+def require_whole(built: Any, model: nn.Module, plan: Plan) -> None:
     """Refuse channels of a layer that cannot be removed without others.
 
     Raises:
         UnsupportedLayerError: naming the layer, and the missing channels.
     """
-    _table_of(built, model, name).structures_of(channels)
+    tables = _tables(built, model, [name for name, _ in plan])
+    for (_, table), (_, channels) in zip(tables, plan, strict=True):
+        table.structures_of(channels)
 
 
 def _names(model: nn.Module) -> dict[nn.Module, str]:

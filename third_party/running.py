@@ -446,6 +446,9 @@ def doubled(example: Any) -> Any:
     )
 
 
+_PLACES = 1000
+
+
 @torch.no_grad()
 def rounding(
     model: nn.Module, example: Any, given: Outputs, *, training: bool = False
@@ -464,13 +467,20 @@ def rounding(
         The largest change of each output, where both are finite.
     """
     draw = torch.Generator().manual_seed(1)
-    kept = [(p, p.clone()) for p in model.parameters()]
+    kept = [(p, p.clone()) for p in model.parameters() if _real(p)]
+    # Each parameter takes its signs from some place of one row: drawing them all takes longer than
+    # running the model.
+    most = max((p.numel() for p, _ in kept), default=0)
+    signs = 2 * torch.randint(0, 2, (most + _PLACES,), generator=draw, dtype=torch.int8) - 1
+    rows: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     try:
         for parameter, value in kept:
-            if value.is_floating_point() or value.is_complex():
-                eps = max(given.eps, torch.finfo(value.dtype).eps)
-                signs = torch.randint(0, 2, value.shape, generator=draw, dtype=torch.float64)
-                parameter.copy_(value * (1 + eps * (2 * signs - 1)).to(value.device))
+            kind = value.device, value.dtype
+            if kind not in rows:
+                rows[kind] = signs.to(*kind) * max(given.eps, torch.finfo(value.dtype).eps)
+            place = int(torch.randint(_PLACES, (), generator=draw))
+            row = rows[kind][place : place + value.numel()]
+            parameter.addcmul_(value, row.view(value.shape))
         moved = outputs(model, example, training=training)
     finally:
         for parameter, value in kept:

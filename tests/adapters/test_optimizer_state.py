@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import warnings
 from collections.abc import Callable
 
@@ -124,13 +126,26 @@ def trained(name: str, kind: str, dtype: torch.dtype) -> tuple[nn.Module, Optimi
     return model, optimizer
 
 
+@functools.cache
+def what_stays(name: str) -> dict[str, list[torch.Tensor]]:
+    """The positions that each plan leaves; they do not depend on weights."""
+    return dependency.survivors(build(name, 3, 10, seed=0), EXAMPLE, PLANS[name])
+
+
 def pruned(
     name: str, kind: str, dtype: torch.dtype
 ) -> tuple[Masked, Optimizer, nn.Module, Optimizer]:
     """The model with zeros and the small one, each with its optimizer."""
+    return copy.deepcopy(_pruned(name, kind, dtype))  # the same for several tests
+
+
+@functools.cache
+def _pruned(
+    name: str, kind: str, dtype: torch.dtype
+) -> tuple[Masked, Optimizer, nn.Module, Optimizer]:
     large, of_large = trained(name, kind, dtype)
     small, of_small = copy.deepcopy((large, of_large))
-    stays = dependency.survivors(large, EXAMPLE.to(dtype), PLANS[name])
+    stays = what_stays(name)
     masked = Masked(large)
     masked.prune(stays)
     Masked(small).prune(stays)
@@ -236,7 +251,7 @@ def test_a_scheduler_and_step_hooks_go_on(kind):
         optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append(1))
         train(model, optimizer, range(5), scheduler.step)
         masked = Masked(model)
-        masked.prune(dependency.survivors(model, EXAMPLE.to(dtype), PLANS[name]))
+        masked.prune(what_stays(name))
         if small:
             Removal(PLANS[name]).apply(model, EXAMPLE.to(dtype), optimizer)
         rates = []
@@ -345,7 +360,7 @@ def test_parameters_without_state_yet_are_replaced_as_well():
             p.requires_grad_(True)
         assert len(optimizer.state) < len(list(model.parameters()))
         masked = Masked(model)
-        masked.prune(dependency.survivors(model, EXAMPLE.to(dtype), PLANS[name]))
+        masked.prune(what_stays(name))
         if small:
             Removal(PLANS[name]).apply(model, EXAMPLE.to(dtype), optimizer)
             assert len(optimizer.state) < len(list(model.parameters()))
@@ -469,13 +484,14 @@ def test_adafactor_is_refused():
 
 def test_single_values_are_kept():
     kept = (None, 3, 0.5, True, "warm", torch.tensor(7.0))
-    for value in kept:
-        model = build("resnet20", 3, 10, seed=0)
-        optimizer = Odd(model.parameters(), lambda p, value=value: value)
-        dependency.set_to_zero(model, EXAMPLE, PLANS["resnet20"])
-        Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer)
-        assert len(optimizer.state) == len(list(model.parameters()))
-        assert all(optimizer.state[p]["odd"] is value for p in model.parameters())
+    model = build("resnet20", 3, 10, seed=0)
+    given = itertools.cycle(kept)  # in each layer several
+    optimizer = Odd(model.parameters(), lambda p: next(given))
+    dependency.set_to_zero(model, EXAMPLE, PLANS["resnet20"])
+    Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer)
+    assert len(optimizer.state) == len(list(model.parameters()))
+    for p, value in zip(model.parameters(), itertools.cycle(kept), strict=False):
+        assert optimizer.state[p]["odd"] is value
 
 
 def test_an_optimizer_that_keeps_parameters_elsewhere_is_refused():

@@ -465,7 +465,7 @@ def test_a_comparison_ends_in_records_a_table_and_plots_and_is_not_done_twice(tm
     assert all(row.split("|")[-2].strip() == "2" for row in rows[2:])
     pictures = [Path(line) for line in lines if line.endswith(".png")]
     assert [p.name for p in pictures] == [
-        f"tiny-digits-{what}.png" for what in ("accuracy", "channels", "norms")
+        f"tiny-digits--360-training-images-{what}.png" for what in ("accuracy", "channels", "norms")
     ]
     assert all(p.exists() and p.parent == out / "plots" for p in pictures)
     assert lines[-1] == str(out / "table.json")

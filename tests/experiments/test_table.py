@@ -578,7 +578,7 @@ def test_a_table_is_made_of_the_records_named(tmp_path, capsys):
 
 def test_the_table_of_real_runs_shows_what_their_records_say(tiny_runs):
     text = table.markdown(table.read([tiny_runs.out]))
-    assert text.startswith("depgraph, vgg-digits, digits (tiny); dense ")
+    assert text.startswith("depgraph, vgg-digits, digits, 360 training images (tiny); dense ")
     rows = {row[0]: row for row in cells(text)[2:]}
     assert list(rows) == ["base", "+SP", "+SR"]
     for name, variant in (("base", "base"), ("+SP", "sp"), ("+SR", "sr")):
