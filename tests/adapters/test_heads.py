@@ -22,6 +22,11 @@ from tests.support.frameworks import EAGER
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
+from dpm_core.adapters.transformers import (  # noqa: E402  (only where transformers is)
+    load_pruned_pretrained,
+    save_pruned_pretrained,
+)
+
 transformers.logging.set_verbosity_error()
 
 IDS = torch.randint(1, 50, (2, 6), generator=torch.Generator().manual_seed(1))
@@ -274,6 +279,20 @@ def test_sp_and_sr_end_where_base_does_and_the_small_model_is_saved(name, tmp_pa
     removal.save(tmp_path / "small.safetensors", model)
     again = load_pruned(tmp_path / "small.safetensors", case.build(), case.example)
     assert all(map(torch.equal, outputs(again, case.example), small))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-grouped", "phi3"])
+def test_a_folder_is_loaded_by_the_dense_networks_configuration(name, tmp_path):
+    case = CASES[name]
+    model = case.build()
+    run = DepGraph(model, case.example, OPTIONS)
+    run.attach(torch.optim.SGD(model.parameters(), 0.1))
+    removal = run.remove()
+    save_pruned_pretrained(tmp_path, model, removal)
+    again = load_pruned_pretrained(type(model), tmp_path, case.example)
+    assert all(map(torch.equal, outputs(again, case.example), outputs(model, case.example)))
+    for path, (_, after) in case.counts.items():
+        assert read(again, path.replace("model.config", "config")) == after
 
 
 def test_a_token_more_needs_no_more_than_what_was_kept_of_the_others():
