@@ -16,7 +16,7 @@ import multiprocessing
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -278,7 +278,7 @@ def _send(name: str, threads: int, sender: Connection) -> None:
 
 
 def collect(
-    names: Iterable[str],
+    names: Sequence[str],
     path: Path,
     largest: float,
     run: Callable[[str], Row],
@@ -298,15 +298,14 @@ def collect(
         All rows of the file.
     """
     rows = {row["network"]: row for row in read(path)}
-    sizes = {name: size_of(name) for name in names}
-    undone = {n for n in sizes if rows.get(n, {"outcome": "not run"})["outcome"] == "not run"}
-    missing = [n for n in sizes if anew or n in undone]
+    undone = [n for n in names if rows.get(n, {"outcome": "not run"})["outcome"] == "not run"]
+    sizes = {name: size_of(name) for name in (names if anew else undone)}
     circumstances = {
         "revision": revision(),
         "device": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
     }
-    bar = tqdm(sorted(missing, key=lambda n: (sizes[n], n)), unit="network", disable=None)
+    bar = tqdm(sorted(sizes, key=lambda n: (sizes[n], n)), unit="network", disable=None)
     for name in bar:
         bar.set_postfix_str(name)
         if sizes[name] > largest:

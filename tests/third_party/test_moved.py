@@ -67,6 +67,12 @@ def saved(*names: str) -> object:
     return names
 
 
+def put_out() -> object:
+    """The shape of what an operation has put out."""
+    x = torch.zeros(2, 3, requires_grad=True)
+    return tuple((x @ x.T).softmax(-1).grad_fn._input_metadata[0].shape) == (2, 2)
+
+
 def flattened() -> object:
     from torch.distributed.fsdp import _common_utils
 
@@ -115,6 +121,8 @@ USED: dict[str, Callable[[], object]] = {
     "_saved_self": lambda: saved("_saved_self"),
     "_saved_mat1": lambda: saved("_saved_mat1"),
     "_saved_indices": lambda: saved("_saved_indices"),
+    "_saved_groups": lambda: saved("_saved_groups"),
+    "_input_metadata": put_out,
     "_start_method": start_method,
 }
 """Names beginning with an underscore, and what tries them."""
