@@ -105,6 +105,7 @@ def start_method() -> object:
 
 USED: dict[str, Callable[[], object]] = {
     "_optimizer_step_pre_hooks": step_hooks,
+    "_patch_step_function": lambda: callable(torch.optim.Optimizer._patch_step_function),
     "_forward_pre_hooks": forward_hooks,
     "_per_optimizer_states": scaler_states,
     "_version": version,
