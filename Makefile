@@ -91,7 +91,7 @@ compare: $(SETUP) ## base, +SP, +SR and the controls: FRAMEWORK= DATA= NETWORK= 
 	  --variants $(call q,$(VARIANTS)) --seeds $(call q,$(SEEDS)) $(places) $(FLAGS)
 
 bench-overhead: $(SETUP) ## what attaching costs a training step, and the decay against torch-kirigami
-	@$(PY) -m experiments.overhead --out=$(call q,$(OUT)/overhead/overhead.json) $(FLAGS)
+	@$(PY) -m experiments.measuring.overhead --out=$(call q,$(OUT)/overhead/overhead.json) $(FLAGS)
 
 # Where nothing has run yet, tables and the report show the records that are kept.
 table: $(SETUP) ## the table of the runs in OUT=runs, or of the kept records: RECORDS=
@@ -100,8 +100,8 @@ table: $(SETUP) ## the table of the runs in OUT=runs, or of the kept records: RE
 report: $(SETUP) ## one page to look at, report.html in OUT: tables, plots, latency
 	@$(PY) -m experiments report --out=$(call q,$(OUT)) -- $(SHOWN)
 
-table-models: $(SETUP) ## which of torchvision's networks can be pruned; measures what is missing
-	@$(PY) -m experiments.breadth $(FLAGS)
+table-models: $(SETUP) ## which networks of torchvision and timm can be pruned; measures what is missing
+	@$(PY) -m experiments.measuring.breadth $(FLAGS)
 
 plots: $(SETUP) ## the plots of all finished runs in OUT=runs
 	@$(PY) -m experiments plots --out=$(call q,$(OUT))
@@ -115,11 +115,14 @@ test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones
 # Another processor adds numbers up in another order. These settings make this one do so, too, each
 # differing from `make test` (this processor's own kernels, one thread) and from the others: the
 # kernels of PyTorch, of oneDNN (convolutions) and of MKL (products of matrices), and the threads.
-# Elsewhere than on x86 the kernels are the processor's own. Chosen are the folders and files in which
-# numbers are compared, without slow tests, refusals, and those of a computation with itself.
-PORTABLE := \
+# Elsewhere than on x86 the kernels are the processor's own. Under the two settings that are farthest
+# from `make test`, all runs that computes: the folders and files in which numbers are compared, without
+# slow tests, refusals, and those of a computation with itself. There a test shows that takes for equal
+# what is rounded in different ways. Under the other two, those run that compare with a tolerance.
+FARTHEST := \
   ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=SSE41,MKL_ENABLE_INSTRUCTIONS=SSE4_2,OMP_NUM_THREADS=1 \
-  ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2,MKL_ENABLE_INSTRUCTIONS=AVX2,OMP_NUM_THREADS=2 \
+  ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2,MKL_ENABLE_INSTRUCTIONS=AVX2,OMP_NUM_THREADS=2
+BETWEEN := \
   ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=AVX2,OMP_NUM_THREADS=1 \
   OMP_NUM_THREADS=2
 NUMERIC := tests/core tests/third_party tests/adapters \
@@ -129,9 +132,11 @@ ALIKE := same_bits or bit_for_bit or refused or killed or waits or processes or 
   or operations or registry or copies or hash_seed or measured
 
 test-portable: $(SETUP) ## the numeric tests with the kernels of other processors, and two threads
-	@for setting in $(PORTABLE); do echo "$$setting"; \
-	  env OMP_WAIT_POLICY=PASSIVE $$(echo $$setting | tr , ' ') $(PY) -m pytest -n auto -q \
-	    -m 'not slow' -k 'not ($(ALIKE))' $(NUMERIC) $(FLAGS) || exit 1; done
+	@for setting in $(FARTHEST) $(BETWEEN); do echo "$$setting"; \
+	  case ' $(FARTHEST) ' in *" $$setting "*) which='not slow';; *) which='numeric and not slow';; esac; \
+	  env OMP_WAIT_POLICY=PASSIVE DRAWN_NETWORKS=60 $$(echo $$setting | tr , ' ') \
+	    $(PY) -m pytest -n auto --dist worksteal -q \
+	    -m "$$which" -k 'not ($(ALIKE))' $(NUMERIC) $(FLAGS) || exit 1; done
 
 notebooks: $(SETUP) ## the tutorials' notebooks anew from their scripts
 	@$(PY) tutorials/make_notebooks.py

@@ -3,6 +3,13 @@
 ``base`` is upstream's own pruning of the model. For ``sp`` and ``sr`` upstream prunes a copy, to
 the same target; what it removed there decays in the real model and is removed at the end.
 
+Structures are output channels, hidden units among them, and whole heads of attention: where several
+heads of queries share one of keys and values, all of these together. Heads are found in whatever
+layers a network keeps them (``third_party.heads``), which is ours; upstream ranks them among one
+another, by the mean of its importance over their channels. The channels of an embedding that norms
+take their mean over cannot go; ``skip_unsupported`` leaves them, and whatever else cannot, as they
+are, so that one call serves transformers, too.
+
 In rounds (iterative pruning) that happens several times in one training: every round prunes the
 model of that time a part of the way, by upstream's ranking at that time. Ours: the MACs or the
 channels shrink by the same factor in every round; and a structure that was released is immune for
@@ -44,7 +51,7 @@ class DepGraphOptions:
 
     Attributes:
         speed_up: MACs of the dense over MACs of the pruned model, at least.
-        ratio: share of channels to remove, in one upstream step.
+        ratio: share of channels to remove, and of heads, in one upstream step.
         steps: upstream's ``iterative_steps`` towards a speed-up.
         global_pruning: rank all groups against one another, rather than each by itself.
         normalizer: upstream's ``normalizer`` of the importance. ``None``: ``max`` with sparse
@@ -371,11 +378,6 @@ class DepGraph(Adapter):
                 f"the last of {o.rounds} rounds starts after {last} steps and its decay takes up "
                 f"to {needed}, but the training has {steps}; give it more epochs or "
                 "shorten smooth.steps, or lower rounds or round_epochs"
-            )
-        if o.ratio is not None and graph.attentions(self.model):
-            raise AdapterError(
-                "upstream counts a ratio of attention heads within one step only; with rounds give "
-                "speed_up"
             )
 
     # ------------------------------------------------------------------ the run

@@ -3,14 +3,14 @@
 ::
 
     callback = DecayPruningCallback(lambda module: DepGraph(module.net, example, options, smooth))
-    trainer = Trainer(max_epochs=30, callbacks=[callback])
-    trainer.fit(Classifier(), loader)  # or with ckpt_path=..., of any stage
+    Trainer(max_epochs=30, callbacks=[callback]).fit(Classifier(), data)  # or ckpt_path=...
     callback.run.removed.save("small.safetensors", callback.run.model)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import callbacks, strategies
@@ -26,8 +26,8 @@ class DecayPruningCallback(callbacks.Callback):
     """Attaches an adapter to a training, and removes when it is time.
 
     A removal follows at the end of the batch in which it becomes due; without smoothing, before the
-    first. From then on a ``ModelCheckpoint`` that monitors something looks for the best of the
-    small models. By ``ckpt_path`` a freshly built module gets, in every stage, the layers that it
+    first. From then on ``ModelCheckpoint`` and ``EarlyStopping`` look for the best of the small
+    models. By ``ckpt_path`` a freshly built module gets, in every stage, the layers that it
     had then; ``load_from_checkpoint`` cannot do that: reload what ``Removal.save`` wrote.
 
     Args:
@@ -52,24 +52,20 @@ class DecayPruningCallback(callbacks.Callback):
             _require_served(trainer)
             self._own(pl_module)
         loads, saves = pl_module.on_load_checkpoint, pl_module.on_save_checkpoint
-
-        def load(checkpoint: dict[str, Any]) -> None:
-            self._lay_out(pl_module, stage == "fit", checkpoint)
-            loads(checkpoint)
-
-        def save(checkpoint: dict[str, Any]) -> None:
-            self.on_save_checkpoint(trainer, pl_module, checkpoint)
-            saves(checkpoint)
-
+        lay_out: Any = partial(self._lay_out, pl_module, stage == "fit")
+        keep: Any = partial(self.on_save_checkpoint, trainer, pl_module)
         # A callback's own hooks are called after the module has loaded, and not for weights alone.
-        pl_module.on_load_checkpoint, pl_module.on_save_checkpoint = load, save
+        pl_module.on_load_checkpoint = lambda checkpoint: (lay_out(checkpoint), loads(checkpoint))
+        pl_module.on_save_checkpoint = lambda checkpoint: (keep(checkpoint), saves(checkpoint))
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
         """Leave module and optimizers."""
         for name in ("on_load_checkpoint", "on_save_checkpoint"):
             vars(pl_module).pop(name, None)
         if self.run is not None:
             self.run.finish()
+
+    on_exception = teardown  # a trainer that is interrupted calls this alone
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Save the adapter's state, too."""
@@ -86,10 +82,13 @@ class DecayPruningCallback(callbacks.Callback):
         """Remove, if it is time."""
         if self.run.due:
             self.run.remove()
-            for one in trainer.checkpoint_callbacks:
+            for one in trainer.callbacks:
                 if isinstance(one, callbacks.ModelCheckpoint) and one.monitor is not None:
                     one.best_k_models, one.best_model_score = {}, None
                     one.best_model_path = one.kth_best_model_path = ""
+                if isinstance(one, callbacks.EarlyStopping):
+                    worst = "inf" if one.mode == "min" else "-inf"
+                    one.best_score, one.wait_count = one.best_score.new_tensor(float(worst)), 0
         known, self._trained = self._trained, {p for p in pl_module.parameters() if p.requires_grad}
         if known != self._trained and isinstance(trainer.strategy.model, DistributedDataParallel):
             trainer.strategy.model = pl_module  # the old wrapper lets go of its parameters first
@@ -99,9 +98,8 @@ class DecayPruningCallback(callbacks.Callback):
         if self._make is not None and not (self.run and self.run.is_of(module)):
             self.run = self._make(module)
         if not isinstance(self.run, Adapter) or not self.run.is_of(module):
-            raise AdapterError(
-                "the callback has no adapter of this module; give it a function that makes one"
-            )
+            why = "the callback has no adapter of this module; give it a function that makes one"
+            raise AdapterError(why)
         return self.run
 
     def _lay_out(self, module: Any, fitting: bool, checkpoint: Mapping[str, Any]) -> None:
@@ -142,6 +140,8 @@ def _require_served(trainer: Any) -> None:
         why = "the strategy copies weights back into a dense model at the end; take strategy='ddp'"
     elif any(isinstance(c, averages) for c in others):
         why = "averages of weights would go across a removal; average in a training after it"
+    elif any(isinstance(c, callbacks.ModelPruning) for c in others):
+        why = "ModelPruning masks weights that a removal would have to divide; give one of the two"
     elif sum(isinstance(c, DecayPruningCallback) for c in others) > 1:
         why = "it has several DecayPruningCallbacks; give one"
     else:

@@ -36,6 +36,8 @@ from .base import Adapter, AdapterError, Structures, structure_group
 from .depgraph import LeftUnprunedWarning
 from .removal import Removal
 
+COUNTED = "give adapt=..., a function that brings the model's own number of heads up to date"
+
 
 @dataclass(frozen=True)
 class TorchPruningOptions:
@@ -49,7 +51,8 @@ class TorchPruningOptions:
             ``None``: each is taken when ``decide()`` is called, the first, too.
         adapt: called with the model after every removal, and with copies of it, to bring numbers
             up to date that upstream does not know, such as an attention's number of heads. It reads
-            them off the layers.
+            them off the layers. ``None``: numbers of heads follow where modules keep them as whole
+            numbers (``third_party.heads``); where they do not, ``check`` says so.
     """
 
     first: int = 0
@@ -149,7 +152,8 @@ class TorchPruning(Adapter):
                 raise AdapterError(remedy(group.root, why_not))
         odd = trial.inexact(self.model, self.example, groups, self.progress, self._own.build)
         for root, why in odd.items():
-            raise AdapterError(remedy(root, why))
+            also = root in self._own.with_heads and self.options.adapt is None
+            raise AdapterError(remedy(root, why) + (f", or {COUNTED}" if also else ""))
         super().check()
 
     def groups(self) -> list[StructureGroup]:

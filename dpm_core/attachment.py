@@ -442,6 +442,9 @@ def unwrapped(optimizer: object) -> Optimizer:
     for _ in range(_DEEPEST):
         if _is_optimizer(inner) and hasattr(inner, "_optimizer_step_pre_hooks"):
             assert isinstance(inner, Optimizer)
+            if type(inner).step is not Optimizer.step:
+                # PyTorch does so for what calls super().__init__(); timm's Lookahead does not.
+                inner._patch_step_function()
             if getattr(type(inner).step, "hooked", False):
                 return inner
         inner = getattr(inner, "optimizer", None)

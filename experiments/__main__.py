@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from . import table
-from .compare import Job, compare
 from .config import load
-from .errors import carried_out
+from .errors import RunError, carried_out
 from .files import save_json
 from .names import LAST_SEED, shown
 from .places import check, clean
-from .ranks import Ranks, joined, started
-from .run import ASKING, CONTROLS, VARIANTS, Request, RunError, run
-from .training import Stopped
+from .running.compare import Job, compare
+from .running.ranks import Ranks, joined, started
+from .running.run import ASKING, CONTROLS, VARIANTS, Request, run
+from .running.training import Stopped
+from .showing import table
 
 STOPPED = 130
 MOST = 10**9
@@ -206,7 +206,7 @@ def _figures(records: list[table.Record], out: Path) -> Path:
 
 
 def _plots(runs: list[tuple[Path, table.Record]], out: Path) -> None:
-    from . import plot  # only now, as in other commands: matplotlib takes a second to load
+    from .showing import plot  # only now, as in other commands: matplotlib takes a second to load
 
     clean(out / "plots")
     for picture in plot.plot(runs, out / "plots"):
@@ -221,11 +221,11 @@ def _show(command: str, runs: list[tuple[Path, table.Record]], out: Path) -> Non
     elif command == "plots":
         _plots(runs, out)
     elif command == "report":
-        from .report import report
+        from .showing.report import report
 
         print(report(runs, out / "report.html"))
     else:
-        from .results import keep
+        from .showing.results import keep
 
         for path in keep(runs):
             print(path)
@@ -307,11 +307,11 @@ def _carry_out(args: argparse.Namespace) -> None:
     elif args.command == "compare":
         _compare(args)
     elif args.command == "export":
-        from .export import export  # only now: onnxruntime takes a while to load
+        from .running.export import export  # only now: onnxruntime takes a while to load
 
         print(export(args.model, args.kind, allow=args.allow))
     elif args.command == "results":
-        from . import results
+        from .showing import results
 
         for path in results.renew():
             print(path)

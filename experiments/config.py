@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     PydanticUserError,
+    RootModel,
     TypeAdapter,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -37,10 +40,10 @@ from dpm_core import (
 from dpm_core.adapters import registry
 from dpm_core.adapters.base import Adapter, AdapterError, Training
 
-from .images import Augmentation
+from .inputs.images import Augmentation
+from .inputs.networks import Network, NetworkError, fingerprint
+from .inputs.starting import digest
 from .names import LARGEST, Name, Text, faults, one_line
-from .networks import Network, NetworkError, fingerprint
-from .starting import digest
 
 LARGEST_IMAGE = 1024
 """Pixels to a side."""
@@ -58,6 +61,7 @@ LATER: tuple[tuple[str, str, Any], ...] = (
     ("", "model_sha256", None),
     ("", "draw_by_seed", False),
     ("data", "augmentation", "shift"),
+    ("rectify", "gate", None),
 )
 """Keys that earlier releases did not know: their table, and the value that they have unless given.
 
@@ -100,24 +104,6 @@ class Data(_Table):
     validation: Count | None = None
     """Set so many of the other training images apart, and measure on them, not on the test images:
     for choosing settings; ``--validation`` overrides it."""
-
-    @field_validator("name")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        if name in ("digits", "cifar10", "cifar100"):
-            return name
-        kind, _, path = name.partition(":")
-        if kind != "folder" or not path:
-            raise ValueError(
-                f"unknown data {name!r}; give digits, cifar10, cifar100 or folder:PATH"
-            )
-        try:
-            Path(path).expanduser()
-        except RuntimeError as cause:
-            raise ValueError(
-                f"there is no such user as in {name!r}; give the whole path"
-            ) from cause
-        return name
 
 
 class Compute(_Table):
@@ -177,25 +163,109 @@ class Dense(Stage):
         return self
 
 
-class Smooth(_Table):
-    """The decay."""
+def settings_of(kind: type) -> dict[str, Any]:
+    """A dataclass's settings with their defaults; ``MISSING`` for one that has none."""
+    defaults = {}
+    for field in fields(kind):
+        if field.init:
+            made = field.default_factory
+            defaults[field.name] = field.default if made is MISSING else made()
+    return defaults
 
-    steps: Count = 20
-    shape: Literal["linear", "cosine"] = "linear"
+
+_Kind = TypeVar("_Kind")
 
 
-class Rectify(_Table):
-    """Self-Rectifying; ``criterion`` with its own settings, the rest as in the core."""
+def built(kind: type[_Kind], given: Mapping[str, Any], at: str, **built_before: Any) -> _Kind:
+    """A dataclass of settings from a table, by the types, limits and defaults that it has itself.
 
-    criterion: Literal["trajectory", "hearing", "exchange"] = "trajectory"
-    rate: float | None = None
-    length: float | None = None
-    batches: int | None = None
-    threshold: float | None = None
-    at: float | None = None
-    max_share: float = 0.15
-    restore: Literal["keep", "effect"] = "effect"
-    waves: int = 1
+    Args:
+        kind: the dataclass.
+        given: what the table says.
+        at: the table's name.
+        built_before: settings that are no plain values.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    known = settings_of(kind)
+    if unknown := sorted(given.keys() - known.keys()):
+        raise ValueError(f"{at}.{unknown[0]} is unknown; there are: {', '.join(sorted(known))}")
+    values: dict[str, Any] = {}
+    lines = [
+        f"{at}.{key}: Field required"
+        for key, default in known.items()
+        if default is MISSING and key not in {*given, *built_before}
+    ]
+    for key, value in given.items():
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(get_type_hints(kind)[key])
+            values[key] = adapter.validate_json(json.dumps(value), strict=True)
+        except ValidationError as cause:
+            lines += _lines(cause, f"{at}.{key}")
+        except (PydanticUserError, NameError) as cause:
+            reason = str(cause).splitlines()[0]
+            raise ValueError(
+                f"{at}: {kind.__name__} has a type that none can be of ({reason})"
+            ) from cause
+    if lines:
+        raise ValueError("; ".join(lines))
+    try:
+        return kind(**values, **built_before)
+    except (DecayPruningError, ValueError) as cause:
+        raise ValueError(_of_key(at, str(cause))) from cause
+
+
+def _of_key(key: str, message: str) -> str:
+    """The message of an error under a key; a class of settings is named as the table that it is."""
+    message = re.sub(r"^[A-Z]\w*\.(?=\w+ )", f"{key}.", message)
+    return message if not key or message.startswith(f"{key}.") else f"{key}: {message}"
+
+
+def _lines(error: ValidationError, prefix: str = "") -> list[str]:
+    lines = []
+    for e in error.errors(include_url=False):
+        key = ".".join(str(part) for part in ([prefix] if prefix else []) + list(e["loc"]))
+        if e["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            message = "unknown key"
+        else:
+            message = e["msg"].removeprefix("Value error, ")
+        lines.append(one_line(_of_key(key, message)))
+    return lines
+
+
+CRITERIA: dict[str, type[Criterion]] = {
+    "trajectory": Trajectory,
+    "hearing": Hearing,
+    "exchange": Exchange,
+}
+"""The core's criteria, as ``[rectify]`` names them."""
+DEFAULT = next(n for n, kind in CRITERIA.items() if isinstance(SelfRectifying().criterion, kind))
+"""The name of the core's default."""
+
+
+class Rectify(RootModel[dict[str, Any]]):
+    """Self-Rectifying: ``criterion``, its settings and the core's others, in one table.
+
+    Which keys there are, of what types, within what limits and with what defaults, say
+    :class:`~dpm_core.SelfRectifying` and the criteria themselves. A key that is ``None`` is not
+    given: a configuration that is written down names all of them.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    root: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _buildable(self) -> Rectify:
+        self.build()
+        return self
+
+    @model_serializer
+    def _whole(self) -> dict[str, Any]:
+        own = (key for kind in CRITERIA.values() for key in settings_of(kind))
+        shared = {k: v for k, v in settings_of(SelfRectifying).items() if k != "criterion"}
+        return {"criterion": DEFAULT, **dict.fromkeys(own), **shared, **self.root}
 
     def build(self, control: Control | None = None, seed: int = 0) -> SelfRectifying:
         """The core's settings.
@@ -203,24 +273,28 @@ class Rectify(_Table):
         Args:
             control: release as many as the criterion would, but at random or the least resistant.
             seed: of the random control.
+
+        Raises:
+            ValueError: a key, a type or a value is wrong. The message names the key.
         """
-        kinds: dict[str, type[Trajectory] | type[Hearing] | type[Exchange]] = {
-            "trajectory": Trajectory,
-            "hearing": Hearing,
-            "exchange": Exchange,
-        }
-        kind = kinds[self.criterion]
-        own = {f.name for f in fields(kind) if f.init}
-        keys = ("rate", "length", "batches", "threshold")
-        given = {k: v for k in keys if (v := getattr(self, k)) is not None}
-        for key in given.keys() - own:
-            raise ConfigurationError(f"{key} is no setting of the criterion {self.criterion!r}")
-        criterion: Criterion = kind(**given)
+        given = {key: value for key, value in self.root.items() if value is not None}
+        name = given.pop("criterion", DEFAULT)
+        if not isinstance(name, str) or name not in CRITERIA:
+            *others, last = map(repr, CRITERIA)
+            raise ValueError(f"rectify.criterion is {name!r}; give {', '.join(others)} or {last}")
+        kind = CRITERIA[name]
+        for key in given:
+            if any(key in settings_of(k) for k in CRITERIA.values()) and key not in settings_of(
+                kind
+            ):
+                raise ValueError(f"rectify.{key} is no setting of the criterion {name!r}")
+        own = {key: given.pop(key) for key in settings_of(kind) if key in given}
+        criterion = built(kind, own, "rectify")
         if control == "random":
             criterion = RandomRelease(criterion, seed)
         elif control == "least-resistant":
             criterion = LeastResistant(criterion)
-        return SelfRectifying(criterion, self.at, self.max_share, self.restore, self.waves)
+        return built(SelfRectifying, given, "rectify", criterion=criterion)
 
 
 class Curve(_Table):
@@ -230,13 +304,13 @@ class Curve(_Table):
     until: Annotated[int, Field(ge=0)] = 100
 
 
-class Config(_Table):
-    """One experiment: a framework on a network on images, for all variants."""
+class Settings(_Table):
+    """What a configuration says, whether or not this machine could run it, as records keep it."""
 
     name: Name
     framework: str
     model: Text
-    """A built-in network's name, or what is imported for it: see :mod:`experiments.networks`."""
+    """A built-in network's name, or what is imported for it; see :mod:`.inputs.networks`."""
     model_options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function that builds the network; none for a built-in one."""
     model_sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
@@ -251,10 +325,39 @@ class Config(_Table):
     draw_by_seed: bool = False
     """Whether what a framework draws, as DepGraph's ``importance = "random"``, differs from seed to
     seed; by default all runs draw alike."""
-    smooth: Smooth = Smooth()
+    smooth: SmoothPruning = SmoothPruning()
+    """The decay, as the core has it."""
     rectify: Rectify = Rectify()
     curve: Curve = Curve()
     compute: Compute = Compute()
+
+    def hash(self) -> str:
+        """A hash of the configuration's content: 16 hex digits."""
+        text = json.dumps(as_before(self.model_dump(mode="json")), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Config(Settings):
+    """One experiment: a framework on a network on images, for all variants."""
+
+    @field_validator("data")
+    @classmethod
+    def _there(cls, data: Data) -> Data:
+        name = data.name
+        if name in ("digits", "cifar10", "cifar100"):
+            return data
+        kind, _, path = name.partition(":")
+        if kind != "folder" or not path:
+            raise ValueError(
+                f"data.name: unknown data {name!r}; give digits, cifar10, cifar100 or folder:PATH"
+            )
+        try:
+            Path(path).expanduser()
+        except RuntimeError as cause:
+            raise ValueError(
+                f"data.name: there is no such user as in {name!r}; give the whole path"
+            ) from cause
+        return data
 
     @model_validator(mode="after")
     def _known(self) -> Config:
@@ -276,7 +379,7 @@ class Config(_Table):
         if "prune" not in self.stages:
             raise ValueError(f"{self.framework} needs the stage 'prune': [stages.prune]")
         self.build_options()
-        self.rectify.build().decision_step(self.build_smooth().steps)
+        self.rectify.build().decision_step(self.smooth.steps)
         return self
 
     @property
@@ -306,16 +409,7 @@ class Config(_Table):
 
     def build_options(self) -> Any:
         """The framework's own settings, as its adapter defines them."""
-        return _options(self.adapter().Options, self.options)
-
-    def build_smooth(self) -> SmoothPruning:
-        """The core's settings of the decay."""
-        return SmoothPruning(self.smooth.steps, self.smooth.shape)
-
-    def hash(self) -> str:
-        """A hash of the configuration's content: 16 hex digits."""
-        text = json.dumps(as_before(self.model_dump(mode="json")), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return built(self.adapter().Options, self.options, "options")
 
     def dense_seed(self, seed: int) -> int:
         """The seed of the model that a run of this seed starts from: of its weights and training.
@@ -357,34 +451,6 @@ class Config(_Table):
         if any(later.values()):
             parts.append(later)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _options(kind: type, given: dict[str, Any]) -> Any:
-    names = {f.name for f in fields(kind)}
-    unknown = sorted(set(given) - names)
-    if unknown:
-        raise ValueError(f"options.{unknown[0]} is unknown; there are: {', '.join(sorted(names))}")
-    try:
-        return TypeAdapter(kind).validate_json(json.dumps(given), strict=True)
-    except ValidationError as cause:
-        raise ValueError("; ".join(_lines(cause, "options"))) from cause
-    except (PydanticUserError, NameError) as cause:
-        reason = str(cause).splitlines()[0]
-        raise ValueError(
-            f"options: {kind.__name__} has a type that none can be of ({reason})"
-        ) from cause
-
-
-def _lines(error: ValidationError, prefix: str = "") -> list[str]:
-    lines = []
-    for e in error.errors(include_url=False):
-        key = ".".join(str(part) for part in ([prefix] if prefix else []) + list(e["loc"]))
-        if e["type"] == "extra_forbidden":
-            message = "unknown key"
-        else:
-            message = e["msg"].removeprefix("Value error, ")
-        lines.append(one_line(f"{key}: {message}" if key else message))
-    return lines
 
 
 def _plain(value: object) -> dict[str, str]:

@@ -12,9 +12,12 @@ from dpm_core import DecayPruningError
 
 from .names import one_line
 from .places import explained
-from .run import RunError
 
 REFUSED, CUT_OFF = 2, 141
+
+
+class RunError(DecayPruningError, RuntimeError):
+    """A run cannot start or go on. The message says what to do."""
 
 
 class QuotingError(RunError):

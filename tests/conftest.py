@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import ExitStack
+from types import CodeType, FunctionType
+from typing import Any
 
 import hypothesis
 import pytest
@@ -34,6 +37,43 @@ def pytest_configure(config: pytest.Config) -> None:
         stack = ExitStack()
         stack.enter_context(forked.serving())
         config.add_cleanup(stack.close)
+
+
+# Whoever compares numbers that were rounded in different ways says how far apart they may be.
+TOLERANT = {
+    *("assert_exact", "assert_rounded", "of_outputs", "finfo", "approx", "allclose", "isclose"),
+    *("assert_close", "apart", "EXACT", "TOLERANCE"),
+}
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Marks as ``numeric`` every test that compares numbers with a tolerance, itself or by others.
+
+    `make test-portable` runs these under all of its settings.
+    """
+    if isinstance(item, pytest.Function) and not TOLERANT.isdisjoint(_named(item.function, set())):
+        item.add_marker("numeric")
+
+
+def _named(function: Any, seen: set[int]) -> Iterator[str]:
+    """Names in a function's code, and in that of the tests' own functions and classes it uses."""
+    function = getattr(getattr(function, "hypothesis", None), "inner_test", function)
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType) or id(code) in seen:
+        return
+    seen.add(id(code))
+    nested, names = [code], set()
+    while nested:
+        code = nested.pop()
+        names.update(code.co_names)
+        nested += [c for c in code.co_consts if isinstance(c, CodeType)]
+    yield from names
+    for name in names:
+        used = function.__globals__.get(name)
+        if getattr(used, "__module__", "").startswith("tests."):
+            for part in vars(used).values() if isinstance(used, type) else (used,):
+                if isinstance(part, FunctionType):
+                    yield from _named(part, seen)
 
 
 @pytest.fixture

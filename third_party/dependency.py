@@ -8,7 +8,10 @@ to what it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -123,7 +126,8 @@ class Comparison:
 
 def set_to_zero(model: nn.Module, example: Any, plan: Plan, build: Build = graph.build) -> None:
     """Set the channels of one removal to zero, in place, with all that has to go with them."""
-    for name, table in graph.tables(model, example, [name for name, _ in plan], build).items():
+    by = _fitting(build, plan)
+    for name, table in graph.tables(model, example, [name for name, _ in plan], by).items():
         zero(table, table.structures_of(dict(plan)[name]))
 
 
@@ -163,17 +167,27 @@ def take_out(model: nn.Module, example: Any, plan: Plan, build: Build = graph.bu
     trained = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False)}
     with _whole_or_not(model):
         for part in separate(plan):
-            built = build(model, example)
+            built = _fitting(build, part)(model, example)
             with graph.upstream(model):
                 _apply_whole(built, model, part)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(trained[name])  # upstream makes new ones that train
 
 
+def _fitting(build: Build, plan: Plan) -> Build:
+    """The graph for a removal, which follows attentions itself that lose parts of their heads."""
+
+    def fitting(model: nn.Module, example: Any) -> Any:
+        built = build(model, example)
+        built.heads = built.heads.whole_in(plan)
+        return built
+
+    return fitting
+
+
 def _apply_whole(built: Any, model: nn.Module, part: Plan) -> None:
     """One removal, of whole structures, that leaves something of every layer."""
-    for name, channels in part:
-        graph.require_whole(built, model, name, channels)
+    graph.require_whole(built, model, part)
     had = {n for n, p in model.named_parameters(remove_duplicate=False) if p.numel()}
     apply(built, model, gathered(built, model, part))
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -189,9 +203,46 @@ def gathered(built: Any, model: nn.Module, plan: Plan) -> list[tuple[Any, list[i
     taken: dict[tuple[Any, Any], tuple[Any, set[int]]] = {}
     for name, channels in plan:
         layer = model.get_submodule(name)
+        heads = built.heads.of(name)
+        if heads is not None:
+            act = _Act(layer, partial(heads.remove, model))
+            gone = heads.structures_of(channels)  # once, also if several of their layers are named
+            taken.setdefault((id(heads.parts), None), (act, set()))[1].update(gone)
+            continue
         for dep, idxs in graph.whole(built, layer, channels).items:
             taken.setdefault((dep.target, dep.handler), (dep, set()))[1].update(idxs)
+    for heads in built.counted.heads:
+        layer = model.get_submodule(heads.root)
+        for dep, positions in list(taken.values()):
+            if dep.target.module is layer and built.is_out_channel_pruning_fn(dep.handler):
+                with suppress(UnsupportedLayerError):  # parts of heads
+                    gone = heads.structures_of(sorted(positions))
+                    act = _Act(layer, partial(heads.count_without, model))
+                    taken[id(heads.parts), None] = (act, set(gone))
     return [(dep, sorted(positions)) for dep, positions in taken.values()]
+
+
+@dataclass
+class _Act:
+    """What happens to whole heads of a layer, in the form of upstream's dependencies.
+
+    Attributes:
+        layer: computes heads.
+        do: called with the heads' numbers.
+    """
+
+    layer: nn.Module
+    do: Callable[[Sequence[int]], None]
+    handler: None = None
+
+    @property
+    def target(self) -> Any:
+        """What upstream's dependencies lead to."""
+        return SimpleNamespace(module=self.layer)
+
+    def __call__(self, heads: Sequence[int]) -> None:
+        """Do it."""
+        self.do(heads)
 
 
 def apply(built: Any, model: nn.Module, taken: Sequence[tuple[Any, list[int]]]) -> None:
@@ -312,7 +363,7 @@ def survivors(
         for name, parameter in parameters().items():  # positions as weights would overflow
             parameter.grad = None
             parameter.data = torch.zeros_like(codes[name], dtype=dtypes[name]).to(parameter.device)
-        built = build(trial, example)
+        built = _fitting(build, part)(trial, example)
         for name, parameter in parameters().items():
             parameter.data = codes[name].to(parameter.device)  # exact to 2^53
         with _whole_or_not(trial), graph.upstream(trial):

@@ -40,24 +40,27 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from . import running
-from .attention import SplitAttention
-from .groups import BATCH_NORMS, Share, UnsupportedLayerError, UpstreamGroup, named
+from . import heads, running
+from .groups import BATCH_NORMS, Plan, Share, UnsupportedLayerError, UpstreamGroup, named
 from .upstreams import require
 
 require("torch-pruning")
 import torch_pruning as tp  # noqa: E402  (only after its version is known)
 from torch_pruning.dependency import graph as _graph_module  # noqa: E402
 from torch_pruning.dependency import index_mapping as _index_mapping  # noqa: E402
+from torch_pruning.dependency import shape_infer as _shape_infer  # noqa: E402
 
-ROOTS = [tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR]
-_ROOTS = tuple(ROOTS)
 WALK = 20
 """A walk may take this many steps for every edge of the graph; ours. Most take one."""
 
 
 Meeting = tuple[Tensor, Tensor]
 """Positions in a layer, and the root's channel at each: both int64 (N,)."""
+
+
+def roots() -> tuple[Any, ...]:
+    """The kinds of layers that groups are named after."""
+    return (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, *heads.conv1d())
 
 
 class TraceError(UnsupportedLayerError):
@@ -124,9 +127,51 @@ class _Group(_graph_module.Group):  # type: ignore[misc]
                 module.offsets = list(accumulate([0, *module.split_sizes]))
 
 
+def _split_sizes(built: Any, node: Any) -> list[int] | None:
+    """The channels of all parts of a split, or ``None`` if it is along something else."""
+    traced = node.grad_fn
+    shape, dim = traced._saved_self_sym_sizes, traced._saved_dim
+    dim -= 2**64 if dim >= 2**63 else 0  # counted from the end
+    width = _shape_infer.infer_out_channels_recursively(built, node.inputs[0], [0])
+    if not -len(shape) <= dim < len(shape) or shape[dim] != width:
+        return None
+    if hasattr(traced, "_saved_split_sizes"):
+        return list(traced._saved_split_sizes)
+    size = traced._saved_split_size
+    return [min(size, width - start) for start in range(0, width, size)]
+
+
+def _map_split(built: Any, node: Any) -> None:
+    """The map of a split, by the numbers of its parts.
+
+    Upstream has none along a dimension that is counted from the front, unless it is the second, nor
+    behind a parameter with three dimensions; and it numbers the parts as it comes across them. Its
+    own map is taken where a part's reader is a layer that runs several times.
+    """
+    split = node.module
+    if not hasattr(node, "parts"):  # what autograd has kept is of the time of the tracing
+        sizes = _split_sizes(built, node)
+        edges = {r: r.grad_fn.next_functions for r in node.outputs}
+        node.parts = {r: [i for fn, i in e if fn is node.grad_fn] for r, e in edges.items()}
+        if sizes is None or any(len(p) != node.outputs.count(r) for r, p in node.parts.items()):
+            node.parts = None
+        else:
+            split.split_sizes, split.offsets = sizes, list(accumulate([0, *sizes]))
+    if node.parts is None:
+        _index_mapping.update_split_index_mapping(built, node)
+        return
+    for reader, parts in node.parts.items():
+        there = [dep for dep in node.dependencies if dep.target is reader]
+        back = [dep for dep in reader.dependencies if dep.target is node]
+        for part, one, other in zip(parts, there, back, strict=True):
+            offset = split.offsets[part : part + 2]
+            one.index_mapping[0] = _index_mapping._SplitIndexMapping(offset, reverse=False)
+            other.index_mapping[0] = _index_mapping._SplitIndexMapping(offset, reverse=True)
+
+
 _MAPS = {
     tp.ops.OPTYPE.CONCAT: _index_mapping.update_concat_index_mapping,
-    tp.ops.OPTYPE.SPLIT: _index_mapping.update_split_index_mapping,
+    tp.ops.OPTYPE.SPLIT: _map_split,
     tp.ops.OPTYPE.RESHAPE: _index_mapping.update_reshape_index_mapping,
     tp.ops.OPTYPE.UNBIND: _index_mapping.update_unbind_index_mapping,
     tp.ops.OPTYPE.EXPAND: _index_mapping.update_expand_index_mapping,
@@ -225,7 +270,7 @@ def build(model: nn.Module, example: Any) -> Any:
         UnsupportedLayerError: upstream cannot trace the network; the message says where, and why.
     """
     require_plain_weights(model)
-    tracing = Tracing()
+    tracing = Tracing(model, example)
     with upstream(model):
         built = tp.DependencyGraph().build_dependency(
             model, example, verbose=False, **tracing.settings()
@@ -234,9 +279,14 @@ def build(model: nn.Module, example: Any) -> Any:
 
 
 class Tracing:
-    """How a model is run while upstream traces it, and which tensors it puts out."""
+    """How a model is run while upstream traces it, and which tensors it puts out.
 
-    def __init__(self) -> None:
+    Attributes:
+        heads: those of the model, which upstream cannot follow.
+    """
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        self.heads = heads.find(model, example)
         self._put_out: list[Any] = []
 
     def settings(self) -> dict[str, Any]:
@@ -244,12 +294,14 @@ class Tracing:
         return {
             "forward_fn": self._forward,
             "output_transform": self._traceable,
-            "customized_pruners": dict.fromkeys(_RECURRENT, _RecurrentPruner()),
+            "customized_pruners": dict.fromkeys(_RECURRENT, _RecurrentPruner())
+            | dict.fromkeys(heads.conv1d(), _Conv1DPruner()),
         }
 
     def finish(self, built: Any) -> Any:
-        """Note on the graph which tensors are its outputs."""
-        built.put_out = set(self._put_out)
+        """Note on the graph which tensors are its outputs, and which layers have heads."""
+        built.put_out, built.heads = set(self._put_out), self.heads
+        built.counted = heads.Found()
         return built
 
     @staticmethod
@@ -328,6 +380,29 @@ class _RecurrentPruner(tp.BasePruningFunc):  # type: ignore[misc]
 
     def get_out_channels(self, layer: nn.RNNBase) -> int:
         return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
+
+
+class _Conv1DPruner(tp.BasePruningFunc):  # type: ignore[misc]
+    """Of transformers' Conv1D, a linear layer with a transposed weight."""
+
+    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        keep = [i for i in range(layer.nf) if i not in set(idxs)]
+        layer.weight = self._prune_parameter_and_grad(layer.weight, keep, 1)
+        layer.bias = self._prune_parameter_and_grad(layer.bias, keep, 0)
+        layer.nf = len(keep)
+        return layer  # type: ignore[no-any-return]
+
+    def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
+        keep = [i for i in range(layer.nx) if i not in set(idxs)]
+        layer.weight = self._prune_parameter_and_grad(layer.weight, keep, 0)
+        layer.nx = len(keep)
+        return layer  # type: ignore[no-any-return]
+
+    def get_out_channels(self, layer: Any) -> int:
+        return len(layer.weight[0])
+
+    def get_in_channels(self, layer: Any) -> int:
+        return len(layer.weight)
 
 
 def _place(cause: Exception, model: nn.Module) -> str | None:
@@ -460,9 +535,9 @@ def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> R
     """The groups in a graph of a model, without those of the layers ``inside``."""
     reading = Reading(built)
     names = _names(model)
-    heads = attentions(model)
+    apart = {model.get_submodule(name) for name in built.heads.layers}
     with upstream(model):
-        for root, group, cause in _walks(reading.graph, inside):
+        for root, group, cause in _walks(reading.graph, apart | set(inside)):
             name = names[root]
             if cause is not None:
                 where = _place(cause, model) or "on from there"
@@ -484,14 +559,31 @@ def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> R
             if any(node.module in inside for node in produced):
                 continue
             try:
-                reading.groups.append(_table(reading.graph, group, names, heads))
+                for node in produced:
+                    if node.module in apart:
+                        raise UnsupportedLayerError(
+                            f"is added to, or multiplied with, the heads of {names[node.module]!r}"
+                        )
+                reading.groups.append(_table(reading.graph, group, names))
             except UnsupportedLayerError as why:
                 reading.refused[name] = named(name, str(why))
+    _add_heads(reading, model, {names[m] for m in inside if m in names})
     reading.outputs = sorted(set(reading.outputs))
     for name, shared in _overlapping(reading.groups).items():
         reading.refused[name] = named(name, shared)
     reading.groups = [g for g in reading.groups if g.root not in reading.refused]
     return reading
+
+
+def _add_heads(reading: Reading, model: nn.Module, inside: Collection[str]) -> None:
+    """The groups of attention heads, but for those with a layer ``inside``."""
+    found = reading.graph.heads
+    for one in found.heads:
+        if one.layers.isdisjoint(inside):
+            reading.groups.append(one.group(model))
+    for name, why in found.refused.items():
+        if name not in inside:
+            reading.refused[name] = named(name, why)
 
 
 def _overlapping(groups: Sequence[UpstreamGroup]) -> dict[str, str]:
@@ -529,32 +621,39 @@ def tables(
     """
     built = build(model, example)
     with upstream(model):
-        return {name: _table_of(built, model, name) for name in roots}
+        return dict(_tables(built, model, roots))
 
 
-def _table_of(built: Any, model: nn.Module, name: str) -> UpstreamGroup:
-    try:
-        layer = model.get_submodule(name)
-    except AttributeError:
-        layer = nn.Module()
-    if layer not in built.module2node or not isinstance(layer, getattr(built, "roots", _ROOTS)):
-        raise UnsupportedLayerError(
-            f"{name!r} is no convolution or linear layer of the model that its outputs depend on"
-        )
-    channels = range(built.get_pruner_of_module(layer).get_out_channels(layer))
-    try:
-        return _table(built, whole(built, layer, channels), _names(model), attentions(model))
-    except UnsupportedLayerError as why:
-        raise UnsupportedLayerError(named(name, str(why))) from why
+def _tables(built: Any, model: nn.Module, of: Iterable[str]) -> Iterator[tuple[str, UpstreamGroup]]:
+    names, kinds = _names(model), getattr(built, "roots", roots())
+    layers: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    for name in of:
+        of_heads = built.heads.of(name)
+        if of_heads is not None:
+            yield name, of_heads.group(model)
+            continue
+        layer: Any = layers.get(name)
+        if layer not in built.module2node or not isinstance(layer, kinds):
+            raise UnsupportedLayerError(
+                f"{name!r} is no convolution or linear layer of the model that its outputs depend "
+                "on"
+            )
+        channels = range(built.get_pruner_of_module(layer).get_out_channels(layer))
+        try:
+            yield name, _table(built, whole(built, layer, channels), names)
+        except UnsupportedLayerError as why:
+            raise UnsupportedLayerError(named(name, str(why))) from why
 
 
-def require_whole(built: Any, model: nn.Module, name: str, channels: Sequence[int]) -> None:
+def require_whole(built: Any, model: nn.Module, plan: Plan) -> None:
     """Refuse channels of a layer that cannot be removed without others.
 
     Raises:
         UnsupportedLayerError: naming the layer, and the missing channels.
     """
-    _table_of(built, model, name).structures_of(channels)
+    tables = _tables(built, model, [name for name, _ in plan])
+    for (_, table), (_, channels) in zip(tables, plan, strict=True):
+        table.structures_of(channels)
 
 
 def _names(model: nn.Module) -> dict[nn.Module, str]:
@@ -566,7 +665,7 @@ def _walks(built: Any, inside: Collection[nn.Module]) -> Iterator[tuple[nn.Modul
     visited: set[nn.Module] = set()
     modules: list[nn.Module] = list(built.module2node)
     for module in modules:
-        if not isinstance(module, tuple(ROOTS)) or module in inside or module in visited:
+        if not isinstance(module, roots()) or module in inside or module in visited:
             continue
         prune = built.get_pruner_of_module(module)
         try:
@@ -588,21 +687,6 @@ def _leaves(built: Any, node: Any) -> bool:
     )
 
 
-def attentions(model: nn.Module) -> list[SplitAttention]:
-    """The attentions whose heads may go."""
-    return [m for m in model.modules() if isinstance(m, SplitAttention)]
-
-
-def attention_of(built: Any, group: Any, among: Sequence[SplitAttention]) -> SplitAttention | None:
-    """The attention whose heads are the group's structures, if there is one."""
-    values = {a.value: a for a in among}
-    for item in group.items if values else ():
-        module, produced = item.dep.target.module, item.dep.handler
-        if module in values and built.is_out_channel_pruning_fn(produced):
-            return values[module]
-    return None
-
-
 def whole(built: Any, layer: nn.Module, channels: Sequence[int]) -> Any:
     """Upstream's group of some output channels of a layer."""
     prune = built.get_pruner_of_module(layer).prune_out_channels
@@ -610,22 +694,11 @@ def whole(built: Any, layer: nn.Module, channels: Sequence[int]) -> Any:
 
 
 def _table(
-    built: Any,
-    group: Any,
-    names: Mapping[nn.Module, str],
-    among: Sequence[SplitAttention],
-    ties: Sequence[Meeting] = (),
+    built: Any, group: Any, names: Mapping[nn.Module, str], ties: Sequence[Meeting] = ()
 ) -> UpstreamGroup:
     """One group as index tables; a refusal's message follows "the group of ..."."""
-    root, attention = group[0].dep.target.module, attention_of(built, group, among)
-    if attention is not None:
-        root = attention.value
-        group = whole(built, root, range(root.out_features))
-        size = attention.head_dim
-        tied = [list(range(k * size, (k + 1) * size)) for k in range(attention.heads)]
-    else:
-        tied = members(built, group, ties)
-    table = UpstreamGroup(names[root], tied, attention is not None)
+    tied = members(built, group, ties)
+    table = UpstreamGroup(names[group[0].dep.target.module], tied)
     of = torch.empty(table.channels, dtype=torch.int64)
     for structure, channels in enumerate(tied):
         of[channels] = structure
@@ -662,17 +735,15 @@ def _table(
             if parameter is not None:
                 name = f"{names[module]}.{attribute}"
                 _add(table, _share(name, parameter, dim, norm, index))
-        source = isinstance(module, tuple(ROOTS)) and not _depthwise(node.module)
+        source = isinstance(module, roots()) and not _depthwise(node.module)
         if source and sum(map(len, index)) != _width(module):
             raise UnsupportedLayerError(
                 f"ties {_width(module)} channels of {names[node.module]!r} to "
                 f"{sum(map(len, index))}, as where one channel is multiplied with all of another "
                 "layer's"
             )
-        last = isinstance(module, (nn.Linear, nn.Embedding))
+        last = isinstance(module, (nn.Linear, nn.Embedding, *heads.conv1d()))
         (norms if norm else producers).append((module, -1 if last else 1, index))
-    if attention is not None:  # a head without values adds nothing
-        producers = [p for p in producers if p[0] is attention.value]
     table.owners = norms or producers
     return table
 
@@ -824,6 +895,8 @@ def positions(name: str, codes: Tensor, shape: torch.Size) -> list[Tensor]:
 
 
 def _width(layer: Any) -> int:
+    if isinstance(layer, heads.conv1d()):
+        return int(layer.nf)
     return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
 
 
@@ -899,6 +972,8 @@ def _kind(module: nn.Module, name: str) -> tuple[dict[str, int], bool] | None:
         why = "whose parts torch-pruning cannot take channels from"
     elif isinstance(module, (_ConvNd, nn.Linear)):
         return {"weight": 0, "bias": 0}, False
+    elif isinstance(module, heads.conv1d()):
+        return {"weight": 1, "bias": 0}, False
     elif isinstance(module, nn.Embedding):
         return {"weight": 1}, False
     elif isinstance(module, _InstanceNorm) and module.track_running_stats:
@@ -929,6 +1004,9 @@ def heard_without_norm(reading: Reading, model: nn.Module) -> set[str]:
     """
     built, heard = reading.graph, set()
     for table in reading.groups:
+        if table.heads:
+            heard.add(table.root)
+            continue
         layer = model.get_submodule(table.root)
         with upstream(model):
             items = whole(built, layer, range(table.channels)).items

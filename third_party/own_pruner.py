@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import dependency, graph, running
+from . import dependency, graph, heads, running
 from .errors import AdapterError
 from .graph import Meeting
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
+from .heads import Found
 from .upstreams import require
 
 require("torch-pruning")
@@ -71,12 +72,14 @@ class OwnPruner:
 
     Args:
         upstream: the pruner. Its model stays as it is until channels are taken out.
-        adapt: called with the model, and with copies of it, when channels have gone.
+        adapt: called with the model, and with copies of it, when channels have gone. ``None``: the
+            numbers of heads that :mod:`.heads` knows are brought up to date.
 
     Attributes:
         upstream: the pruner.
         model: its model.
         refused: why groups that it may prune cannot decay, by their root.
+        with_heads: roots of the groups that lose whole heads.
 
     Raises:
         AdapterError: it is no pruner of torch-pruning.
@@ -91,8 +94,10 @@ class OwnPruner:
         self.upstream, self.model = upstream, upstream.model
         graph.require_plain_weights(self.model)
         self._graph: Any = upstream.DG
+        self._graph.heads = self._graph.counted = Found()  # the user's settings say which
         self._adapt = adapt
         self.refused: dict[str, str] = {}
+        self.with_heads: set[str] = set()
         self._tables: dict[Ranked, _Table] = {}
         self._later: dict[str, dict[nn.Module, int]] = {}  # of _PARTS, when the channels have gone
 
@@ -128,7 +133,7 @@ class OwnPruner:
             UnsupportedLayerError: upstream stumbles over one; the message says where.
         """
         up, names = self.upstream, {m: n for n, m in self.model.named_modules()}
-        self.refused, self._tables = {}, {}
+        self.refused, self.with_heads, self._tables = {}, set(), {}
         with self._at_work():
             for group in self._all():
                 ranked = group
@@ -139,8 +144,11 @@ class OwnPruner:
                 root = names[group[0].dep.target.module]
                 try:
                     self._require_inside(group)
+                    attention, parts = up._is_atten_group(ranked)
+                    if attention and self._prunes_heads(parts):
+                        self.with_heads.add(root)
                     at, ties = self._ties(group, ranked)
-                    table = graph._table(self._graph, group, names, [], ties)
+                    table = graph._table(self._graph, group, names, ties)
                     of = table.structure_of()
                     entry = _Table(table, [of[c] for c in at])
                     self._tables[self._key(ranked)] = entry
@@ -186,8 +194,8 @@ class OwnPruner:
         """Whether the target of a group, as upstream finds it, is above nothing."""
         up, built = self.upstream, self._graph
         attention, parts = up._is_atten_group(group)
-        heads = attention and self._prunes_heads(parts)
-        if attention and not up.prune_head_dims and not heads:
+        whole = attention and self._prunes_heads(parts)
+        if attention and not up.prune_head_dims and not whole:
             return False
         for item in group.items:
             dep = item.dep
@@ -222,8 +230,8 @@ class OwnPruner:
         attention, parts = up._is_atten_group(ranked)
         together = up._get_channel_groups(ranked)
         if attention and self._prunes_heads(parts):
-            heads = {up.num_heads[part] for part in parts}
-            if len(heads) > 1:
+            counts = {up.num_heads[part] for part in parts}
+            if len(counts) > 1:
                 raise UnsupportedLayerError(
                     "is attention in which several heads of queries share one of keys and values, "
                     "so no head can go alone"
@@ -233,7 +241,7 @@ class OwnPruner:
                     "would lose whole heads and a part of each, which overlap (set prune_head_dims "
                     "to False, or head_pruning_ratio to 0)"
                 )
-            return at.tolist(), [(places // (count // heads.pop()), channels)]
+            return at.tolist(), [(places // (count // counts.pop()), channels)]
         if together > 1:
             if count % together:
                 raise UnsupportedLayerError(
@@ -429,7 +437,7 @@ class OwnPruner:
 
     # ------------------------------------------------------------------ removal
 
-    def build(self, model: nn.Module, _example: Any = None) -> Any:
+    def build(self, model: nn.Module, example: Any = None) -> Any:
         """The pruner's graph; of a copy of its model one of the same layers by name.
 
         The copy's own operations between layers can be changed without touching the pruner's.
@@ -485,6 +493,9 @@ class OwnPruner:
         twin.IGNORED_LAYERS_IN_TRACING = [layer(m) for m in built.IGNORED_LAYERS_IN_TRACING]
         twin._pruning_history = []
         twin.put_out = getattr(built, "put_out", set())
+        twin.heads, twin.counted = built.heads, built.counted
+        if self._adapt is None and example is not None and self.upstream.prune_num_heads:
+            twin.counted = heads.find(model, example)
         twin.roots = tuple(self.upstream.root_module_types)
         twin.maps_valid, twin.adapt = False, self._adapt
         return twin
@@ -549,9 +560,9 @@ class OwnPruner:
         up = self.upstream
         up.current_step = state["step"]
         up._scope_initial_channels.update(state["scopes"])
-        for name, heads in state["heads"].items():
+        for name, count in state["heads"].items():
             layer = self.model.get_submodule(name)
-            up.num_heads[layer] = up.out_channel_groups[layer] = heads
+            up.num_heads[layer] = up.out_channel_groups[layer] = count
         self._later = {
             name: {self.model.get_submodule(layer): n for layer, n in later.items()}
             for name, later in state["later"].items()

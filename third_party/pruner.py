@@ -14,9 +14,9 @@ What this file works around, all of it in that version:
   (``BasePruner._round_to``, ``_check_pruning_ratio``).
 - Two importances sort a group's positions, and not the root's channels that these belong to
   (``GroupTaylorImportance``, ``GroupHessianImportance``).
-- A group of attention heads has the inputs of the next layer as its root. A step in which global
-  ranking has no head to remove fails. Heads are counted as removed even if the removal is then
-  refused, as it is for the last heads of a layer.
+- Its importance knows no Conv1D and fails on some grouped convolutions.
+- Heads are found by ``third_party.heads``, so they are counted and chosen here, as upstream does
+  it: by the mean of its importance over their channels, among one another.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from . import graph
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
+from .heads import Heads, conv1d, weight_dims
 from .upstreams import require
 
 require("torch-pruning")
@@ -80,8 +82,7 @@ class _Upstream(tp.pruner.GroupNormPruner):  # type: ignore[misc]
 class Pruner:
     """Upstream's GroupNormPruner, free of shared defaults.
 
-    A :class:`~dpm_core.third_party.attention.SplitAttention` loses whole heads, the share ``ratio``
-    of them; heads are ranked among one another.
+    Attentions lose whole heads, the share ``ratio`` of them; heads are ranked among one another.
 
     Args:
         model: what to prune; it stays as it is until :meth:`run`.
@@ -90,8 +91,7 @@ class Pruner:
         ignored: layers that stay as they are, those of the network's outputs among them.
         importance: one of :data:`IMPORTANCES`, or a seed, to draw channels instead of ranking them.
         round_to: as upstream's; of a structure of several channels, these are counted.
-        max_pruning_ratio: a layer loses no larger share of its structures. Of heads it may lose
-            more by one step, as in upstream.
+        max_pruning_ratio: a layer loses no larger share of its structures.
         sizes: structures that groups had in the dense model, by root, if it was pruned before.
 
     Attributes:
@@ -129,10 +129,10 @@ class Pruner:
         )
         self._sorting = importance in ("taylor", "hessian")
         self._share, self._unit = 1 - max_pruning_ratio, round_to or 1
-        self._attentions = graph.attentions(model)
-        parts = [(p, a) for a in self._attentions for p in (a.query, a.key, a.value)]
-        tracing = graph.Tracing()
         graph.require_plain_weights(model)
+        tracing = graph.Tracing(model, example)
+        inside = {m for name in ignored for m in model.get_submodule(name).modules()}
+        apart = {model.get_submodule(name) for name in tracing.heads.layers}
         with graph.upstream(model):
             self.upstream = _Upstream(
                 model,
@@ -146,29 +146,32 @@ class Pruner:
                 round_to=round_to or (1 if max_pruning_ratio < 1 else None),
                 isomorphic=isomorphic,
                 max_pruning_ratio=max_pruning_ratio,
-                ignored_layers=[model.get_submodule(name) for name in ignored],
-                root_module_types=list(graph.ROOTS),
+                ignored_layers=[*inside, *apart],
+                root_module_types=list(graph.roots()),
                 in_channel_groups={},
                 out_channel_groups={},
-                num_heads={part: attention.heads for part, attention in parts},
-                prune_num_heads=True,
-                prune_head_dims=False,
-                head_pruning_ratio=ratio,
+                num_heads={},
                 **tracing.settings(),
             )
         self._graph = tracing.finish(self.upstream.DG)
         self.left_whole: list[str] = []
         self._enough = self._graph.check_pruning_group
         self._graph.check_pruning_group = self._checked
-        reading = graph.read_built(self._graph, model, set(self.upstream.ignored_layers))
+        reading = graph.read_built(self._graph, model, inside)
         for why in reading.refused.values():
             raise UnsupportedLayerError(why)
         self.groups = reading.groups
+        of_heads = (tracing.heads.of(g.root) for g in self.groups if g.heads)
+        self._heads: dict[str, Heads] = {h.root: h for h in of_heads if h is not None}
+        self._first = {root: h.count for root, h in self._heads.items()}
         self._sizes = {g.root: g.structures for g in self.groups} | dict(sizes or {})
         names = {m: n for n, m in model.named_modules()}
         self.upstream.least = lambda root: self._least(names[root])
         self.upstream.kept = set()
-        self._tied = {model.get_submodule(g.root) for g in self.groups if not self._tie(g)}
+        self._tied = {
+            model.get_submodule(g.root) for g in self.groups if not g.heads and not self._tie(g)
+        }
+        self._rank_all()
         self._wholes = _Wholes()
 
     def _tie(self, group: UpstreamGroup) -> bool:
@@ -177,7 +180,7 @@ class Pruner:
         It can where they lie as in a grouped convolution.
         """
         count, size = group.structures, len(group.members[0])
-        if size > 1 and not group.heads:
+        if size > 1:
             if group.members != [list(range(k, group.channels, count)) for k in range(count)]:
                 return False
             self.upstream.out_channel_groups[self._model.get_submodule(group.root)] = size
@@ -197,9 +200,7 @@ class Pruner:
     def most(self, group: UpstreamGroup) -> list[int]:
         """As many channels of a group as may go at most."""
         size = len(group.members[0])
-        unit = self._unit // math.gcd(self._unit, size)
-        if group.heads:
-            unit = 1
+        unit = 1 if group.heads else self._unit // math.gcd(self._unit, size)
         least = math.ceil(self._least(group.root) / unit) * unit
         return group.channels_of(range(least, group.structures)) if self.ranks(group) else []
 
@@ -215,10 +216,20 @@ class Pruner:
         scores = self._importance(self._rankable(group))
         if scores is None:
             return None
+        if isinstance(group, _HeadGroup):
+            return group.by_head(scores).repeat_interleave(group.size)
         if group[0].dep.target.module in self._tied:
             for members in graph.members(self._graph, group):
                 scores[members] = scores[members].mean()
         return scores
+
+    def _rank_all(self) -> None:
+        """Let upstream's regularizer know the heads, and all layers by kinds that it knows."""
+        listed = [_rankable(g) for g in self.upstream._groups]
+        self.upstream._groups = [
+            *listed,
+            *(_HeadGroup(h, self._model) for h in self._heads.values()),
+        ]
 
     def _checked(self, group: Any) -> bool:
         """Upstream's check that a group keeps something; groups it drops silently are noted."""
@@ -231,15 +242,17 @@ class Pruner:
         """Upstream's importance of each structure of a group, (K,) on the host."""
         scores = self._scores(group)
         assert scores is not None
-        return scores.detach().cpu()[torch.tensor(group.members)].mean(1)
+        return scores.cpu()
 
     def _scores(self, group: UpstreamGroup) -> Tensor | None:
-        """Upstream's importance of a group's channels."""
+        """Upstream's importance of each structure of a group, (K,)."""
+        if group.heads:
+            return self._heads_scores(self._heads[group.root])
         layer = self._model.get_submodule(group.root)
         with graph.upstream(self._model), torch.no_grad():
             whole = graph.whole(self._graph, layer, range(group.channels))
             scores: Tensor | None = self._importance(self._rankable(whole))
-        return scores
+        return None if scores is None else scores[torch.tensor(group.members)].mean(1)
 
     def _rankable(self, group: Any) -> Any:
         rankable = _rankable(group)
@@ -256,10 +269,11 @@ class Pruner:
         with graph.upstream(self._model):
             for _ in self.upstream._prune():
                 raise RuntimeError("torch-pruning removes structures at a ratio of zero")
-        return dict(self.upstream._scope_initial_channels)
+        return dict(self.upstream._scope_initial_channels) | self._first
 
     def count_from(self, before: Mapping[str, int]) -> None:
         """Let the ratio refer to the :meth:`counts` of the model before it was pruned."""
+        self._first = {root: before.get(root, count) for root, count in self._first.items()}
         self.upstream._scope_initial_channels.update(before)
 
     def run(self, reached: Callable[[], bool], progress: Callable[[str], object]) -> Plan:
@@ -284,45 +298,82 @@ class Pruner:
         left: dict[str, list[int]] = {}
         removed: dict[str, list[int]] = {}
         up = self.upstream
+
+        def note(name: str, before: int, here: Collection[int]) -> None:
+            numbers = left.setdefault(name, list(range(before)))
+            removed.setdefault(name, []).extend(numbers[i] for i in here)
+            left[name] = [c for i, c in enumerate(numbers) if i not in here]
+
         while not reached() and up.current_step < up.iterative_steps:
-            self._count_heads()
             self.left_whole.clear()
-            for group in up.step(interactive=True):
+            step = up.step(interactive=True)
+            gone = self._heads_gone()
+            for group in step:
                 if not group[0].idxs:  # all of it has to stay
                     continue
-                root, here = group[0].dep.target.module, sorted(group[0].idxs)
-                attention = graph.attention_of(self._graph, group, self._attentions)
-                if attention is not None:  # inputs and values are counted alike
-                    root = attention.value
-                name = names[root]
-                before = left.setdefault(name, list(range(up.DG.get_out_channels(root))))
-                removed.setdefault(name, []).extend(before[i] for i in here)
-                gone = set(here)
-                left[name] = [c for i, c in enumerate(before) if i not in gone]
+                root = group[0].dep.target.module
+                note(names[root], up.DG.get_out_channels(root), set(group[0].idxs))
                 group.prune()
-                self._wholes.forget(group)
+                self._wholes.forget(item.dep.target for item in group.items)
+            for name, structures in gone.items():
+                heads = self._heads[name]
+                channels = {c for k in structures for c in heads.members[k]}
+                note(name, heads.count * len(heads.members[0]), channels)
+                heads.remove(self._model, structures)
+                self._heads[name] = heads.without(structures)
+                layers = {part.rpartition(".")[0] for part, _ in heads.parts}
+                nodes = (up.DG.module2node.get(self._model.get_submodule(n)) for n in layers)
+                self._wholes.forget(node for node in nodes if node is not None)
+                self._graph.maps_valid = False
             progress(f"selecting {up.current_step}/{up.iterative_steps}")
         return [(name, sorted(channels)) for name, channels in removed.items() if channels]
 
-    def _count_heads(self) -> None:
-        """Give upstream the present numbers of heads, and keep it from asking for none."""
-        up, left = self.upstream, 0
-        for attention in self._attentions:
-            for part in (attention.query, attention.key, attention.value):
-                up.num_heads[part] = up.out_channel_groups[part] = attention.heads
-            if attention.value not in up.ignored_layers and attention.value.out_features > 1:
-                left += attention.heads
-        ratios, step = up.per_step_head_pruning_ratio, up.current_step + 1
-        if up.global_pruning and left <= int(up.initial_total_heads * (1 - ratios[step])):
-            ratios[step] = 0.0
+    def _heads_scores(self, heads: Heads) -> Tensor | None:
+        """Upstream's importance of each head of an attention, (K,)."""
+        group = _HeadGroup(heads, self._model)
+        with torch.no_grad():
+            scores: Tensor | None = self._importance(self._rankable(group))
+        return None if scores is None else group.by_head(scores)
+
+    def _heads_gone(self) -> dict[str, list[int]]:
+        """The heads that go in the present step; every attention keeps its best."""
+        ratio = self.upstream.per_step_pruning_ratio[self.upstream.current_step]
+        ranked = []
+        for root, heads in self._heads.items():
+            scores = self._heads_scores(heads)
+            if scores is None:
+                continue
+            order = scores.cpu().argsort(stable=True).tolist()
+            left = self._first[root] - math.ceil(ratio * self._first[root])
+            if left < 1 and not self.upstream.global_pruning:
+                self.left_whole.append(root)
+            kept = self._least(root)
+            if not self.upstream.global_pruning:
+                kept = max(kept, left)
+            ranked += [(float(scores[k]), root, k) for k in order[: max(0, len(order) - kept)]]
+        if self.upstream.global_pruning:
+            left = int(sum(self._first.values()) * (1 - ratio))
+            many = sum(h.count for h in self._heads.values()) - left
+            if many > len(ranked):
+                self.left_whole += [root for root in self._heads if root not in self.left_whole]
+            ranked = sorted(ranked, key=lambda entry: entry[0])[: max(0, many)]
+        gone: dict[str, list[int]] = {}
+        for _, root, k in ranked:
+            gone.setdefault(root, []).append(k)
+        return gone
 
     def update_regularizer(self) -> None:
         """Upstream's, once an epoch of sparse learning."""
         with graph.upstream(self._model):
             self.upstream.update_regularizer()
+        self._rank_all()
 
     def regularize(self) -> None:
         """Upstream's, after backward."""
+        for group in self.upstream._groups:
+            for item in group:
+                if isinstance(item.dep.target.module, _AsLinear):
+                    item.dep.target.module.take_gradient()
         self.upstream.regularize(self._model)
 
 
@@ -366,9 +417,9 @@ class _Wholes:
             self._scores[id(group)] = rank(group)
         return self._scores[id(group)]
 
-    def forget(self, removed: Any) -> None:
-        """To be called with every group of which some channels were removed."""
-        touched = {id(item.dep.target) for item in removed.items}
+    def forget(self, changed: Iterable[Any]) -> None:
+        """To be called with every node of the graph that has lost channels."""
+        touched = {id(node) for node in changed}
         for key, group in list(self._groups.items()):
             if not touched.isdisjoint(self._nodes[id(group)]):
                 del self._groups[key], self._nodes[id(group)]
@@ -376,21 +427,87 @@ class _Wholes:
 
 
 def _rankable(group: Any) -> Any:
-    """A group without the items that upstream's importance fails on.
+    """A group as upstream's importance can read it.
 
-    It looks for rows of a convolution with one input channel to each part and several output
-    channels; the same weights are in the group as that layer's output.
+    It knows no Conv1D, and fails where it looks for rows of a convolution with one input channel to
+    each part and several output channels; the same weights are in the group as that layer's output.
     """
     rankable = copy.copy(group)
-    rankable._group = [
-        item
-        for item in group._group
-        if not (
-            item.dep.handler == tp.function.prune_conv_in_channels
-            and 1 < item.dep.target.module.groups == item.dep.target.module.in_channels
-        )
-    ]
+    rankable._group = []
+    for item in group._group:
+        module, handler = item.dep.target.module, item.dep.handler
+        if (
+            handler == tp.function.prune_conv_in_channels
+            and 1 < module.groups == module.in_channels
+        ):
+            continue
+        if isinstance(module, conv1d()):
+            function = getattr(
+                tp.function, f"prune_linear_{handler.__name__.split('_')[1]}_channels"
+            )
+            item = _item(_AsLinear(module), function, item.idxs, item.root_idxs)
+        rankable._group.append(item)
     return rankable
+
+
+class _HeadGroup(graph._Group):
+    """The heads of an attention as upstream's importance and regularizer read a group.
+
+    To these a head's channels are those of its values' layer.
+
+    Attributes:
+        heads: how many structures.
+        size: of each, in channels.
+    """
+
+    def __init__(self, heads: Heads, model: nn.Module) -> None:
+        super().__init__()
+        self.heads, self.size = heads.count, len(heads.members[0])
+        ordered = sorted(heads.parts.items(), key=lambda part: part[0][0] != f"{heads.root}.weight")
+        for (name, dim), table in ordered:
+            layer = model.get_submodule(name.rpartition(".")[0])
+            dims = weight_dims(layer)
+            if dims is None or not name.endswith(".weight"):
+                continue
+            what = "out" if dim == dims[0] else "in"
+            kind = "conv" if isinstance(layer, _ConvNd) else "linear"
+            function = getattr(tp.function, f"prune_{kind}_{what}_channels")
+            places = len(table[0])
+            channels = [
+                k * self.size + place * self.size // places
+                for k in range(self.heads)
+                for place in range(places)
+            ]
+            target = _AsLinear(layer) if isinstance(layer, conv1d()) else layer
+            self._group.append(_item(target, function, [p for t in table for p in t], channels))
+
+    def by_head(self, scores: Tensor) -> Tensor:
+        """The mean of the channels' scores, (heads,)."""
+        return scores.view(self.heads, self.size).mean(1)
+
+
+def _item(layer: Any, function: Any, positions: list[int], channels: list[int]) -> Any:
+    """An item of upstream's group."""
+    node = tp.dependency.Node(layer, None)
+    dep = tp.dependency.Dependency(function, function, node, node)
+    item = tp._helpers.GroupItem(dep, positions)
+    item.root_idxs = channels
+    return item
+
+
+class _AsLinear(nn.Linear):
+    """A Conv1D as the linear layer that it is, with the same memory."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer.nx, layer.nf, bias=False, device="meta")
+        self.of = [layer]  # no part of this one
+        self.weight = nn.Parameter(layer.weight.detach().T, layer.weight.requires_grad)
+        self.take_gradient()
+
+    def take_gradient(self) -> None:
+        """Share the present gradient."""
+        gradient = self.of[0].weight.grad
+        self.weight.grad = None if gradient is None else gradient.T
 
 
 def _sorted(item: Any) -> Any:
@@ -411,7 +528,9 @@ def _drawn(model: nn.Module, seed: int) -> Callable[..., Tensor]:
     names = {m: n for n, m in model.named_modules()}
 
     def importance(group: Any, **_: object) -> Tensor:
-        key = zlib.crc32(f"{seed} {names[group[0].dep.target.module]}".encode())
+        root = group[0].dep.target.module
+        name = names[root.of[0] if isinstance(root, _AsLinear) else root]
+        key = zlib.crc32(f"{seed} {name}".encode())
         return torch.rand(len(group[0].idxs), generator=torch.Generator().manual_seed(key))
 
     return importance

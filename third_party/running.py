@@ -18,9 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -101,7 +104,8 @@ def tensors(outputs: Any) -> list[Tensor]:
     """Every tensor in a model's outputs, in order, with floats and arrays as tensors.
 
     They are looked for in sequences, mappings (such as transformers' outputs), dataclasses and
-    plain objects.
+    plain objects. What transformers keeps for the next token is no output: it has a part for every
+    head, whichever there are.
     """
     return list(_tensors(outputs, set()))
 
@@ -111,7 +115,11 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, float):
         yield torch.tensor(value, dtype=torch.float64)
-    elif isinstance(value, int | complex | str | bytes | type(None)) or id(value) in seen:
+    elif (
+        isinstance(value, int | complex | str | bytes | type(None))
+        or id(value) in seen
+        or _is_cache(value)
+    ):
         return
     elif type(value).__module__ == "numpy" and hasattr(value, "dtype"):
         if hasattr(value, "shape") and value.dtype.kind in "biufc":  # no numpy.iinfo
@@ -120,6 +128,11 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
         seen.add(id(value))
         for part in _parts(value):
             yield from _tensors(part, seen)
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether something is what a model of transformers keeps for the next token."""
+    return any(kind.__module__ == "transformers.cache_utils" for kind in type(value).__mro__)
 
 
 def _parts(value: Any) -> Sequence[Any]:
@@ -152,12 +165,25 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """
     memo = {} if memo is None else memo
     for module in model.modules():
-        scripted = isinstance(module, torch.jit.ScriptModule)  # has no state of that kind
-        # What is copied: of a LightningModule, say, not its trainer.
-        for tensor in tensors(vars(module) if scripted else module.__getstate__()):
+        # What is copied: of a LightningModule, say, not its trainer; some have no such state.
+        stateless = isinstance(module, torch.jit.ScriptModule) or is_parametrized(module)
+        for tensor in tensors(vars(module) if stateless else module.__getstate__()):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
-    return copy.deepcopy(model, memo)
+    another = copy.deepcopy(model, memo)
+    _REMEMBERED[another] = remembered(model)
+    return another
+
+
+def remembered(model: nn.Module) -> dict[Any, Any]:
+    """What was found out about a model, or about one that it is a copy of, for whoever asks again.
+
+    It has to be asked for by all that it depends on.
+    """
+    return _REMEMBERED.setdefault(model, {})
+
+
+_REMEMBERED: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 
 
 Attributes = list[tuple[Any, dict[str, Any], dict[str, Any]]]
@@ -206,7 +232,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         put_back(kept)
         with torch.no_grad():
             for buffer, value in buffers:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):  # what autograd has kept stays valid
+                    buffer.copy_(value)
 
 
 @contextmanager
@@ -419,6 +446,9 @@ def doubled(example: Any) -> Any:
     )
 
 
+_PLACES = 1000
+
+
 @torch.no_grad()
 def rounding(
     model: nn.Module, example: Any, given: Outputs, *, training: bool = False
@@ -437,13 +467,20 @@ def rounding(
         The largest change of each output, where both are finite.
     """
     draw = torch.Generator().manual_seed(1)
-    kept = [(p, p.clone()) for p in model.parameters()]
+    kept = [(p, p.clone()) for p in model.parameters() if _real(p)]
+    # Each parameter takes its signs from some place of one row: drawing them all takes longer than
+    # running the model.
+    most = max((p.numel() for p, _ in kept), default=0)
+    signs = 2 * torch.randint(0, 2, (most + _PLACES,), generator=draw, dtype=torch.int8) - 1
+    rows: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     try:
         for parameter, value in kept:
-            if value.is_floating_point() or value.is_complex():
-                eps = max(given.eps, torch.finfo(value.dtype).eps)
-                signs = torch.randint(0, 2, value.shape, generator=draw, dtype=torch.float64)
-                parameter.copy_(value * (1 + eps * (2 * signs - 1)).to(value.device))
+            kind = value.device, value.dtype
+            if kind not in rows:
+                rows[kind] = signs.to(*kind) * max(given.eps, torch.finfo(value.dtype).eps)
+            place = int(torch.randint(_PLACES, (), generator=draw))
+            row = rows[kind][place : place + value.numel()]
+            parameter.addcmul_(value, row.view(value.shape))
         moved = outputs(model, example, training=training)
     finally:
         for parameter, value in kept:
@@ -507,3 +544,40 @@ def size(tensor: Tensor) -> float:
         return 0.0
     finite = tensor[tensor.isfinite()]
     return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def draw_values(model: nn.Module, example: Any) -> None:
+    """Draw a model's weights by He's rule and its vectors from 0.5 to 1.5.
+
+    Norms with running statistics get those of the example, but lower means: a norm that reads
+    zeros then puts out positive values, which no ReLU hides.
+    """
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if not tensor.is_floating_point() or not tensor.numel():
+                continue
+            if tensor.dim() > 1:
+                drawn = torch.randn(tensor.shape, generator=draw) * (2 / tensor[0].numel()) ** 0.5
+            else:
+                drawn = torch.rand(tensor.shape, generator=draw) + 0.5
+            tensor.copy_(drawn)
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    if not norms:
+        return
+    hooks = [m.register_forward_pre_hook(_take_statistics) for m in norms]
+    try:
+        with torch.no_grad(), evaluating(model), same_draws(), Watched():
+            call(model, example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _take_statistics(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
+    x = given[0]
+    over = [d for d in range(x.dim()) if d != 1]
+    var = x.var(over, correction=0)
+    var = torch.where(var > 1e-12 * (1 + x.square().mean(over)), var, 1.0)
+    norm.get_buffer("running_mean").copy_(x.mean(over) - var.sqrt())
+    norm.get_buffer("running_var").copy_(var)

@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
 
 from . import dependency, graph, running
 from .groups import UnsupportedLayerError, UpstreamGroup, named
@@ -195,7 +194,7 @@ class Trial:
             self._model.double()
         self._example = running.doubled(example) if double else example
         self._own = {id(s.parameter): copies[id(s.parameter)] for g in groups for s in g.shares}
-        _draw(self._model, self._example)
+        running.draw_values(self._model, self._example)
         self._dense = running.outputs(self._model, self._example)
 
     def _without_effect(self) -> set[nn.Module]:
@@ -223,10 +222,12 @@ class Trial:
             plan = [(group.root, group.channels_of(range(group.structures)))]
             touched = dependency.gathered(self._graph, self._model, plan)
         names = {m: n for n, m in self._model.named_modules()}
-        for dep, _ in touched:
-            if dep.target.module in self._silent:
+        layers = [dep.target.module for dep, _ in touched]
+        layers += [self._model.get_submodule(name) for name in group.layers]
+        for layer in layers:
+            if layer in self._silent:
                 return (
-                    f"cannot be checked: {names[dep.target.module]!r}, which it passes through, "
+                    f"cannot be checked: {names[layer]!r}, which it passes through, "
                     "changes no output for the example. Give an example, or the model in a state, "
                     "in which it does"
                 )
@@ -340,40 +341,3 @@ def _most(count: int, draw: torch.Generator) -> list[int]:
 
 
 _SUBSETS = (_anywhere, _early, _late, _most)
-
-
-def _draw(model: nn.Module, example: Any) -> None:
-    """Draw a model's weights by He's rule and its vectors from 0.5 to 1.5.
-
-    Norms with running statistics get those of the example, but lower means: a norm that reads
-    zeros then puts out positive values, which no ReLU hides.
-    """
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in model.parameters():
-            if not tensor.is_floating_point() or not tensor.numel():
-                continue
-            if tensor.dim() > 1:
-                drawn = torch.randn(tensor.shape, generator=draw) * (2 / tensor[0].numel()) ** 0.5
-            else:
-                drawn = torch.rand(tensor.shape, generator=draw) + 0.5
-            tensor.copy_(drawn)
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    if not norms:
-        return
-    hooks = [m.register_forward_pre_hook(_take_statistics) for m in norms]
-    try:
-        with torch.no_grad(), running.evaluating(model), running.same_draws(), running.Watched():
-            running.call(model, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _take_statistics(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
-    x = given[0]
-    over = [d for d in range(x.dim()) if d != 1]
-    var = x.var(over, correction=0)
-    var = torch.where(var > 1e-12 * (1 + x.square().mean(over)), var, 1.0)
-    norm.get_buffer("running_mean").copy_(x.mean(over) - var.sqrt())
-    norm.get_buffer("running_var").copy_(var)

@@ -36,8 +36,8 @@ from dpm_core import (
 from dpm_core.adapters.base import count_macs
 from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.saved import load_pruned
-from experiments import data, models
-from experiments.training import accuracy, norms_now, outputs
+from experiments.inputs import data, models
+from experiments.running.training import accuracy, norms_now, outputs
 from tutorials.shared import draw_channels, draw_norms
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for one another

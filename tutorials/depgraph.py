@@ -29,9 +29,9 @@ from dpm_core.adapters.base import Training, count_macs, count_parameters
 from dpm_core.adapters.depgraph import DepGraph, DepGraphOptions
 from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.saved import load_pruned
-from experiments import data, models
-from experiments.export import onnx, program
-from experiments.training import accuracy, norms_now, outputs, reestimated
+from experiments.inputs import data, models
+from experiments.running.export import onnx, program
+from experiments.running.training import accuracy, norms_now, outputs, reestimated
 from tutorials.shared import draw_channels, draw_norms
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for one another

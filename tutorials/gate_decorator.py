@@ -32,9 +32,9 @@ from dpm_core import SelfRectifying, SmoothPruning
 from dpm_core.adapters.base import Training, count_macs, count_parameters
 from dpm_core.adapters.gate_decorator import GateDecorator, GateDecoratorOptions
 from dpm_core.adapters.saved import load_pruned
-from experiments import data, models
-from experiments.export import onnx
-from experiments.training import accuracy, norms_now, outputs
+from experiments.inputs import data, models
+from experiments.running.export import onnx
+from experiments.running.training import accuracy, norms_now, outputs
 from tutorials.shared import draw_channels, draw_norms
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for one another

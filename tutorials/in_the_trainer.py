@@ -36,8 +36,8 @@ from dpm_core.adapters.transformers import (
     load_pruned_pretrained,
     save_pruned_pretrained,
 )
-from experiments import data
-from experiments.training import norms_now
+from experiments.inputs import data
+from experiments.running.training import norms_now
 from tutorials.shared import draw_norms
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for one another

@@ -30,8 +30,8 @@ from dpm_core import SelfRectifying, SmoothPruning
 from dpm_core.adapters.base import count_macs
 from dpm_core.adapters.depgraph import DepGraph
 from dpm_core.adapters.saved import read
-from experiments import data, models
-from experiments.training import accuracy, norms_now, outputs
+from experiments.inputs import data, models
+from experiments.running.training import accuracy, norms_now, outputs
 from tutorials.shared import draw_channels, draw_norms
 
 torch.set_num_threads(1)  # the tensors are small: threads would wait for one another
@@ -217,5 +217,5 @@ assert same
 # - A run is stopped and gone on with as in `depgraph.py`, beside this file: `run.state_dict()` has
 #   what the pruner has counted; `load_state_dict` is called on a run of a newly made pruner.
 # - Without `SmoothPruning` the run does what the pruner does by itself: a fair comparison.
-# - Whole attention heads go with `prune_num_heads=True`, and with `adapt=`, a function that brings
-#   the network's own number of heads up to date.
+# - Whole attention heads go with `prune_num_heads=True`. The network's own number of heads follows;
+#   where it is kept in an unusual way, an error asks for `adapt=`, a function that does it.

@@ -9,15 +9,15 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from dpm_core import Event
-from experiments import plot
-from experiments.training import Norms
+from experiments.running.training import Norms
+from experiments.showing import plot
 
 
 def draw_norms(trace: Sequence[Norms], events: Sequence[Event]) -> Figure:
     """One line for each structure that decayed; a triangle where Self-Rectifying released one.
 
     Args:
-        trace: norms at several times, as :func:`experiments.training.norms_now` gives them.
+        trace: norms at several times, as :func:`experiments.running.training.norms_now` gives them.
         events: the core's.
     """
     run = {"trace": trace, "events": [asdict(event) for event in events]}

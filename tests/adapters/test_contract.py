@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import itertools
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -37,15 +38,50 @@ IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 
 
+@dataclass
+class Around:
+    """What was the case at a removal, and the models before and after it."""
+
+    decaying: int
+    settled: bool
+    large: torch.nn.Module
+    small: torch.nn.Module
+
+
+@dataclass
+class Followed(Drive):
+    """A run, and what was the case on its way."""
+
+    decided_when_settled: list[bool] = field(default_factory=list)
+    removals: list[Around] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        adapter = self.adapter
+        after, shrink = adapter.after_step, adapter.remove
+
+        def after_step() -> None:
+            after()
+            if adapter.settled:
+                self.decided_when_settled.append(adapter.decided)
+
+        def remove() -> Removal:
+            decaying = 0 if adapter.dpm is None else adapter.dpm.count(Phase.DECAYING)
+            settled, large = adapter.settled, copy.deepcopy(adapter.model)
+            removal = shrink()
+            self.removals.append(Around(decaying, settled, large, copy.deepcopy(adapter.model)))
+            return removal
+
+        adapter.after_step, adapter.remove = after_step, remove
+
+
 @functools.cache
-def ended(name: str, variant: str) -> Drive:
-    """A run of a case from start to end; not to be changed."""
+def ended(name: str, variant: str, exact: bool = False) -> Followed:
+    """A run of a case from start to end, for all tests that look at it; not to be changed."""
     case = next(c for c in CASES if c.name == name)
-    return finished(case, variant)
-
-
-def finished(case: Case, variant: str, **settings) -> Drive:
-    return Drive(case, case.adapter(case.build(), variant, **settings)).run()
+    model = case.exact() if exact else case.build()
+    drive = Followed(case, case.adapter(model, variant))
+    drive.run()
+    return drive
 
 
 def outputs(model: torch.nn.Module) -> torch.Tensor:
@@ -107,24 +143,14 @@ def test_all_variants_meet_the_same_target(case):
 @pytest.mark.parametrize("variant", ["sp", "sr"])
 def test_the_smaller_model_gives_the_zeroed_models_outputs(case, variant):
     # At each removal: the steps after it change the model.
-    drive = Drive(case, case.adapter(case.exact(), variant))
-    adapter, seen = drive.adapter, []
-    shrink = type(adapter).remove
-
-    def remove() -> Removal:
-        assert adapter.dpm.count(Phase.DECAYING) == 0
-        assert adapter.settled == (len(seen) == case.removals - 1)
-        large = copy.deepcopy(adapter.model)
-        removal = shrink(adapter)
-        small = copy.deepcopy(adapter.model)
-        assert count_macs(small, EXAMPLE) < count_macs(large, EXAMPLE)
-        seen.append((exact_outputs(large, IMAGES), exact_outputs(small, IMAGES)))
-        return removal
-
-    adapter.remove = remove
-    drive.run()
-    assert len(seen) == case.removals
-    for before, after in seen:
+    removals = ended(case.name, variant, case.computes).removals
+    assert len(removals) == case.removals
+    for number, at in enumerate(removals):
+        assert at.decaying == 0
+        assert at.settled == (number == case.removals - 1)
+        example = EXAMPLE.to(next(at.large.parameters()).dtype)
+        assert count_macs(at.small, example) < count_macs(at.large, example)
+        before, after = exact_outputs(at.large, IMAGES), exact_outputs(at.small, IMAGES)
         assert not torch.equal(before, torch.zeros_like(before))
         rounding.assert_exact(after, before)
 
@@ -142,15 +168,15 @@ def test_a_gpu_removes_what_decayed_there(case, variant, cuda):
 
 @cases
 def test_sp_decays_before_it_removes(case):
-    adapter = case.adapter(case.build(), "sp", smooth=SmoothPruning(6))
-    drive = Drive(case, adapter).run()
+    drive = ended(case.name, "sp")
+    assert drive.adapter.smooth == SmoothPruning(6)
     events = list(itertools.chain(*drive.events))
     decayed = [e for e in events if e.kind == "decay"]
     pruned = [e for e in events if e.kind == "prune"]
-    assert sum(len(e.structures) for e in decayed) == adapter.pruned
+    assert sum(len(e.structures) for e in decayed) == drive.adapter.pruned
     started = {(e.group, k): e.step for e in decayed for k in e.structures}
-    ended = {(e.group, k): e.step for e in pruned for k in e.structures}
-    assert ended == {which: step + 6 for which, step in started.items()}
+    gone = {(e.group, k): e.step for e in pruned for k in e.structures}
+    assert gone == {which: step + 6 for which, step in started.items()}
     assert drive.before_removal is not None
 
 
@@ -175,8 +201,11 @@ def of_kind(events: list) -> tuple[list, list, list]:
 )
 def test_released_structures_stay_and_others_go_in_their_place(case, criterion):
     rectify = SelfRectifying(criterion, max_share=0.4)
-    adapter = case.adapter(case.build(), "sr", rectify=rectify)
-    drive = Drive(case, adapter).run()
+    if rectify == EAGER:
+        drive = ended(case.name, "sr")
+    else:
+        drive = Drive(case, case.adapter(case.build(), "sr", rectify=rectify)).run()
+    adapter = drive.adapter
     assert len(drive.events) == case.removals
     went = 0
     for events in drive.events:
@@ -223,32 +252,42 @@ def test_an_exchange_decays_what_it_heard_to_be_the_cheapest(case):
     assert count_macs(drive.model, EXAMPLE) <= count_macs(case.build(), EXAMPLE) * case.most_macs
 
 
+@functools.cache
+def saved_at_every_step(name: str, variant: str) -> dict[int, bytes]:
+    """A run's states by the steps that were done; saving them changes nothing of where it ends."""
+    case, whole = next(c for c in CASES if c.name == name), ended(name, variant)
+    drive, states = Drive(case, case.adapter(case.build(), variant)), {}
+    while drive.step < whole.step:
+        drive.run(stop_after=drive.step + 1)  # or a few more, where a decision reads batches
+        state = {
+            "run": drive.adapter.state_dict(),
+            "model": drive.model.state_dict(),
+            "optimizer": drive.optimizer.state_dict(),
+        }
+        file = io.BytesIO()
+        torch.save(state, file)
+        states[drive.step] = file.getvalue()
+    assert_equal_weights(drive.model, whole.model)
+    return states
+
+
 @cases
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(share=st.floats(0, 1))
 def test_a_run_taken_up_from_its_state_ends_in_the_same_bits(case, variant, share):
-    whole = ended(case.name, variant)
-    stop = 1 + round(share * (whole.step - 2))
-    first = Drive(case, case.adapter(case.build(), variant)).run(stop_after=stop)
-    file = io.BytesIO()
-    state = {
-        "run": first.adapter.state_dict(),
-        "model": first.model.state_dict(),
-        "optimizer": first.optimizer.state_dict(),
-    }
-    torch.save(state, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    whole, states = ended(case.name, variant), saved_at_every_step(case.name, variant)
+    stop = sorted(states)[round(share * (len(states) - 2))]
+    saved = torch.load(io.BytesIO(states[stop]), weights_only=True)
 
     model = case.build()
     adapter = case.adapter(model, variant)
     adapter.load_state_dict(saved["run"])
     model.load_state_dict(saved["model"])
-    second = Drive(case, adapter, first.step, case.new_optimizer(adapter))
+    second = Drive(case, adapter, stop, case.new_optimizer(adapter))
     second.optimizer.load_state_dict(saved["optimizer"])
     adapter.attach(second.optimizer, second.loss)
-    assert difference(adapter.state_dict(), first.adapter.state_dict()) is None
+    assert difference(adapter.state_dict(), saved["run"]) is None
     second.run()
     assert_equal_weights(second.model, whole.model)
     assert adapter.removed == whole.adapter.removed
@@ -356,19 +395,10 @@ def test_the_length_of_the_training_need_not_be_known(case):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_gone_stays_gone_until_the_removal(case, variant):
     """Accuracy is measured when an adapter is settled: the removal must find the same model."""
-    adapter, seen = case.adapter(case.build(), variant), []
-    after = adapter.after_step
-
-    def look() -> None:
-        after()
-        if adapter.settled:
-            seen.append(adapter.decided)
-
-    adapter.after_step = look
-    Drive(case, adapter).run()
-    assert seen
-    assert all(seen)
-    assert adapter.settled
+    drive = ended(case.name, variant)
+    assert drive.decided_when_settled
+    assert all(drive.decided_when_settled)
+    assert drive.adapter.settled
 
 
 # ---------------------------------------------------------------------- refused, early

@@ -24,8 +24,8 @@ from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import graph, upstreams
 from dpm_core.third_party.groups import UnsupportedLayerError
 from dpm_core.third_party.pruner import Pruner
-from experiments import models
-from tests.support import rounding
+from experiments.inputs import models
+from tests.support import rounding, torchvisions
 from tests.support.frameworks import (
     CASES,
     EXAMPLE,
@@ -262,15 +262,9 @@ def test_grouped_depthwise_transposed_and_concatenated_layers_leave_equal_output
     assert model.grouped.out_channels == 12
 
 
-def torchvisions(name: str) -> nn.Module:
-    import torchvision
-
-    return getattr(torchvision.models, name)(num_classes=5)
-
-
 LARGE = {
-    **{n: {"ratio": 0.3} for n in ("resnet18", "mobilenet_v2", "resnext50_32x4d", "densenet121")},
-    **{n: {"speed_up": 2.0, "steps": 25} for n in ("vgg16-bn", "resnet56")},
+    **{n: {"ratio": 0.3} for n in ("resnet18", "mobilenet_v2", "resnext", "densenet")},
+    **{n: {"speed_up": 2.0, "steps": 25} for n in ("vgg16-quarter", "resnet56")},
 }
 
 
@@ -279,7 +273,7 @@ LARGE = {
 def test_large_networks_give_the_zeroed_models_outputs(name):
     torch.manual_seed(0)
     recipe = "speed_up" in LARGE[name]
-    model = models.build(name, 3, 5, seed=0) if recipe else torchvisions(name)
+    model = models.build(name, 3, 5, seed=0) if recipe else torchvisions.BUILD[name](5)
     example = torch.randn(2, 3, *((32, 32) if recipe else (64, 64)))
     adapter = DepGraph(model, example, DepGraphOptions(**LARGE[name]), SmoothPruning(1))
     dense = count_macs(model, example)

@@ -19,7 +19,7 @@ from dpm_core.adapters.base import AdapterError, Training, count_macs
 from dpm_core.adapters.depgraph import DepGraph, DepGraphOptions
 from dpm_core.adapters.gradients import mean_gradients
 from dpm_core.third_party.pruner import IMPORTANCES
-from experiments import models
+from experiments.inputs import models
 from tests.support.frameworks import (
     CASES,
     EXAMPLE,

@@ -26,9 +26,12 @@ from tests.support.ranks import COUNT, Ranks, two
 lightning = pytest.importorskip("lightning")
 
 from lightning.pytorch.callbacks import (  # noqa: E402
+    EarlyStopping,
     EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins.environments import LightningEnvironment  # noqa: E402
@@ -333,6 +336,44 @@ def test_the_best_checkpoint_is_one_of_a_small_model(tmp_path):
     assert float(best.best_model_score) == 1
 
 
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_training_is_not_stopped_because_dense_models_were_better(mode):
+    """Lightning's EarlyStopping keeps its best over stages (issue 18727; neuralforecast 1529)."""
+    sign = 1 if mode == "min" else -1
+
+    class Better(Lit):
+        def validation_step(self, batch: Any, index: int) -> None:
+            epoch = self.current_epoch
+            self.log("val", sign * (0.0 if epoch == 0 else 10.0 - epoch))
+
+    fitted = trainer(
+        DecayPruningCallback(pruning("sp")), EarlyStopping("val", patience=2, mode=mode)
+    )
+    fitted.fit(Better(), loader(), loader())
+    assert fitted.current_epoch == EPOCHS
+
+
+def test_a_training_that_breaks_off_leaves_module_and_optimizer(tmp_path):
+    """Lightning calls no teardown then; what it saves at that moment can be gone on with."""
+
+    class Breaking(Lit):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            if self.global_step == 7:
+                raise ZeroDivisionError
+            return super().training_step(batch, index)
+
+    module, callback = Breaking(), DecayPruningCallback(pruning("sp"))
+    saver = OnExceptionCheckpoint(tmp_path, "last")
+    with pytest.raises(ZeroDivisionError):
+        trainer(callback, saver, enable_checkpointing=True).fit(module, loader())
+    assert callback.run.removed
+    assert not {"on_load_checkpoint", "on_save_checkpoint"} & vars(module).keys()
+    assert not callback.run.optimizer._optimizer_step_pre_hooks
+    other, again = Lit(), DecayPruningCallback(pruning("sp"))
+    trainer(again).fit(other, loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert again.run.removed == callback.run.removed
+
+
 def test_a_dense_training_is_gone_on_with(tmp_path):
     """From a checkpoint that knows nothing of pruning: it begins then."""
     trainer(every_epoch(tmp_path), epochs=2).fit(Lit(), loader())
@@ -483,6 +524,7 @@ def assert_refused(match: str, callback: Any, *more: Any, module: Any = None, **
     [
         ([StochasticWeightAveraging(0.1)], "averages"),
         ([EMAWeightAveraging()], "averages"),
+        ([ModelPruning("l1_unstructured")], "ModelPruning masks"),
         ([DecayPruningCallback(pruning("sp"))], "has several"),
     ],
 )

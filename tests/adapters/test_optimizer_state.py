@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import warnings
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 
 import pytest
@@ -17,7 +20,7 @@ from dpm_core.adapters.optimizer_state import CarryOver, CarryOverError
 from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import dependency, graph
 from dpm_core.third_party.groups import UnsupportedLayerError
-from experiments.models import build
+from experiments.inputs.models import build
 from tests.support import rounding
 from tests.support.frameworks import CASES, Drive
 from tests.support.snapshot import refused, same_bits
@@ -124,13 +127,26 @@ def trained(name: str, kind: str, dtype: torch.dtype) -> tuple[nn.Module, Optimi
     return model, optimizer
 
 
+@functools.cache
+def what_stays(name: str) -> dict[str, list[torch.Tensor]]:
+    """The positions that each plan leaves; they do not depend on weights."""
+    return dependency.survivors(build(name, 3, 10, seed=0), EXAMPLE, PLANS[name])
+
+
 def pruned(
     name: str, kind: str, dtype: torch.dtype
 ) -> tuple[Masked, Optimizer, nn.Module, Optimizer]:
     """The model with zeros and the small one, each with its optimizer."""
+    return copy.deepcopy(_pruned(name, kind, dtype))  # the same for several tests
+
+
+@functools.cache
+def _pruned(
+    name: str, kind: str, dtype: torch.dtype
+) -> tuple[Masked, Optimizer, nn.Module, Optimizer]:
     large, of_large = trained(name, kind, dtype)
     small, of_small = copy.deepcopy((large, of_large))
-    stays = dependency.survivors(large, EXAMPLE.to(dtype), PLANS[name])
+    stays = what_stays(name)
     masked = Masked(large)
     masked.prune(stays)
     Masked(small).prune(stays)
@@ -236,7 +252,7 @@ def test_a_scheduler_and_step_hooks_go_on(kind):
         optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append(1))
         train(model, optimizer, range(5), scheduler.step)
         masked = Masked(model)
-        masked.prune(dependency.survivors(model, EXAMPLE.to(dtype), PLANS[name]))
+        masked.prune(what_stays(name))
         if small:
             Removal(PLANS[name]).apply(model, EXAMPLE.to(dtype), optimizer)
         rates = []
@@ -345,7 +361,7 @@ def test_parameters_without_state_yet_are_replaced_as_well():
             p.requires_grad_(True)
         assert len(optimizer.state) < len(list(model.parameters()))
         masked = Masked(model)
-        masked.prune(dependency.survivors(model, EXAMPLE.to(dtype), PLANS[name]))
+        masked.prune(what_stays(name))
         if small:
             Removal(PLANS[name]).apply(model, EXAMPLE.to(dtype), optimizer)
             assert len(optimizer.state) < len(list(model.parameters()))
@@ -427,6 +443,110 @@ def test_on_a_gpu(cuda):
         assert torch.equal(found.cpu(), expected)
 
 
+class Lacking(Optimizer):
+    """Means over the last dimension and the one before, which they lack, as of transformers."""
+
+    def __init__(self, params) -> None:
+        super().__init__(params, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(p)
+                if p.dim() > 1:
+                    state["row"] = torch.zeros(p.shape[:-1], dtype=p.dtype)
+                    state["col"] = torch.zeros(p.shape[:-2] + p.shape[-1:], dtype=p.dtype)
+            state["exp_avg"].lerp_(p.grad, 0.1)
+            if p.dim() > 1:
+                state["row"].lerp_(p.grad.square().mean(-1), 0.1)
+                state["col"].lerp_(p.grad.square().mean(-2), 0.1)
+            p.add_(state["exp_avg"], alpha=-1e-3)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, Lacking])
+def test_factored_states_begin_anew_where_something_is_lost(kind):
+    """Adafactor of huggingface/transformers (pull request 7522), pytorch-optimizer and timm."""
+    model = build("resnet20", 3, 10, seed=0).double()
+    optimizer = kind(model.parameters())
+    train(model, optimizer, range(3))
+    before = {
+        n: (p.shape, {k: torch.as_tensor(v).clone() for k, v in optimizer.state[p].items()})
+        for n, p in model.named_parameters()
+    }
+    kept = dependency.survivors(model, EXAMPLE.double(), PLANS["resnet20"])
+    dependency.set_to_zero(model, EXAMPLE.double(), PLANS["resnet20"])
+    Removal(PLANS["resnet20"]).apply(model, EXAMPLE.double(), optimizer)
+    # Kernels of one position have no mean over it: these states have their shape, and are cut.
+    means = {
+        n for n, (s, old) in before.items() if any(v.dim() and v.shape != s for v in old.values())
+    }
+    anew = {n for n in means if model.get_parameter(n).shape != before[n][0]}
+    assert 0 < len(anew) < len(means)
+    for name, p in model.named_parameters():
+        shape, old = before[name]
+        if name in anew:
+            assert p not in optimizer.state
+            continue
+        assert optimizer.state[p].keys() == old.keys()
+        for key, value in optimizer.state[p].items():
+            expected = old[key]
+            if expected.shape == shape:
+                for dim, index in enumerate(kept[name]):
+                    expected = expected.index_select(dim, index)
+            assert torch.equal(torch.as_tensor(value), expected)
+    # A new optimizer of the parameters that begin anew takes the same first step.
+    twin = copy.deepcopy(model)
+    fresh = [(n, p) for n, p in twin.named_parameters() if n in anew]
+    train(twin, kind([p for _, p in fresh]), range(3, 4))
+    train(model, optimizer, range(3, 4))
+    for name, p in fresh:
+        assert torch.equal(p, model.get_parameter(name))
+    assert len(optimizer.state) == len(before)
+
+
+class Lookahead(Optimizer):
+    """Steps one inside, and goes back half the way with every second step; as timm's, unhooked."""
+
+    def __init__(self, inside: Optimizer) -> None:
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = (
+            OrderedDict(),
+            OrderedDict(),
+        )
+        self._inside, self._steps = inside, 0
+        self.param_groups, self.defaults = inside.param_groups, inside.defaults
+        self.state = defaultdict(dict)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self._inside.step()
+        self._steps += 1
+        for p in [p for g in self.param_groups for p in g["params"]]:
+            slow = self._inside.state[p].setdefault("slow", p.clone())
+            if self._steps % 2 == 0:
+                p.copy_(slow.lerp_(p, 0.5))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_an_optimizer_inside_keeps_goes_on(name):
+    """timm's Lookahead (as in xiwenc1/TimeMIL issue 6) has the states in its base optimizer."""
+    dtype = torch.float64
+    (large, inside), (small, of_small) = (trained(name, "adamw", dtype) for _ in range(2))
+    of_large, of_small = Lookahead(inside), Lookahead(of_small)
+    for model, optimizer in ((large, of_large), (small, of_small)):
+        train(model, optimizer, range(5, 8))
+    stays = dependency.survivors(large, EXAMPLE.to(dtype), PLANS[name])
+    masked = Masked(large)
+    masked.prune(stays)
+    Masked(small).prune(stays)
+    Removal(PLANS[name]).apply(small, EXAMPLE.to(dtype), of_small)
+    assert len(of_small._inside.state) == len(list(small.parameters()))
+    train(large, of_large, range(8, 14), masked.zero)
+    train(small, of_small, range(8, 14))
+    assert_same(masked, small)
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -459,23 +579,16 @@ def test_states_that_structures_cannot_be_taken_out_of_are_refused(made):
         Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer)
 
 
-def test_adafactor_is_refused():
-    model, _ = trained("resnet20", "sgd", torch.float32)
-    optimizer = torch.optim.Adafactor(model.parameters())
-    train(model, optimizer, range(2))
-    with refused(CarryOverError, "'row_var'", model=model, optimizer=optimizer):
-        Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer)
-
-
 def test_single_values_are_kept():
     kept = (None, 3, 0.5, True, "warm", torch.tensor(7.0))
-    for value in kept:
-        model = build("resnet20", 3, 10, seed=0)
-        optimizer = Odd(model.parameters(), lambda p, value=value: value)
-        dependency.set_to_zero(model, EXAMPLE, PLANS["resnet20"])
-        Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer)
-        assert len(optimizer.state) == len(list(model.parameters()))
-        assert all(optimizer.state[p]["odd"] is value for p in model.parameters())
+    model = build("resnet20", 3, 10, seed=0)
+    given = itertools.cycle(kept)  # in each layer several
+    optimizer = Odd(model.parameters(), lambda p: next(given))
+    dependency.set_to_zero(model, EXAMPLE, PLANS["resnet20"])
+    Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer)
+    assert len(optimizer.state) == len(list(model.parameters()))
+    for p, value in zip(model.parameters(), itertools.cycle(kept), strict=False):
+        assert optimizer.state[p]["odd"] is value
 
 
 def test_an_optimizer_that_keeps_parameters_elsewhere_is_refused():

@@ -22,8 +22,8 @@ from dpm_core.adapters.base import AdapterError, Training, count_macs, structure
 from dpm_core.adapters.otov2 import OTOv2, OTOv2Options
 from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import dependency, otov2
-from experiments import models
-from tests.support import rounding
+from experiments.inputs import models
+from tests.support import rounding, torchvisions
 from tests.support.frameworks import EAGER, EXAMPLE, SmallResNet, batch, small_resnet
 from tests.support.rounding import exact_outputs
 from tests.support.snapshot import difference, refused
@@ -483,18 +483,11 @@ def test_the_smaller_model_gives_the_zeroed_models_outputs(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vgg16_bn", "resnet18", "resnet50", "densenet121"])
+@pytest.mark.parametrize("name", ["vgg_bn", "resnet18", "resnet50", "densenet"])
 def test_networks_of_torchvision_give_the_zeroed_models_outputs(name):
-    import torchvision
-
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name)(num_classes=10)
-    if name == "vgg16_bn":  # smaller: 3x3 positions come to its flatten, not 7x7
-        model.avgpool = nn.Identity()
-        model.classifier[0] = nn.Linear(512 * 9, 512)
-        model.classifier[3] = nn.Linear(512, 512)
-        model.classifier[6] = nn.Linear(512, 10)
-    size = 96 if name == "vgg16_bn" else 64
+    model = torchvisions.BUILD[name](10)
+    size = 96 if name == "vgg_bn" else 64
     assert_removal_changes_nothing(model, torch.randn(2, 3, size, size))
 
 

@@ -26,7 +26,7 @@ from dpm_core.adapters.saved import (
     read,
     save_pruned,
 )
-from experiments.models import build
+from experiments.inputs.models import build
 from tests.support import forked
 from tests.support.damage import each_bit_flipped
 

@@ -14,7 +14,7 @@ from dpm_core.adapters import torch_prune
 from dpm_core.adapters.base import AdapterError, count_macs
 from dpm_core.adapters.torch_prune import TorchPrune, TorchPruneOptions, rows_of
 from dpm_core.third_party.groups import UnsupportedLayerError
-from experiments import models
+from experiments.inputs import models
 from tests.support import rounding
 from tests.support.frameworks import (
     CASES,

@@ -19,6 +19,7 @@ from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning
 from dpm_core.adapters.base import AdapterError
 from dpm_core.adapters.depgraph import DepGraph, LeftUnprunedWarning
 from dpm_core.adapters.removal import Removal
+from dpm_core.adapters.saved import load_pruned
 from dpm_core.adapters.torch_pruning import TorchPruning
 from dpm_core.third_party import dependency
 from tests.support.frameworks import CLASSES, EAGER, EXAMPLE, Grouped, batch, small_resnet
@@ -445,13 +446,44 @@ def test_heads_and_parts_of_heads(whole, steps):
         assert (model.heads, model.query.out_features) == (4, 12)
 
 
-def test_heads_without_their_number_brought_up_to_date_are_refused():
-    def make(m):
-        return tokens(m, prune_num_heads=True, prune_head_dims=False, head_pruning_ratio=0.5)
+WHOLE = {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.5}
 
+
+@pytest.mark.parametrize("given", [WHOLE, {}], ids=["heads", "parts"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_number_of_heads_follows_and_a_fresh_model_needs_no_pruner(given, steps, tmp_path):
     torch.manual_seed(0)
-    with pytest.raises(AdapterError, match=r"group of 'value' cannot be removed"):
-        running(Tokens(), make, SMOOTH)
+    model = Tokens()
+    dense = copy.deepcopy(model)
+    run = running(model, lambda m: tokens(m, iterative_steps=steps, **given), SMOOTH, EAGER)
+    finish(run)
+    left = model.value.out_features
+    assert (model.heads, left < 24) == (left // 6 if given else 4, True)
+    run.removed.save(tmp_path / "small.safetensors", model)
+    load_pruned(tmp_path / "small.safetensors", dense, EXAMPLE)
+    assert dense.heads == model.heads
+    assert same(dense, model)
+
+
+class Told(Tokens):
+    """Keeps its number of heads where nobody looks."""
+
+    @property
+    def heads(self) -> int:
+        return self.told[0]
+
+    @heads.setter
+    def heads(self, number: int) -> None:
+        self.told = [number]
+
+
+def test_a_number_of_heads_that_cannot_follow_is_asked_for_by_name():
+    torch.manual_seed(0)
+    with pytest.raises(AdapterError, match=r"group of 'value' cannot be removed.*or give adapt="):
+        running(Told(), lambda m: tokens(m, **WHOLE), SMOOTH)
+    run = running(model := Told(), lambda m: tokens(m, **WHOLE), SMOOTH, EAGER, adapt=Tokens.count)
+    finish(run)
+    assert model.heads == model.value.out_features // 6 == 2
 
 
 # ---------------------------------------------------------------------- steps

@@ -72,6 +72,16 @@ def test_imports_go_one_way(folder):
         assert not above, f"{file.relative_to(ROOT)} imports {above}"
 
 
+def test_imports_within_the_experiments_go_one_way():
+    """What all share lies at the top; a folder knows those before it in this order."""
+    order = ("inputs", "running", "showing", "measuring")
+    assert {p.parent.name for p in (ROOT / "experiments").glob("*/__init__.py")} == set(order)
+    for number, folder in enumerate(order):
+        for file in files(f"experiments/{folder}"):
+            names = {name.split(".")[1] for name in imports(file) if room(name) == "experiments"}
+            assert not names & set(order[number + 1 :]), f"{file.relative_to(ROOT)}: {names}"
+
+
 def test_a_room_is_known_by_every_way_to_import_from_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     file = tmp_path / "adapters" / "new.py"

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import pytest
 
+from dpm_core import SelfRectifying, SmoothPruning
 from dpm_core.adapters.depgraph import DepGraphOptions
-from experiments.config import Compute, Config, Curve, Data, Dense, Rectify, Smooth, Stage, load
-from experiments.models import MODELS
+from experiments.config import CRITERIA, Compute, Config, Curve, Data, Dense, Stage, load
+from experiments.inputs.models import MODELS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 KEYS = {
-    key
-    for kind in (Config, Data, Stage, Dense, Smooth, Rectify, Curve, Compute)
-    for key in kind.model_fields
-} | {f.name for f in fields(DepGraphOptions)}
+    key for kind in (Config, Data, Stage, Dense, Curve, Compute) for key in kind.model_fields
+} | {
+    f.name
+    for kind in (DepGraphOptions, SmoothPruning, SelfRectifying, *CRITERIA.values())
+    for f in fields(kind)
+    if f.init
+}
 
 
 @pytest.mark.parametrize("key", sorted(KEYS))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from experiments.run import VARIANTS, run
+from experiments.running.run import VARIANTS, run
 from tests.support import tiny
 
 

@@ -1,8 +1,9 @@
-"""The table of torchvision's networks: what is measured of one, and how rows are collected."""
+"""The table of networks of torchvision and timm: what is measured of one, how rows are kept."""
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 
 import pytest
@@ -11,9 +12,18 @@ from torch import nn
 from torch.nn import functional
 
 from dpm_core.adapters.depgraph import DepGraph
-from experiments import breadth
-from experiments.breadth import Network, awake, collect, failure, in_process, main, markdown, read
-from experiments.run import RunError
+from experiments.errors import RunError
+from experiments.measuring import breadth
+from experiments.measuring.breadth import (
+    Network,
+    awake,
+    collect,
+    failure,
+    in_process,
+    main,
+    markdown,
+    read,
+)
 from tests.support import rounding
 from tests.support.frameworks import EXAMPLE, Mixed, Shuffled
 
@@ -197,13 +207,43 @@ def test_a_network_of_torchvision_is_measured_in_a_process():
     assert (row["outcome"], row["traits"]) == ("works", ["concatenation"])
 
 
-def test_all_networks_are_torchvisions_and_others_are_refused():
+def test_all_networks_are_torchvisions_and_timms_and_others_are_refused():
     names = breadth.networks()
-    assert len(names) >= 80
+    assert len([n for n in names if not n.startswith("timm:")]) >= 80
     assert {"resnet18", "vit_b_16", "swin_t", "googlenet"} <= set(names)
     assert breadth.size_of("resnet18") == 11_689_512
     with pytest.raises(RunError, match="no classification network 'fcn_resnet50'"):
         breadth.network("fcn_resnet50")
+
+
+def test_of_timm_the_smallest_network_of_every_family_is_listed():
+    timm = pytest.importorskip("timm")
+    names = [n.removeprefix("timm:") for n in breadth.networks() if n.startswith("timm:")]
+    families = [f for f in timm.list_modules() if timm.list_models(module=f)]
+    listed = [[n for n in names if n in timm.list_models(module=f)] for f in families]
+    assert [f for f, of in zip(families, listed, strict=True) if len(of) != 1] == []
+    assert len(names) == len(families) >= 60
+    with pytest.raises(RunError, match="timm has no network 'resnet0'"):
+        breadth.network("timm:resnet0")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("timm:test_vit", 64), ("timm:vit_tiny_patch14_dinov2", 56), ("timm:resnet10t", 64)],
+)
+def test_a_network_of_timm_is_built_for_small_images(name, size):
+    timm = pytest.importorskip("timm")
+    if not timm.is_model(name.removeprefix("timm:")):
+        pytest.skip("not in this version")
+    found = breadth.network(name)
+    assert found.size == size
+    assert found.build()(torch.zeros(1, 3, size, size)).shape == (1, 10)
+
+
+def test_without_timm_its_networks_are_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r"network of timm: pip install '\.\[timm\]'"):
+        breadth.network("timm:resnet18")
 
 
 # ---------------------------------------------------------------------- the page
@@ -226,7 +266,7 @@ def test_the_page_says_what_works_what_fails_and_why():
     large["message"] = "more than 1 M parameters"
     left = made_up("vit", skipped={"embed": "'norm' is a LayerNorm", "other": "the same"})
     text = markdown([failing, made_up("good"), large, untraced, left, unlike], ["late", "later"])
-    assert "2 of 6 classification networks work, 3 fail, 1 were not run, 2 more are" in text
+    assert "2 of 6 networks work, 3 fail, 1 were not run, 2 more are" in text
     assert cells(text, "unlike")[6:8] == ["no", "no"]
     assert "late, later" in text.splitlines()
     good = "good grouped 1.5 64 7 50.0 yes yes 2 2e-14 3e-13 3 0"
@@ -235,6 +275,7 @@ def test_the_page_says_what_works_what_fails_and_why():
     assert cells(text, "lost")[6:8] == ["no", "no"]
     assert cells(text, "huge")[6:8] == ["not run", "not run"]
     assert cells(text, "vit")[-1] == "2"
+    assert "0 of 0 networks work, 0 fail, 0 were not run." in text
     for line in (
         "- bad: sr: outputs differ",
         "- lost: at 'stem': too odd",
@@ -242,6 +283,22 @@ def test_the_page_says_what_works_what_fails_and_why():
         "- vit (2): 'norm' is a LayerNorm",
     ):
         assert line in text.splitlines()
+
+
+def test_timms_networks_have_a_table_of_their_own():
+    rows = [
+        made_up("resnet18"),
+        made_up("timm:resnet10t"),
+        made_up("timm:vit", skipped={"a": "why"}),
+    ]
+    first, second = markdown(rows, ["vgg11", "timm:swin"]).split("## The smallest network of every")
+    assert "1 of 1 networks work, 0 fail, 0 were not run, 1 more are" in first
+    assert cells(first, "resnet18")[6] == "yes"
+    assert "vgg11" in first.splitlines()
+    assert "2 of 2 networks work, 0 fail, 0 were not run, 1 more are" in second
+    assert cells(second, "resnet10t")[6] == "yes"
+    assert "swin" in second.splitlines()
+    assert "- vit (1): why" in second.splitlines()
 
 
 @pytest.mark.parametrize("asked", [["--networks", "resnet18"], ["--render"]])

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 import experiments
+from dpm_core import ConfigurationError, SelfRectifying
 from dpm_core.adapters.registry import ADAPTERS
 from experiments.__main__ import main, seeds
-from experiments.config import Config, ConfigError, load
+from experiments.config import CRITERIA, Config, ConfigError, Rectify, load
 from tests.support import tiny
 from tests.support.tiny import GONE
 
@@ -108,7 +113,7 @@ WRONG = {
     "a negative milestone": ({"dense.milestones": [1, -1]}, "dense.milestones.1", "greater than"),
     "an unknown optimizer": ({"dense.optimizer": "rmsprop"}, "dense.optimizer", "'sgd', 'adam'"),
     "no image": ({"data.size": 0}, "data.size", "greater than or equal to 1"),
-    "no decay": ({"smooth.steps": 0}, "smooth.steps", "greater than or equal to 1"),
+    "no decay": ({"smooth.steps": 0}, "smooth.steps is 0", "at least 1"),
     "no curve": ({"curve.every": 0}, "curve.every", "greater than or equal to 1"),
     "a curve into the past": ({"curve.until": -1}, "curve.until", "greater than or equal to 0"),
     "a name with a slash": ({"name": "../a"}, "name", "pattern"),
@@ -340,6 +345,7 @@ OTHERS = {
     "rectify.length": 0.5,
     "rectify.batches": None,
     "rectify.threshold": None,
+    "rectify.gate": None,
     "rectify.at": 0.8,
     "rectify.max_share": 0.2,
     "rectify.restore": "keep",
@@ -353,7 +359,7 @@ OTHERS = {
     "compute.precision": "bfloat16",
     "compute.compile": True,
 }
-HEARING_OTHERS = {"rectify.batches": 3, "rectify.threshold": 0.3}
+HEARING_OTHERS = {"rectify.batches": 3, "rectify.threshold": 0.3, "rectify.gate": 0.01}
 IN_DENSE_HASH = {k for k in OTHERS if k.startswith("dense.") and k != "dense.seeds"} | {
     "model",
     "data.size",
@@ -451,12 +457,12 @@ def test_settings_reach_the_core():
     assert (built.criterion.rate, built.criterion.length) == (-1.0, -1000.0)
     assert (built.at, built.max_share, built.restore, built.waves) == (0.8, 0.3, "keep", 2)
     heard = tiny.config({**HEARING, **HEARING_OTHERS}).rectify.build().criterion
-    assert (heard.batches, heard.threshold) == (3, 0.3)
+    assert (heard.batches, heard.threshold, heard.gate) == (3, 0.3, 0.01)
     drawn = tiny.config().rectify.build("random", seed=3).criterion
     assert (drawn.seed, drawn.like.rate) == (3, -1.0)
     least = tiny.config().rectify.build("least-resistant").criterion
     assert (type(least).__name__, least.like.length) == ("LeastResistant", -1000.0)
-    assert tiny.config().build_smooth().steps == 5
+    assert tiny.config().smooth.steps == 5
     assert tiny.config().build_options().speed_up == 2.0
 
 
@@ -466,3 +472,34 @@ def test_other_data_on_the_command_line_drop_the_label_and_keep_the_rest(tmp_pat
     assert load(path, data="folder:some").data == load(path).data
     other = load(path, data="digits", validation=50).data
     assert (other.name, other.label, other.train, other.validation) == ("digits", None, 100, 50)
+
+
+@given(
+    st.sampled_from([*CRITERIA]),
+    st.dictionaries(
+        st.sampled_from(["rate", "length", "batches", "threshold", "gate", "at", "max_share"]),
+        st.one_of(st.integers(-3, 9), st.floats(-2, 3)),
+        max_size=3,
+    ),
+    st.none() | st.integers(-2, 6),
+)
+def test_a_table_is_refused_where_the_core_refuses_it_and_is_the_same_settings_elsewhere(
+    criterion, settings, waves
+):
+    kind = CRITERIA[criterion]
+    whole = settings if waves is None else {**settings, "waves": waves}
+    own = {f.name for f in fields(kind) if f.init}
+    shared = {f.name for f in fields(SelfRectifying)} - own
+    try:
+        expected = SelfRectifying(
+            kind(**{k: v for k, v in whole.items() if k in own or k not in shared}),
+            **{k: v for k, v in whole.items() if k in shared},
+        )
+    except (ConfigurationError, TypeError):
+        expected = None
+    try:
+        found = Rectify({"criterion": criterion, **whole}).build()
+    except ValidationError as refused:
+        assert any(f"rectify.{key}" in str(refused) for key in whole)  # noqa: PT017
+        found = None
+    assert found == expected

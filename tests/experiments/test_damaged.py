@@ -15,11 +15,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments import plot, table
 from experiments.__main__ import main
+from experiments.errors import RunError
 from experiments.files import save_tensors
-from experiments.results import keep
-from experiments.run import RunError, run_of_record, trace_of
+from experiments.running.run import run_of_record, trace_of
+from experiments.showing import plot, table
+from experiments.showing.results import keep
 from tests.support.records import record
 
 GOOD = {

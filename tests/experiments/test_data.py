@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import folders
-from experiments.data import load
-from experiments.images import DataError, Images, mixing
+from experiments.inputs import folders
+from experiments.inputs.data import load
+from experiments.inputs.images import DataError, Images, mixing
 from tests.support.damage import damaged
 
 

@@ -7,23 +7,24 @@ import copy
 import onnxruntime
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from dpm_core.adapters.base import structure_group
 from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import otov2
-from experiments import export, models
-from experiments.run import MODEL, RunError, run
-from experiments.training import outputs
-from tests.support import rounding, tiny
+from experiments.errors import RunError
+from experiments.inputs import models
+from experiments.running import export
+from experiments.running.run import MODEL, run
+from experiments.running.training import outputs
+from tests.support import rounding, tiny, torchvisions
 from tests.support.rounding import exact_outputs
 
 NETWORKS = {
     "vgg-digits": (lambda: models.build("vgg-digits", 3, 10, seed=0), 16),
     "resnet20": (lambda: models.build("resnet20", 3, 10, seed=0), 16),
 }
-TORCHVISION = {"resnet18": 64, "resnet50": 64, "densenet121": 64}
+TORCHVISION = {"resnet18": 64, "resnet50": 64, "densenet": 64}
 
 
 def awake(model: nn.Module) -> nn.Module:
@@ -76,7 +77,7 @@ def test_onnx_gives_the_zeroed_models_outputs(name, tmp_path):
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_onnx_gives_the_zeroed_models_outputs_for_torchvision(name, tmp_path):
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name)(weights=None)
+    model = torchvisions.BUILD[name](10)
     check(model, TORCHVISION[name], tmp_path / "model.onnx")
 
 

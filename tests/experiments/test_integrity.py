@@ -12,14 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpm_core.adapters.saved import SavedModelError, read
-from experiments import plot, table
-from experiments import run as run_module
 from experiments.__main__ import main
-from experiments.compare import Job, compare
+from experiments.errors import RunError
 from experiments.files import vouched
-from experiments.rebuild import load_model
-from experiments.run import CHECKPOINT, MODEL, RunError, finished, run
-from experiments.training import DivergedError, Stopped
+from experiments.running import run as run_module
+from experiments.running.compare import Job, compare
+from experiments.running.rebuild import load_model
+from experiments.running.run import CHECKPOINT, MODEL, finished, run
+from experiments.running.training import DivergedError, Stopped
+from experiments.showing import plot, table
 from tests.support import tiny
 from tests.support.damage import damaged
 from tests.support.records import record, save

@@ -7,8 +7,8 @@ import json
 import pytest
 from scipy import stats
 
-from experiments import lengths
-from experiments.run import RunError
+from experiments.errors import RunError
+from experiments.showing import lengths
 from tests.support.records import record, save
 
 

@@ -22,11 +22,13 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import resized_crop
 
-from experiments import folders, places, stored, training
-from experiments.augmentation import boxes, resized_crops
+from experiments import places
 from experiments.config import load as load_config
-from experiments.data import load
-from experiments.images import DataError, Images, Rows, middle
+from experiments.inputs import folders, stored
+from experiments.inputs.augmentation import boxes, resized_crops
+from experiments.inputs.data import load
+from experiments.inputs.images import DataError, Images, Rows, middle
+from experiments.running import training
 from tests.support import tiny
 from tests.support.tiny import MINIATURE
 
@@ -112,7 +114,7 @@ def test_images_that_are_too_many_for_a_gpu_stay_on_the_host(
     folder, tmp_path, monkeypatch, cuda, resident
 ):
     images = loaded(folder, tmp_path, augmentation="resized-crop")
-    monkeypatch.setattr("experiments.images.RESIDENT", 1.0 if resident else 0.0)
+    monkeypatch.setattr("experiments.inputs.images.RESIDENT", 1.0 if resident else 0.0)
     there = images.to(cuda)
     assert there.mapped != resident
     assert there.train.device.type == ("cuda" if resident else "cpu")
@@ -249,7 +251,7 @@ def test_decoding_that_is_interrupted_leaves_nothing(folder, tmp_path, monkeypat
 def test_decoding_that_is_killed_is_begun_anew(folder, tmp_path):
     code = (
         "import sys, time; from pathlib import Path\n"
-        "from experiments import folders, data\n"
+        "from experiments.inputs import folders, data\n"
         "decode, count = folders._decode, []\n"
         "def slow(file, side):\n"
         "    count.append(1)\n"
@@ -417,9 +419,10 @@ LIMITED = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from experiments import images, run as runs
+from experiments.inputs import images
+from experiments.running import run as runs
 from experiments.config import load
-from experiments.data import load as load_data
+from experiments.inputs.data import load as load_data
 
 torch.set_num_threads(1)
 config, out, extra = load(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])

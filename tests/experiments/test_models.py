@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dpm_core.adapters.base import count_macs, count_parameters
-from experiments.models import MODELS, build
+from experiments.inputs.models import MODELS, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dpm_core.adapters.saved import read, save_pruned
-from experiments import models, report, results, table
-from experiments import run as run_module
 from experiments.__main__ import main
 from experiments.config import ConfigError, load
+from experiments.errors import RunError
+from experiments.inputs import models
+from experiments.inputs.networks import Network, NetworkError, require_logits
 from experiments.names import folder_of
-from experiments.networks import Network, NetworkError, require_logits
-from experiments.rebuild import load_model
-from experiments.run import MODEL, RunError, run
+from experiments.running import run as run_module
+from experiments.running.rebuild import load_model
+from experiments.running.run import MODEL, run
+from experiments.showing import report, results, table
 from tests.support import tiny
 from tests.support.tiny import GONE, MINIATURE
 

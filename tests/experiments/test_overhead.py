@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dpm_core import Phase, StructureGroup
-from experiments import overhead
+from experiments.measuring import overhead
 from tests.support import rounding
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments.pairs import Difference, detectable, difference
+from experiments.showing.pairs import Difference, detectable, difference
 
 values = st.floats(0, 100)
 pairs = st.dictionaries(st.integers(0, 99), st.tuples(values, values), min_size=2, max_size=30)

@@ -20,18 +20,19 @@ from hypothesis import strategies as st
 from dpm_core import DecayPruningError
 from dpm_core.adapters import saved
 from dpm_core.adapters.saved import save_pruned
-from experiments import places, rebuild
-from experiments import run as run_module
+from experiments import places
 from experiments.__main__ import count, folder, main, pause, seed, seeds
 from experiments.config import ConfigError
-from experiments.errors import carried_out, reported
+from experiments.errors import RunError, carried_out, reported
 from experiments.files import save_text
-from experiments.images import DataError
+from experiments.inputs.images import DataError
 from experiments.names import LAST_SEED
 from experiments.places import BusyError, alone_in, busy, clean, explained
-from experiments.rebuild import load_model
-from experiments.run import CHECKPOINT, FORCED, MODEL, RECORD, RunError, finished, run
-from experiments.training import DivergedError, Stopped
+from experiments.running import rebuild
+from experiments.running import run as run_module
+from experiments.running.rebuild import load_model
+from experiments.running.run import CHECKPOINT, FORCED, MODEL, RECORD, finished, run
+from experiments.running.training import DivergedError, Stopped
 from tests.support import forked, tiny
 from tests.support.tiny import MINIATURE
 
@@ -485,7 +486,7 @@ ODD = [10**12, 10**30, 10**6, -1, 0, 11, 2, 1.5, "a", None, ["a"], {}, True, "vg
 def test_facts_that_do_not_go_with_a_models_tensors_are_refused_before_it_is_built(
     tmp_path, monkeypatch, capsys, key
 ):
-    from experiments import models
+    from experiments.inputs import models
 
     network, path = models.build("vgg-digits", 1, 10), tmp_path / "m.safetensors"
     save_pruned(path, network, [], FACTS)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import plot, table
 from experiments.__main__ import main
-from experiments.run import CONTROLS, VARIANTS, RunError
+from experiments.errors import RunError
+from experiments.running.run import CONTROLS, VARIANTS
+from experiments.showing import plot, table
 from tests.support.records import record, save, save_trace
 
 
@@ -36,11 +37,13 @@ def size_of_png(path) -> tuple[int, int]:
 
 # ---------------------------------------------------------------------- files
 
+WHAT = "accuracy", "channels", "norms"
+
 
 def test_plots_of_real_runs_are_pictures(tiny_runs, tmp_path, capsys):
     assert main(["plots", str(tiny_runs.out), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    names = ["tiny-digits-accuracy.png", "tiny-digits-channels.png", "tiny-digits-norms.png"]
+    names = [f"tiny-digits--360-training-images-{what}.png" for what in WHAT]
     assert printed == [str(tmp_path / "plots" / name) for name in names]
     for path in (tmp_path / "plots").iterdir():
         width, height = size_of_png(path)
@@ -279,11 +282,8 @@ def test_kept_norms_are_found_again_without_traces(tiny_runs, tmp_path, samples)
     runs = table.located([tmp_path / "tiny.jsonl"])
     norms = plot.find_norms(runs, [r for _, r in runs])
     assert norms == json.loads(json.dumps(samples))
-    assert [p.name for p in plot.plot(runs, tmp_path / "plots")] == [
-        "tiny-digits-accuracy.png",
-        "tiny-digits-channels.png",
-        "tiny-digits-norms.png",
-    ]
+    names = [f"tiny-digits--360-training-images-{what}.png" for what in WHAT]
+    assert [p.name for p in plot.plot(runs, tmp_path / "plots")] == names
     # Keeping them once more, from what was kept, changes nothing.
     before = path.read_bytes()
     assert plot.keep_norms(runs, path) == path

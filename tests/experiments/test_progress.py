@@ -8,9 +8,9 @@ import re
 import pytest
 from tqdm import tqdm
 
-from experiments import progress
-from experiments.run import run
-from experiments.training import Stopped
+from experiments.running import progress
+from experiments.running.run import run
+from experiments.running.training import Stopped
 from tests.support import tiny
 from tests.support.tiny import MINIATURE
 

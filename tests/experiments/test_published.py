@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from experiments import published
-from experiments.run import RunError
+from experiments.errors import RunError
+from experiments.showing import published
 
 FIGURES = published.load()
 # As printed: method, FLOPs, parameters, top-1.

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from dpm_core import DisagreementError
 from dpm_core.adapters import torch_prune
 from dpm_core.adapters.base import AdapterError
-from experiments import data, folders, models
-from experiments import run as run_module
 from experiments.config import ConfigError
-from experiments.images import DataError
-from experiments.ranks import Averaging, Ranks
-from experiments.rebuild import load_model
-from experiments.run import RunError, run
-from experiments.training import Stopped
+from experiments.errors import RunError
+from experiments.inputs import data, folders, models
+from experiments.inputs.images import DataError
+from experiments.running import run as run_module
+from experiments.running.ranks import Averaging, Ranks
+from experiments.running.rebuild import load_model
+from experiments.running.run import run
+from experiments.running.training import Stopped
 from tests.support import forked, rounding, tiny
 from tests.support.frameworks import CASES, small_resnet
 from tests.support.ranks import COUNT, two

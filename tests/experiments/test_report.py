@@ -11,9 +11,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from experiments import plot, table
-from experiments.report import DARK, from_markdown, report
-from experiments.run import CONTROLS, VARIANTS, RunError
+from experiments.errors import RunError
+from experiments.running.run import CONTROLS, VARIANTS
+from experiments.showing import plot, table
+from experiments.showing.report import DARK, from_markdown, report
 from tests.support.records import record, save_trace
 
 BROWSER = next(

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from experiments import lengths, published, results, search, table
-from experiments.run import RunError
+from experiments.errors import RunError
+from experiments.showing import lengths, published, results, search, table
 from tests.support.records import record, save
 
 OTHER = {"config": {"name": "other", "stages": {"sparse": {}, "prune": {}}}, "config_hash": "f"}

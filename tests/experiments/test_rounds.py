@@ -19,11 +19,11 @@ from dpm_core.adapters.base import AdapterError, Training
 from dpm_core.adapters.registry import load
 from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.saved import read
-from experiments import plot, table
 from experiments.config import Stage
-from experiments.rebuild import load_model
-from experiments.run import run
-from experiments.training import Loop, accuracy, laid_out
+from experiments.running.rebuild import load_model
+from experiments.running.run import run
+from experiments.running.training import Loop, accuracy, laid_out
+from experiments.showing import plot, table
 from tests.support import rounding, tiny
 from tests.support.tiny import MINIATURE
 

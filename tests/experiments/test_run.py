@@ -12,22 +12,17 @@ from PIL import Image
 
 from dpm_core.adapters.base import AdapterError, count_macs, count_parameters
 from dpm_core.adapters.saved import DamagedError, read, save_pruned
-from experiments import data, table, training
-from experiments import run as run_module
 from experiments.__main__ import STOPPED, main
+from experiments.errors import RunError
 from experiments.files import load_tensors, save_tensors
-from experiments.images import Images
-from experiments.rebuild import load_model
-from experiments.run import (
-    CHECKPOINT,
-    MODEL,
-    RECORD_VERSION,
-    VARIANTS,
-    Request,
-    RunError,
-    run,
-)
-from experiments.training import Loop, Stopped, accuracy, laid_out, outputs
+from experiments.inputs import data
+from experiments.inputs.images import Images
+from experiments.running import run as run_module
+from experiments.running import training
+from experiments.running.rebuild import load_model
+from experiments.running.run import CHECKPOINT, MODEL, RECORD_VERSION, VARIANTS, Request, run
+from experiments.running.training import Loop, Stopped, accuracy, laid_out, outputs
+from experiments.showing import table
 from tests.support import rounding, tiny
 from tests.support.tiny import MINIATURE
 
@@ -95,7 +90,7 @@ def assert_fields(record, fields, where="record"):
 
 
 def digits() -> Images:
-    return data.load("digits", Path("unused"))
+    return data.load("digits", Path("unused"), train=360)
 
 
 # ---------------------------------------------------------------------- the record
@@ -107,7 +102,7 @@ def test_a_record_has_all_its_fields(tiny_runs, variant):
     assert_fields(record, fields_of(variant))
     assert (record["variant"], record["seed"], record["version"]) == (variant, 0, RECORD_VERSION)
     assert (record["framework"], record["model"]) == ("depgraph", "vgg-digits")
-    assert (record["data"], record["threads"]) == ("digits", 1)
+    assert (record["data"], record["threads"]) == ("digits, 360 training images", 1)
     assert record["versions"]["torch-pruning"] == "1.6.1"
     assert record["seconds"] > 0
     assert 0 < record["loading"] < 1
@@ -162,7 +157,7 @@ def test_variants_end_at_equal_macs_parameters_and_steps(tiny_runs):
     assert records[0]["accuracy"]["dense"] == records[2]["accuracy"]["dense"]
     for record in records:
         assert record["macs"]["pruned"] <= record["macs"]["dense"] / 2
-        assert record["steps"]["total"] == 2 * (1297 // 128)
+        assert record["steps"]["total"] == 2 * (360 // 36)
         assert record["channels"] == records[0]["channels"]
 
 
@@ -724,6 +719,7 @@ def test_image_folders_of_one_name_do_not_share_a_dense_model(tmp_path):
     small = {
         "model": "vgg-digits",
         "data.size": 8,
+        "data.train": tiny.GONE,
         "dense.batch": 4,
         "stages.prune.batch": 4,
         "stages.prune.epochs": 4,

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from dpm_core import DecayPruningError
-from experiments import models
 from experiments.config import Config
-from experiments.run import run
-from experiments.starting import CheckpointError, start_from, weights
+from experiments.inputs import models
+from experiments.inputs.starting import CheckpointError, start_from, weights
+from experiments.running.run import run
 from tests.support import tiny
 from tests.support.tiny import GONE, MINIATURE
 

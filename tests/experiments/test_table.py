@@ -9,10 +9,11 @@ import re
 import pytest
 from scipy import stats
 
-from experiments import table
 from experiments.__main__ import main
-from experiments.pairs import detectable
-from experiments.run import RECORD_VERSION, RunError
+from experiments.errors import RunError
+from experiments.running.run import RECORD_VERSION
+from experiments.showing import table
+from experiments.showing.pairs import detectable
 from tests.support.records import record, save
 
 FINAL = {"base": [80.0, 82.0, 84.0], "sp": [81.0, 85.0, 86.0], "sr": [83.0]}
@@ -577,7 +578,7 @@ def test_a_table_is_made_of_the_records_named(tmp_path, capsys):
 
 def test_the_table_of_real_runs_shows_what_their_records_say(tiny_runs):
     text = table.markdown(table.read([tiny_runs.out]))
-    assert text.startswith("depgraph, vgg-digits, digits (tiny); dense ")
+    assert text.startswith("depgraph, vgg-digits, digits, 360 training images (tiny); dense ")
     rows = {row[0]: row for row in cells(text)[2:]}
     assert list(rows) == ["base", "+SP", "+SR"]
     for name, variant in (("base", "base"), ("+SP", "sp"), ("+SR", "sr")):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import models, training
 from experiments.config import Compute, Curve, Stage
-from experiments.images import Images, mixing
-from experiments.ranks import Ranks
-from experiments.training import (
+from experiments.inputs import models
+from experiments.inputs.images import Images, mixing
+from experiments.running import training
+from experiments.running.ranks import Ranks
+from experiments.running.training import (
     EVALUATION_BATCH,
     DivergedError,
     Loop,

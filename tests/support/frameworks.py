@@ -315,7 +315,7 @@ class Drive:
                 self.removed_before = self.adapter.removed
                 self.events.append(self.adapter.events())
                 self.adapter.remove()
-            if self.step >= self.steps or self.step == stop_after:
+            if self.step >= (self.steps if stop_after is None else min(self.steps, stop_after)):
                 return self
             self.model.train()
             self.optimizer.zero_grad()

@@ -25,8 +25,8 @@ import pytest
 import torch
 
 from dpm_core.adapters.saved import read, write
-from experiments.run import MODEL, Request, run
-from experiments.training import Stopped
+from experiments.running.run import MODEL, Request, run
+from experiments.running.training import Stopped
 from tests.support import tiny
 from tests.support.snapshot import difference
 
@@ -36,8 +36,8 @@ WATCHED = tuple(
         "adapters/depgraph.py",
         "adapters/saved.py",
         "experiments/files.py",
-        "experiments/run.py",
-        "experiments/training.py",
+        "experiments/running/run.py",
+        "experiments/running/training.py",
         "third_party/dependency.py",
     )
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.files import save_tensors
-from experiments.run import RECORD_VERSION, run_of_record, trace_of
+from experiments.running.run import RECORD_VERSION, run_of_record, trace_of
 
 RECORD: dict[str, Any] = {
     "version": RECORD_VERSION,

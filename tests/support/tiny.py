@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from dpm_core.adapters.saved import read
-from experiments import models
-from experiments import run as run_module
 from experiments.config import Config
-from experiments.data import load as load_data  # kept: miniature() puts another in its place
-from experiments.images import Images
-from experiments.run import MODEL, Request, run
-from experiments.training import Stopped
+from experiments.inputs import models
+from experiments.inputs.data import load as load_data  # kept: miniature() puts another in its place
+from experiments.inputs.images import Images
+from experiments.running import run as run_module
+from experiments.running.run import MODEL, Request, run
+from experiments.running.training import Stopped
 from tests.support.snapshot import difference
 
 PATH = Path(__file__).with_name("tiny.toml")

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
 from dpm_core.third_party.gate_decorator import GateTable, decorate, tied_gates
-from experiments import models
+from experiments.inputs import models
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 SMALL = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(6))

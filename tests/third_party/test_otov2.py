@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from dpm_core.adapters.depgraph import structure_groups
 from dpm_core.third_party import otov2, upstreams
-from experiments import models
+from experiments.inputs import models
 from tests.support import rounding
 from tests.support.frameworks import EXAMPLE, batch, small_resnet
 from tests.support.snapshot import difference

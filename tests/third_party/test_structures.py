@@ -409,7 +409,10 @@ def test_culprits_are_searched_by_halving():
 
 
 def test_nothing_hangs():
-    """Keys and values that several queries share: upstream's walk over the channels never ends."""
+    """Keys and values that several queries share: upstream's walk over the channels never ends.
+
+    Here the numbers of heads are written into the forward pass, so that none can go.
+    """
 
     def run(m: Any, x: Tensor) -> Tensor:
         b, n, _ = x.shape
@@ -428,7 +431,8 @@ def test_nothing_hangs():
         warnings.simplefilter("always")
         assert sizes(model, torch.randn(2, 5, 16), skip_unsupported=True) == {"g": 16, "f": 12}
     (said,) = [str(w.message) for w in caught if w.category is LeftUnprunedWarning]
-    assert all(repr(name) in said for name in ("q", "v"))
+    assert "group of 'v'" in said
+    assert "layers of its heads: v, k, q" in said or "layers of its heads: k, q, v" in said
 
 
 # ---------------------------------------------------------------------- refusals

@@ -12,7 +12,7 @@ import torch
 
 from dpm_core.adapters.base import count_macs
 from dpm_core.adapters.saved import read
-from experiments import models
+from experiments.inputs import models
 from tests.support import forked
 from tutorials.make_notebooks import SCRIPTS, cells
 

@@ -54,11 +54,12 @@ class CostModel:
             raise GateError(f"counted is {counted!r}; give 'macs' or 'parameters'")
         if gated(model):
             raise GateError("the model has gates; the costs are those of the plain dense model")
-        copied = running.copied(model).eval()
+        # PyTorch's counter fails at a parameter with a gradient that is the input of a layer.
+        copied = running.copied(model).eval().requires_grad_(False)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             running.probe(copied, running.first(example))
         total = counter.get_total_flops() // 2
-        kinds = tuple(graph.ROOTS)
+        kinds = graph.roots()
         layers = {n: m for n, m in copied.named_modules() if isinstance(m, kinds)}
         by_name, prefix = counter.get_flop_counts(), type(copied).__name__
         macs = [sum(by_name.get(f"{prefix}.{n}", {}).values()) // 2 for n in layers]

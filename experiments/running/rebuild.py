@@ -12,9 +12,9 @@ from torch import nn
 
 from dpm_core.adapters.saved import Saved, SavedModelError, read
 
-from .config import LARGEST_IMAGE
-from .networks import Network, NetworkError
-from .run import RunError
+from ..config import LARGEST_IMAGE
+from ..errors import RunError
+from ..inputs.networks import Network, NetworkError
 
 
 class _Facts(BaseModel):

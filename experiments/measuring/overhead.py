@@ -1,4 +1,4 @@
-"""What decay pruning adds to a training step: ``python -m experiments.overhead``.
+"""What decay pruning adds to a training step: ``python -m experiments.measuring.overhead``.
 
 Three arms take the same training step (forward, backward, the optimizer), in turns: `plain`;
 `idle`, DecayPruning attached and nothing decaying; `decaying`, half of every structure group
@@ -44,13 +44,13 @@ from dpm_core.adapters.depgraph import structure_groups
 from dpm_core.adapters.gate_decorator import structure_group as gate_group
 from dpm_core.third_party import gate_decorator, otov2
 
-from . import models
-from .__main__ import device as device_of
-from .__main__ import threads
-from .errors import carried_out
-from .files import save_json
-from .places import check
-from .run import device_name, revision
+from ..__main__ import device as device_of
+from ..__main__ import threads
+from ..errors import carried_out
+from ..files import save_json
+from ..inputs import models
+from ..places import check
+from ..running.run import device_name, revision
 
 RECORD_VERSION = 2
 ARMS = ("plain", "idle", "decaying")
@@ -431,7 +431,9 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """All options."""
-    top = argparse.ArgumentParser(prog="python -m experiments.overhead", description=__doc__)
+    top = argparse.ArgumentParser(
+        prog="python -m experiments.measuring.overhead", description=__doc__
+    )
     top.add_argument(
         "--models", type=_models, default="vgg16-bn,resnet56", help="names, with commas between"
     )

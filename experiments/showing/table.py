@@ -13,11 +13,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..errors import RunError
+from ..files import save_text
+from ..names import Name, Seed, Text, one_line
+from ..running.run import CONTROLS, RECORD_VERSION, VARIANTS, Variant, sound
 from . import published
-from .files import save_text
-from .names import Name, Seed, Text, one_line
 from .pairs import Difference, difference
-from .run import CONTROLS, RECORD_VERSION, VARIANTS, RunError, Variant, sound
 
 Record = dict[str, Any]
 ORDER: tuple[Variant, ...] = VARIANTS + CONTROLS
@@ -360,7 +361,7 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
     Means and standard deviations are over all seeds of the variant; the deviation is that of a
     sample, ``None`` for a single seed. ``difference`` is the final accuracy minus that of ``base``
-    over the seeds they share, in points (the fields of :class:`~experiments.pairs.Difference`);
+    over the seeds they share, in points (the fields of :class:`~.pairs.Difference`);
     ``None`` without any. ``published`` is the counterpart's accuracy, in percent.
     """
     table, benchmark = [], _benchmark(records)
@@ -390,7 +391,7 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 def contrasts(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Final accuracy of ``sr`` minus that of its controls and of ``sp``, where there are pairs.
 
-    The fields are those of :class:`~experiments.pairs.Difference`, in points, and ``minus``.
+    The fields are those of :class:`~.pairs.Difference`, in points, and ``minus``.
     """
     others: tuple[Variant, ...] = (*CONTROLS, "sp")
     differences = {other: minus(records, "sr", other) for other in others}
@@ -532,7 +533,7 @@ def _small(differences: Sequence[dict[str, Any]]) -> str | None:
 
 
 def _counted(versus: dict[str, Any]) -> str:
-    """The pairs of a :class:`~experiments.pairs.Difference`, and their networks if shared."""
+    """The pairs of a :class:`~.pairs.Difference`, and their networks if shared."""
     pairs, networks = versus["pairs"], versus["networks"]
     text = f"{pairs} pair{'s' if pairs != 1 else ''}"
     if networks == pairs:
@@ -541,7 +542,7 @@ def _counted(versus: dict[str, Any]) -> str:
 
 
 def interval(versus: dict[str, Any]) -> str:
-    """A :class:`~experiments.pairs.Difference`, as a dictionary: its mean and 95% interval."""
+    """A :class:`~.pairs.Difference`, as a dictionary: its mean and 95% interval."""
     mean, low, high = versus["mean"], versus["low"], versus["high"]
     return _signed(mean) if low is None else f"{_signed(mean)} [{_signed(low)}, {_signed(high)}]"
 

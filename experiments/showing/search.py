@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..errors import RunError
 from .pairs import difference
-from .run import RunError
 from .table import grid, interval
 
 Line = dict[str, Any]

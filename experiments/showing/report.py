@@ -16,8 +16,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 
+from ..files import save_text
 from . import plot, table
-from .files import save_text
 from .plot import COLOURS
 from .table import NAMES, ORDER, Record, dense, left, summary
 
@@ -74,7 +74,7 @@ def report(runs: Sequence[tuple[Path, Record]], out: Path) -> Path:
     """Write the page.
 
     Args:
-        runs: each record with the file it was read from, as of :func:`experiments.table.located`;
+        runs: each record with the file it was read from, as of :func:`.table.located`;
             norms are looked for beside it.
         out: the page.
 

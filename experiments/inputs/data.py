@@ -2,7 +2,7 @@
 
 ``digits``: scikit-learn's bundled handwriting (1,797 images of 8x8), offline. ``cifar10`` and
 ``cifar100``: torchvision's downloads. ``folder:PATH``: any image folder with ``train`` and
-``test`` (or ``val``) inside, one subfolder per class in each; see :mod:`experiments.folders`.
+``test`` (or ``val``) inside, one subfolder per class in each; see :mod:`.folders`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def load(
         label: what a folder's images are called; by default the folder's name.
         train: so many of the training images, always the same ones, equally many of each class.
         validation: so many of the other training images take the place of the test images.
-        augmentation: how training images are varied; see :class:`~experiments.images.Images`.
+        augmentation: how training images are varied; see :class:`~.images.Images`.
 
     Raises:
         DataError: the name is unknown, the data cannot be had, or has fewer images than asked for.

@@ -19,8 +19,8 @@ from dpm_core.adapters.base import Adapter, AdapterError, new_optimizer
 from dpm_core.adapters.removal import Removal
 from dpm_core.third_party.running import evaluating
 
-from .config import Compute, Curve, Stage
-from .images import Images, mix, mixing
+from ..config import Compute, Curve, Stage
+from ..inputs.images import Images, mix, mixing
 from .progress import Bar
 from .ranks import Ranks
 

@@ -21,7 +21,6 @@ from torch import nn
 from tqdm import tqdm
 
 import dpm_core
-from dpm_core import DecayPruningError
 from dpm_core.adapters.base import Adapter, count_macs, count_parameters
 from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.saved import (
@@ -32,15 +31,16 @@ from dpm_core.adapters.saved import (
 )
 from dpm_core.third_party.upstreams import PINS, require
 
-from . import data, networks
-from .config import Config, ConfigError, Control
-from .files import FileError, load_tensors, save_json, save_tensors, save_text, vouches
-from .images import Images
-from .names import LAST_SEED, check_text, folder_of
-from .places import alone_in, check, clean
+from ..config import Config, ConfigError, Control
+from ..errors import RunError
+from ..files import FileError, load_tensors, save_json, save_tensors, save_text, vouches
+from ..inputs import data, networks
+from ..inputs.images import Images
+from ..inputs.starting import start_from
+from ..names import LAST_SEED, check_text, folder_of
+from ..places import alone_in, check, clean
 from .progress import Bar, Spinner
 from .ranks import Ranks
-from .starting import start_from
 from .training import Loop, Progress, Stopped, accuracy, latency, steps
 
 Variant = Literal["base", "sp", "sr", "random", "least-resistant"]
@@ -62,10 +62,6 @@ ASKING = [
     if hasattr(signal, name)  # not all are on Windows
 ]
 """Signals that ask to save and stop. A run that was started to outlive its terminal goes on."""
-
-
-class RunError(DecayPruningError, RuntimeError):
-    """A run cannot start or go on. The message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -492,7 +488,7 @@ def _adapter(request: Request, images: Images, model: nn.Module, example: torch.
         model,
         example,
         config.build_options(),
-        None if variant == "base" else config.build_smooth(),
+        None if variant == "base" else config.smooth,
         None if variant in ("base", "sp") else rectify,
         training=config.training(images.steps_per_epoch),
         seed=request.seed if config.draw_by_seed else 0,

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from ..files import FileError
+from ..places import BusyError, alone_in, check
 from . import stored
-from .files import FileError
 from .images import Augmentation, DataError, Images
-from .places import BusyError, alone_in, check
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,7 +49,7 @@ def load(path: Path, root: Path, size: int, augmentation: Augmentation) -> Image
         path: of the folder.
         root: where decoded folders are kept.
         size: height and width in pixels.
-        augmentation: as :class:`~experiments.images.Images` has it.
+        augmentation: as :class:`~.images.Images` has it.
 
     Raises:
         DataError: the folder is not as it should be, or its decoded file is damaged.

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .run import RunError, Variant
+from ..errors import RunError
+from ..running.run import Variant
 
 PATH = Path(__file__).with_name("published.toml")
 

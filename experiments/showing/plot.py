@@ -17,9 +17,10 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .files import FileError, load_tensors, save_text, write
-from .names import Seed, one_line, slug
-from .run import CONTROLS, RECORD, TRACE, RunError, Variant, run_of_record, trace_of
+from ..errors import RunError
+from ..files import FileError, load_tensors, save_text, write
+from ..names import Seed, one_line, slug
+from ..running.run import CONTROLS, RECORD, TRACE, Variant, run_of_record, trace_of
 from .table import NAMES, ORDER, Number, Record, dense, left, minus, processes, sections, summary
 
 Samples = Mapping[str, Mapping[str, Any]]

@@ -1,6 +1,6 @@
 """How long a decay should take: a table of runs on validation images that differ in it alone.
 
-``python -m experiments.lengths RUNS...`` adds their records to the kept ones in
+``python -m experiments.showing.lengths RUNS...`` adds their records to the kept ones in
 ``experiments/results/lengths.jsonl`` and prints the table. Their configurations are in the records
 alone: each is one of ``experiments/configs`` with another stage ``prune`` and another ``[smooth]``.
 """
@@ -15,13 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .config import as_before
-from .files import save_text
+from ..config import as_before
+from ..errors import RunError
+from ..files import save_text
 from .pairs import difference
-from .run import RunError
 from .table import Record, figure, grid, interval, network, read, summary
 
-KEPT = Path(__file__).parent / "results" / "lengths.jsonl"
+KEPT = Path(__file__).parents[1] / "results" / "lengths.jsonl"
 HEADER = (
     "epochs",
     "learning rate",
@@ -61,9 +61,9 @@ def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One row per fine-tuning and decay, as numbers, base before the decays.
 
     ``steps`` of the decay and its ``share`` of the fine-tuning's steps, ``None`` for base;
-    ``final``, a :func:`~experiments.table.summary` over seeds; ``difference`` to the base of the
+    ``final``, a :func:`~.table.summary` over seeds; ``difference`` to the base of the
     same fine-tuning over the seeds that both have, the fields of
-    :class:`~experiments.pairs.Difference`, or ``None`` without any.
+    :class:`~experiments.showing.pairs.Difference`, or ``None`` without any.
     """
     cells: dict[str, dict[Any, list[Record]]] = {}
     for record in sorted(records, key=_order):
@@ -132,7 +132,9 @@ def _finals(records: Sequence[Record]) -> dict[int, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Take runs into the kept ones and print the table."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.lengths", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.showing.lengths", description=__doc__
+    )
     parser.add_argument("paths", type=Path, nargs="*", help="records or folders; none to render")
     parser.add_argument("--out", type=Path, default=KEPT, help="the kept records")
     args = parser.parse_args(arguments)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import FileError, write
+from ..files import FileError, write
 
 MARK = b"decay-pruning-images-1\n"
 NAMES = ("train", "train_labels", "test", "test_labels")
@@ -44,7 +44,7 @@ class Stored:
 
 
 def hasher() -> Any:
-    """Of images and labels; :attr:`Stored.digest` and :meth:`experiments.images.Images.digest`."""
+    """Of images and labels; :attr:`Stored.digest` and :meth:`.images.Images.digest`."""
     return hashlib.blake2b(digest_size=8)
 
 

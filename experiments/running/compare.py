@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .errors import QuotingError
-from .places import BusyError, busy
-from .run import RECORD, Request, RunError, finished
+from ..errors import QuotingError, RunError
+from ..places import BusyError, busy
+from .run import RECORD, Request, finished
 
 
 @dataclass(frozen=True)

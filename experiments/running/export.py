@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dpm_core.third_party.running import evaluating
 
-from .files import write
+from ..errors import RunError
+from ..files import write
 from .rebuild import load_model
-from .run import RunError
 from .training import outputs
 
 TOLERANCE = 1e-4
@@ -104,12 +104,12 @@ def export(path: Path, kind: str = "onnx", *, allow: Collection[str] = ()) -> Pa
     Args:
         path: a run's ``model.safetensors``.
         kind: one of :data:`KINDS`.
-        allow: what may be imported to rebuild it, as :func:`experiments.rebuild.load_model`.
+        allow: what may be imported to rebuild it, as :func:`.rebuild.load_model`.
 
     Raises:
         RunError: the file is no model of a run, or may not be rebuilt, or what was exported does
             not give its outputs.
-        DamagedError, VersionError: as :func:`experiments.rebuild.load_model`.
+        DamagedError, VersionError: as :func:`.rebuild.load_model`.
     """
     maker, suffix = KINDS[kind]
     maker(*load_model(path, allow=allow), path.with_suffix(suffix))

@@ -1,6 +1,6 @@
 """Any network by its name: built in, torchvision's, timm's, or from a function of one's own.
 
-A name is one of :data:`experiments.models.MODELS`, or says what is imported and what is called:
+A name is one of :data:`.models.MODELS`, or says what is imported and what is called:
 
 - ``torchvision.models:resnet18``, ``package.module:function``: a function, or a class, of a module
   that Python can import
@@ -37,8 +37,8 @@ from torch.nn.parameter import UninitializedParameter
 from dpm_core import DecayPruningError
 from dpm_core.third_party import running
 
+from ..names import shown
 from . import models
-from .names import shown
 
 FORMS = "MODULE:FUNCTION, FILE.py:FUNCTION or timm:NAME"
 ANY = "*"
@@ -178,7 +178,7 @@ class Network:
     def build(self, in_channels: int, classes: int, seed: int | None = None) -> nn.Module:
         """A freshly initialised network, on the host.
 
-        Built-in networks are initialised as :func:`experiments.models.build` says, others as they
+        Built-in networks are initialised as :func:`.models.build` says, others as they
         do it themselves.
 
         Args:

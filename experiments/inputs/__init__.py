@@ -1,0 +1,1 @@
+"""What a run starts from: images, networks and their first weights."""

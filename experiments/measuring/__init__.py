@@ -1,0 +1,1 @@
+"""Measurements that are no runs: what a step costs, and which networks can be pruned."""
