@@ -91,7 +91,7 @@ compare: $(SETUP) ## base, +SP, +SR and the controls: FRAMEWORK= DATA= NETWORK= 
 	  --variants $(call q,$(VARIANTS)) --seeds $(call q,$(SEEDS)) $(places) $(FLAGS)
 
 bench-overhead: $(SETUP) ## what attaching costs a training step, and the decay against torch-kirigami
-	@$(PY) -m experiments.measuring.overhead --out=$(call q,$(OUT)/overhead/overhead.json) $(FLAGS)
+	@$(PY) -m experiments overhead --out=$(call q,$(OUT)/overhead/overhead.json) $(FLAGS)
 
 # Where nothing has run yet, tables and the report show the records that are kept.
 table: $(SETUP) ## the table of the runs in OUT=runs, or of the kept records: RECORDS=
@@ -101,7 +101,7 @@ report: $(SETUP) ## one page to look at, report.html in OUT: tables, plots, late
 	@$(PY) -m experiments report --out=$(call q,$(OUT)) -- $(SHOWN)
 
 table-models: $(SETUP) ## which networks of torchvision and timm can be pruned; measures what is missing
-	@$(PY) -m experiments.measuring.breadth $(FLAGS)
+	@$(PY) -m experiments breadth $(FLAGS)
 
 plots: $(SETUP) ## the plots of all finished runs in OUT=runs
 	@$(PY) -m experiments plots --out=$(call q,$(OUT))

@@ -7,25 +7,34 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
+from .arguments import STOPPED, count, device, folder, pause, seed, seeds, threads
 from .config import load
 from .errors import RunError, carried_out
 from .files import save_json
-from .names import LAST_SEED, shown
 from .places import check, clean
+from .record import CONTROLS, VARIANTS, Record
 from .running.compare import Job, compare
 from .running.ranks import Ranks, joined, started
-from .running.run import ASKING, CONTROLS, VARIANTS, Request, run
+from .running.request import Request
+from .running.run import run
+from .running.stopping import ASKING
 from .running.training import Stopped
-from .showing import table
+from .showing import kept, table
+from .showing.kept import Run
+from .showing.sections import rows, sections
 
-STOPPED = 130
-MOST = 10**9
-"""The largest count that is taken."""
-MOST_THREADS, MOST_SEEDS = 1024, 1000
+MEASURING = {
+    "overhead": "what decay pruning adds to a training step",
+    "breadth": "which networks can be pruned",
+}
+"""Commands that have a module of their own in :mod:`experiments.measuring`, with its options."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,69 +92,12 @@ def parser() -> argparse.ArgumentParser:
         )
         known.add_argument("--out", type=folder, default=Path("runs"), help="where runs are kept")
     commands.add_parser("results", help="RESULTS.md and its plots from the kept records")
+    tried = commands.add_parser("lengths", help="table of the decay lengths that were tried")
+    tried.add_argument("paths", type=folder, nargs="*", help="runs to keep first; none to render")
+    tried.add_argument("--out", type=Path, help="the kept records (default: the project's)")
+    for name, what in MEASURING.items():
+        commands.add_parser(name, help=what, add_help=False)
     return top
-
-
-def count(text: str, most: int = MOST) -> int:
-    """A whole number of at least 1."""
-    if not _whole(text) or not 1 <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"{shown(text)!r} is no count; give 1 to {most}")
-    return int(text)
-
-
-def threads(text: str) -> int:
-    """As many as a machine may run at once."""
-    return count(text, MOST_THREADS)
-
-
-def seed(text: str) -> int:
-    """A whole number that every generator takes."""
-    if not _whole(text) or int(text) > LAST_SEED:
-        raise argparse.ArgumentTypeError(f"{shown(text)!r} is no seed; give 0 to {LAST_SEED}")
-    return int(text)
-
-
-def seeds(text: str) -> list[int]:
-    """``0-4`` or ``0,2,5`` as a list."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not _whole(first) or (dash and not _whole(last)):
-            raise argparse.ArgumentTypeError(
-                f"{shown(text)!r} is no list of seeds; give 0-4 or 0,2,5"
-            )
-        start, end = seed(first), seed(last if dash else first)
-        if end < start:
-            raise argparse.ArgumentTypeError(f"{shown(text)!r} runs backwards; give 0-4 or 0,2,5")
-        if len(numbers) + end - start >= MOST_SEEDS:
-            raise argparse.ArgumentTypeError(
-                f"{shown(text)!r} is more than {MOST_SEEDS} seeds; give fewer at a time"
-            )
-        numbers += range(start, end + 1)
-    return sorted(set(numbers))
-
-
-def _whole(text: str) -> bool:
-    """Whether text is a whole number of a length that any number here may have."""
-    return text.isascii() and text.isdigit() and len(text) < 20
-
-
-def pause(text: str) -> float:
-    """Seconds, 0 or more; ``inf`` for never."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not seconds >= 0:
-        raise argparse.ArgumentTypeError(f"{shown(text)!r} are no seconds; give 0 or more")
-    return seconds
-
-
-def folder(text: str) -> Path:
-    """A path that is not empty: an empty one would mean the current folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty; give a folder's")
-    return Path(text)
 
 
 def _run(args: argparse.Namespace, ranks: Ranks, own: torch.device) -> None:
@@ -190,22 +142,22 @@ def _compare(args: argparse.Namespace) -> None:
     ]
     check(args.out, ["table.json"])
     check(args.out / "plots")
-    runs = table.located(compare(jobs, at_once=args.jobs))
+    runs = kept.located(compare(jobs, at_once=args.jobs))
     records = [record for _, record in runs]
     print(table.markdown(records), end="\n\n")
     _plots(runs, args.out)
     print(_figures(records, args.out))
 
 
-def _figures(records: list[table.Record], out: Path) -> Path:
+def _figures(records: list[Record], out: Path) -> Path:
     """Write the table's figures as JSON, in full precision."""
-    content = [{"title": t, "rows": table.rows(m)} for t, m in table.sections(records)]
+    content = [{"title": t, "rows": [asdict(r) for r in rows(m)]} for t, m in sections(records)]
     clean(out)
     save_json(out / "table.json", content)
     return out / "table.json"
 
 
-def _plots(runs: list[tuple[Path, table.Record]], out: Path) -> None:
+def _plots(runs: list[Run], out: Path) -> None:
     from .showing import plot  # only now, as in other commands: matplotlib takes a second to load
 
     clean(out / "plots")
@@ -213,7 +165,7 @@ def _plots(runs: list[tuple[Path, table.Record]], out: Path) -> None:
         print(picture)
 
 
-def _show(command: str, runs: list[tuple[Path, table.Record]], out: Path) -> None:
+def _show(command: str, runs: list[Run], out: Path) -> None:
     if command == "table":
         records = [record for _, record in runs]
         print(table.markdown(records), end="\n\n")
@@ -231,6 +183,15 @@ def _show(command: str, runs: list[tuple[Path, table.Record]], out: Path) -> Non
             print(path)
 
 
+def _lengths(paths: list[Path], out: Path | None) -> None:
+    from .showing import lengths
+
+    out = lengths.KEPT if out is None else out
+    if paths:
+        lengths.keep(kept.read(paths), out)
+    print(lengths.table(kept.read([out])).markdown())
+
+
 def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", help="digits, cifar10, cifar100 or folder:PATH")
     command.add_argument(
@@ -242,19 +203,6 @@ def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data-root", type=folder, default=Path("data"), help="downloads, caches")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     command.add_argument("--threads", type=threads, help="CPU threads (default: PyTorch's choice)")
-
-
-def device(name: str) -> torch.device:
-    """The device of that name; ``auto`` takes a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(name)
-        torch.ones(1, device=chosen).add(1).item()  # a device that can compute
-    except Exception as cause:  # every kind of device has errors of its own
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise RunError(f"there is no device {name!r} ({reason}); give auto, cpu or cuda") from cause
-    return chosen
 
 
 def stop_at_eof() -> None:
@@ -273,7 +221,13 @@ def stop_at_eof() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Carry out one command; prints its results, or one clear error."""
-    args = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given and given[0] in MEASURING:
+        measure: Callable[[list[str]], int] = import_module(
+            f".measuring.{given[0]}", __package__
+        ).main
+        return measure(given[1:])
+    args = parser().parse_args(given)
     os.environ.setdefault("MPLBACKEND", "agg")  # files only, whatever the machine has for a screen
     if getattr(args, "threads", None):
         torch.set_num_threads(args.threads)
@@ -315,8 +269,10 @@ def _carry_out(args: argparse.Namespace) -> None:
 
         for path in results.renew():
             print(path)
+    elif args.command == "lengths":
+        _lengths(args.paths, args.out)
     else:
-        _show(args.command, table.located(args.paths or [args.out]), args.out)
+        _show(args.command, kept.located(args.paths or [args.out]), args.out)
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def built(kind: type[_Kind], given: Mapping[str, Any], at: str, **built_before: 
             adapter: TypeAdapter[Any] = TypeAdapter(get_type_hints(kind)[key])
             values[key] = adapter.validate_json(json.dumps(value), strict=True)
         except ValidationError as cause:
-            lines += _lines(cause, f"{at}.{key}")
+            lines += described(cause, f"{at}.{key}")
         except (PydanticUserError, NameError) as cause:
             reason = str(cause).splitlines()[0]
             raise ValueError(
@@ -218,11 +218,15 @@ def built(kind: type[_Kind], given: Mapping[str, Any], at: str, **built_before: 
 
 def _of_key(key: str, message: str) -> str:
     """The message of an error under a key; a class of settings is named as the table that it is."""
-    message = re.sub(r"^[A-Z]\w*\.(?=\w+ )", f"{key}.", message)
-    return message if not key or message.startswith(f"{key}.") else f"{key}: {message}"
+    last = key.rpartition(".")[2]
+    message = re.sub(r"^[A-Z]\w*\.(?=\w+ )", f"{last}.", message)
+    if key and message.startswith(f"{last}."):
+        return key.removesuffix(last) + message
+    return f"{key}: {message}" if key else message
 
 
-def _lines(error: ValidationError, prefix: str = "") -> list[str]:
+def described(error: ValidationError, prefix: str = "") -> list[str]:
+    """What is wrong, a line for each key; ``prefix`` is the table that was checked."""
     lines = []
     for e in error.errors(include_url=False):
         key = ".".join(str(part) for part in ([prefix] if prefix else []) + list(e["loc"]))
@@ -494,7 +498,7 @@ def load(path: Path, *, data: str | None = None, validation: int | None = None) 
         # Strict JSON mode takes lists for tuples and whole numbers for floats, and nothing else.
         return Config.model_validate_json(json.dumps(raw, default=_plain), strict=True)
     except ValidationError as cause:
-        raise ConfigError(f"{path}: " + "; ".join(_lines(cause))) from cause
+        raise ConfigError(f"{path}: " + "; ".join(described(cause))) from cause
     except (AdapterError, ConfigurationError, ImportError) as cause:
         raise ConfigError(f"{path}: {cause}") from cause
 

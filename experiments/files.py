@@ -40,9 +40,8 @@ def save_text(path: Path, text: str) -> None:
     write(path, lambda file: file.write(text.encode()))
 
 
-def save_json(path: Path, content: Any, *, vouch: bool = False) -> None:
-    """Write JSON, indented, atomically; with a checksum, if asked for: see :func:`vouched`."""
-    content = vouched(content) if vouch else content
+def save_json(path: Path, content: Any) -> None:
+    """Write JSON, indented, atomically."""
     save_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 

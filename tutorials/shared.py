@@ -10,7 +10,8 @@ from torch import nn
 
 from dpm_core import Event
 from experiments.running.training import Norms
-from experiments.showing import plot
+from experiments.showing import figures
+from experiments.showing.norms import sample_norms
 
 
 def draw_norms(trace: Sequence[Norms], events: Sequence[Event]) -> Figure:
@@ -21,14 +22,11 @@ def draw_norms(trace: Sequence[Norms], events: Sequence[Event]) -> Figure:
         events: the core's.
     """
     run = {"trace": trace, "events": [asdict(event) for event in events]}
-    return plot.draw_norms({"sr": plot.sample_norms(run, 0, "sr")}, size=(7, 4))
+    return figures.draw_norms({"sr": sample_norms(run, 0, "sr")}, size=(7, 4))
 
 
 def draw_channels(dense: nn.Module, small: nn.Module) -> Figure:
     """Output channels of every convolution, before and after."""
-    widths = {
-        name: (len(m.weight), len(small.get_submodule(name).weight))
-        for name, m in dense.named_modules()
-        if isinstance(m, nn.Conv2d)
-    }
-    return plot.draw_channels([{"variant": "sr", "channels": widths}], size=(7, 3))
+    before = {n: len(m.weight) for n, m in dense.named_modules() if isinstance(m, nn.Conv2d)}
+    after = [len(small.get_submodule(name).weight) for name in before]
+    return figures.draw_widths(before, {"sr": after}, size=(7, 3))

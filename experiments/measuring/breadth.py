@@ -1,4 +1,4 @@
-"""Which networks can be pruned: ``python -m experiments.measuring.breadth``.
+"""Which networks can be pruned: ``python -m experiments breadth``.
 
 Every classification network of torchvision, and the smallest of every family of timm, goes with
 random weights through the DepGraph adapter as sp and as sr: upstream chooses a share of every
@@ -33,13 +33,13 @@ from dpm_core.adapters.base import count_macs, count_parameters
 from dpm_core.adapters.depgraph import DepGraph, DepGraphOptions
 from dpm_core.third_party.attention import SplitAttention, split_attention
 
-from ..__main__ import STOPPED, threads
+from ..arguments import STOPPED, threads
 from ..errors import RunError, carried_out
 from ..files import save_text
 from ..places import check
 from ..running import training
-from ..running.run import device_name, revision
-from ..showing.table import grid
+from ..running.machine import device_name, revision
+from ..showing.grid import grid
 from .networks import CLASSES, TIMM, Network, network, networks, size_of, versions
 
 ROOT = Path(__file__).parents[2]
@@ -453,9 +453,7 @@ def _circumstances(rows: Sequence[Row]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """All options."""
-    top = argparse.ArgumentParser(
-        prog="python -m experiments.measuring.breadth", description=__doc__
-    )
+    top = argparse.ArgumentParser(prog="python -m experiments breadth", description=__doc__)
     top.add_argument("--networks", help="names, with commas between (default: all)")
     top.add_argument("--largest", type=float, default=150.0, help="parameters, in millions")
     top.add_argument("--time-limit", type=float, default=600.0, help="seconds for one network")
@@ -494,7 +492,3 @@ def _measured(args: argparse.Namespace) -> int:
     save_text(args.out, markdown(rows, [n for n in networks() if n not in there]))
     print(args.out)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What decay pruning adds to a training step: ``python -m experiments.measuring.overhead``.
+"""What decay pruning adds to a training step: ``python -m experiments overhead``.
 
 Three arms take the same training step (forward, backward, the optimizer), in turns: `plain`;
 `idle`, DecayPruning attached and nothing decaying; `decaying`, half of every structure group
@@ -17,7 +17,6 @@ import itertools
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,13 +43,13 @@ from dpm_core.adapters.depgraph import structure_groups
 from dpm_core.adapters.gate_decorator import structure_group as gate_group
 from dpm_core.third_party import gate_decorator, otov2
 
-from ..__main__ import device as device_of
-from ..__main__ import threads
+from ..arguments import device as device_of
+from ..arguments import threads
 from ..errors import carried_out
 from ..files import save_json
 from ..inputs import models
 from ..places import check
-from ..running.run import device_name, revision
+from ..running.machine import device_name, revision
 
 RECORD_VERSION = 2
 ARMS = ("plain", "idle", "decaying")
@@ -431,9 +430,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """All options."""
-    top = argparse.ArgumentParser(
-        prog="python -m experiments.measuring.overhead", description=__doc__
-    )
+    top = argparse.ArgumentParser(prog="python -m experiments overhead", description=__doc__)
     top.add_argument(
         "--models", type=_models, default="vgg16-bn,resnet56", help="names, with commas between"
     )
@@ -511,7 +508,3 @@ def _measured(args: argparse.Namespace) -> int:
     save_json(args.out, content)
     print(f"\n{args.out}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

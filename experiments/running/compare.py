@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from ..errors import QuotingError, RunError
 from ..places import BusyError, busy
-from .run import RECORD, Request, finished
+from ..record import RECORD
+from .finished import finished
+from .request import Request
 
 
 @dataclass(frozen=True)

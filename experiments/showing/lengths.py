@@ -1,25 +1,26 @@
 """How long a decay should take: a table of runs on validation images that differ in it alone.
 
-``python -m experiments.showing.lengths RUNS...`` adds their records to the kept ones in
+``python -m experiments lengths RUNS...`` adds their records to the kept ones in
 ``experiments/results/lengths.jsonl`` and prints the table. Their configurations are in the records
 alone: each is one of ``experiments/configs`` with another stage ``prune`` and another ``[smooth]``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import as_before
 from ..errors import RunError
 from ..files import save_text
-from .pairs import difference
-from .table import Record, figure, grid, interval, network, read, summary
+from ..record import Record
+from .grid import Table
+from .kept import as_lines, read
+from .pairs import Difference, difference
+from .sections import Summary, summary
 
 KEPT = Path(__file__).parents[1] / "results" / "lengths.jsonl"
 HEADER = (
@@ -46,107 +47,98 @@ def keep(records: Sequence[Record], path: Path = KEPT) -> None:
     """
     there = read([path]) if path.exists() else []
     for record in records:
-        name = f"{record['config']['name']}, {record['variant']}, seed {record['seed']}"
-        if record["variant"] not in ("base", "sp"):
+        name = f"{record.name}, {record.variant}, seed {record.seed}"
+        if record.variant not in ("base", "sp"):
             raise RunError(f"{name} is neither base nor sp; the decay's length is chosen by those")
-        if record["config"]["data"]["validation"] is None:
+        if record.settings.data.validation is None:
             raise RunError(f"{name} is measured on test images; choose with --validation")
-    runs = {(r["config_hash"], r["variant"], r["seed"]): r for r in [*there, *records]}
-    ordered = sorted(runs.values(), key=lambda r: (_order(r), r["variant"], r["seed"]))
-    lines = [json.dumps(r, separators=(",", ":"), allow_nan=False) for r in ordered]
-    save_text(path, "".join(f"{line}\n" for line in lines))
+    runs = {(r.config_hash, r.variant, r.seed): r for r in [*there, *records]}
+    ordered = sorted(runs.values(), key=lambda r: (_order(r), r.variant, r.seed))
+    save_text(path, as_lines(ordered))
 
 
-def rows(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One row per fine-tuning and decay, as numbers, base before the decays.
+@dataclass(frozen=True)
+class Row:
+    """One fine-tuning and decay.
 
-    ``steps`` of the decay and its ``share`` of the fine-tuning's steps, ``None`` for base;
-    ``final``, a :func:`~.table.summary` over seeds; ``difference`` to the base of the
-    same fine-tuning over the seeds that both have, the fields of
-    :class:`~experiments.showing.pairs.Difference`, or ``None`` without any.
+    Attributes:
+        epochs, learning_rate: of the stage ``prune``.
+        steps: of the decay, ``None`` for base.
+        share: ``steps`` as a share of the fine-tuning's.
+        final: accuracy over the seeds, in percent.
+        seeds: in order.
+        difference: to the base of the same fine-tuning over the seeds that both have, in points;
+            ``None`` without any.
     """
-    cells: dict[str, dict[Any, list[Record]]] = {}
+
+    epochs: int
+    learning_rate: float
+    steps: int | None
+    share: float | None
+    final: Summary
+    seeds: list[int]
+    difference: Difference | None
+
+
+def rows(records: Sequence[Record]) -> list[Row]:
+    """One row per fine-tuning and decay, base before the decays."""
+    cells: dict[str, dict[int | None, list[Record]]] = {}
     for record in sorted(records, key=_order):
-        steps = None if record["variant"] == "base" else record["config"]["smooth"]["steps"]
+        steps = None if record.variant == "base" else record.settings.smooth.steps
         cells.setdefault(_fine_tuning(record), {}).setdefault(steps, []).append(record)
     listed = []
     for tried in cells.values():
         base = _finals(tried.get(None, []))
         for steps in sorted(tried, key=lambda s: s or 0):
             members, final = tried[steps], _finals(tried[steps])
-            stage = members[0]["config"]["stages"]["prune"]
-            start = {r["seed"]: network(r) for r in members}
-            versus = None if steps is None else difference(final, base, start)
+            stage = members[0].settings.stages["prune"]
+            start = {r.seed: r.network for r in members}
             listed.append(
-                {
-                    "epochs": stage["epochs"],
-                    "learning_rate": stage["learning_rate"],
-                    "steps": steps,
-                    "share": None if steps is None else steps / members[0]["steps"]["total"],
-                    "final": summary(list(final.values())),
-                    "seeds": sorted(final),
-                    "difference": versus and asdict(versus),
-                }
+                Row(
+                    stage.epochs,
+                    stage.learning_rate,
+                    steps,
+                    None if steps is None else steps / members[0].steps.total,
+                    summary(list(final.values())),
+                    sorted(final),
+                    None if steps is None else difference(final, base, start),
+                )
             )
     return listed
 
 
-def markdown(records: Sequence[Record]) -> str:
+def table(records: Sequence[Record]) -> Table:
     """The table of :func:`rows`."""
-    lines: list[Sequence[str]] = [HEADER]
+    lines = []
     for row in rows(records):
-        decay, versus = row["steps"], row["difference"]
+        versus = row.difference
         lines.append(
             [
-                str(row["epochs"]),
-                f"{row['learning_rate']:g}",
-                "-" if decay is None else f"{decay:,}",
-                "-" if decay is None else f"{100 * row['share']:.0f}",
-                figure(row["final"], 2),
-                interval(versus) if versus else "-",
-                str(versus["pairs"] if versus else len(row["seeds"])),
-                str(versus["networks"]) if versus else "-",
+                str(row.epochs),
+                f"{row.learning_rate:g}",
+                "-" if row.steps is None else f"{row.steps:,}",
+                "-" if row.share is None else f"{100 * row.share:.0f}",
+                row.final.text(2),
+                versus.interval if versus else "-",
+                str(versus.pairs if versus else len(row.seeds)),
+                str(versus.networks) if versus else "-",
             ]
         )
-    return grid(lines)
+    return Table(HEADER, lines)
 
 
 def _fine_tuning(record: Record) -> str:
     """All that a run depends on but its seed and its decay, as text."""
-    whole = as_before(
-        record["config"]
-    )  # a later release's record may stand beside an earlier one's
+    whole = as_before(record.config)  # a later release's may stand beside an earlier one's
     config = {k: v for k, v in whole.items() if k not in ("name", "smooth", "curve")}
     return json.dumps(config, sort_keys=True)
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    stage = record["config"]["stages"]["prune"]
-    return stage["epochs"], -stage["learning_rate"], record["config"]["smooth"]["steps"]
+    stage = record.settings.stages["prune"]
+    return stage.epochs, -stage.learning_rate, record.settings.smooth.steps
 
 
 def _finals(records: Sequence[Record]) -> dict[int, float]:
     """By seed; base was run once per fine-tuning and seed, under whichever decay's name."""
-    return {r["seed"]: r["accuracy"]["final"] for r in records}
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Take runs into the kept ones and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.showing.lengths", description=__doc__
-    )
-    parser.add_argument("paths", type=Path, nargs="*", help="records or folders; none to render")
-    parser.add_argument("--out", type=Path, default=KEPT, help="the kept records")
-    args = parser.parse_args(arguments)
-    try:
-        if args.paths:
-            keep(read(args.paths), args.out)
-        print(markdown(read([args.out])))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {r.seed: r.accuracy.final for r in records}

@@ -34,6 +34,25 @@ class Difference:
     high: float | None
     detectable: float | None
 
+    @property
+    def interval(self) -> str:
+        """The mean and its 95% interval, as text."""
+        if self.low is None or self.high is None:
+            return _signed(self.mean)
+        return f"{_signed(self.mean)} [{_signed(self.low)}, {_signed(self.high)}]"
+
+    @property
+    def counted(self) -> str:
+        """The pairs, and their networks if shared, as text."""
+        text = f"{self.pairs} pair{'s' if self.pairs != 1 else ''}"
+        if self.networks == self.pairs:
+            return text
+        return f"{text} of {self.networks} network{'s' if self.networks != 1 else ''}"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # adding 0 leaves no negative zero
+
 
 def difference(
     one: Mapping[int, float],

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import RunError
-from ..running.run import Variant
+from ..record import Variant
 
 PATH = Path(__file__).with_name("published.toml")
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from experiments.running.run import VARIANTS, run
+from experiments.record import VARIANTS
+from experiments.running.run import run
 from tests.support import tiny
 
 

@@ -19,9 +19,11 @@ from dpm_core.adapters.saved import save_pruned
 from experiments.__main__ import STOPPED, main
 from experiments.config import Config
 from experiments.errors import RunError
+from experiments.record import MODEL
 from experiments.running import compare as compare_module
 from experiments.running.compare import Job, compare
-from experiments.running.run import ASKING, MODEL, Request
+from experiments.running.request import Request
+from experiments.running.stopping import ASKING
 from tests.support import forked, tiny
 from tests.support.records import record
 
@@ -95,8 +97,8 @@ class Machine:
         variant, seed = process.option("variant"), int(process.option("seed"))
         config = self.configs[process.path]
         folder = Request(config, variant, seed, out=Path(process.option("out"))).folder
-        content = record(variant, seed, config={"name": config.name}, config_hash=config.hash())
-        (folder / "record.json").write_text(json.dumps(content))
+        one = record(variant, seed, config={"name": config.name}, config_hash=config.hash())
+        one.save(folder / "record.json")
         save_pruned(folder / MODEL, torch.nn.Linear(1, 1), [])
 
     def sleep(self, seconds):
@@ -425,8 +427,7 @@ def test_no_jobs_are_refused_instead_of_waiting_forever(tmp_path, machine, capsy
 def test_a_record_of_another_configuration_is_refused_before_any_run(tmp_path, machine, capsys):
     other = tiny.request(tmp_path / "out", "sr", {"smooth.steps": 6}, seed=1)
     other.folder.mkdir(parents=True)
-    content = record("sr", 1, config_hash=other.config.hash())
-    (other.folder / "record.json").write_text(json.dumps(content))
+    record("sr", 1, config_hash=other.config.hash()).save(other.folder / "record.json")
     assert main(command(tmp_path, "--seeds", "0-1")) == 2
     assert "another configuration" in capsys.readouterr().err
     assert machine.started == []

@@ -18,22 +18,23 @@ from hypothesis import strategies as st
 from experiments.__main__ import main
 from experiments.errors import RunError
 from experiments.files import save_tensors
-from experiments.running.run import run_of_record, trace_of
-from experiments.showing import plot, table
+from experiments.record import trace_of
+from experiments.showing import figures, kept, norms, plot, sections
 from experiments.showing.results import keep
-from tests.support.records import record
+from tests.support.records import content, of, record
 
-GOOD = {
-    **record("sr", 0, versions={"torch": "2.11.0"}, releases=[[3, "first", 2]]),
-    "config": {
-        "name": "made-up",
-        "stages": {"prune": {}},
+GOOD = content(
+    "sr",
+    0,
+    versions={"torch": "2.11.0"},
+    releases=[[3, "first", 2]],
+    config={
         "options": {"importance": "magnitude"},
         "data": {"name": "digits", "validation": None},
     },
-    "revision": "0123456789abcdef",
-    "processes": 1,
-}
+    revision="0123456789abcdef",
+    processes=1,
+)
 SAMPLE = {
     "variant": "sr",
     "seed": 0,
@@ -113,10 +114,10 @@ def test_a_record_with_any_field_changed_is_refused_or_shown_in_a_table(tmp_path
         folder = tmp_path / str(i)
         folder.mkdir()
         if not refused_or_shown(folder, "table", path):
-            runs = table.located([path])
-            for kept in keep(runs, folder / "kept"):
-                assert kept.parent == folder / "kept"
-            assert table.read([folder / "kept"]) == [record for _, record in runs]
+            runs = kept.located([path])
+            for written in keep(runs, folder / "kept"):
+                assert written.parent == folder / "kept"
+            assert kept.read([folder / "kept"]) == [record for _, record in runs]
 
 
 @given(
@@ -186,13 +187,13 @@ def test_a_record_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "c" / "record.json").write_bytes(b"\xff\xfe\x00")
     for name in "abc":
         with pytest.raises(RunError, match=rf"{name}/record\.json"):
-            table.located([tmp_path / name])
+            kept.located([tmp_path / name])
 
 
 def test_records_of_other_layers_under_one_configuration_are_refused(tmp_path):
     records = [record("base", 0), record("base", 1, channels={"first": [16, 8], "other": [3, 2]})]
     with pytest.raises(RunError, match=r"different networks.*base, seed 1"):
-        table.sections(records)
+        sections.sections(records)
 
 
 def test_pictures_of_two_sections_never_take_one_anothers_place(tmp_path):
@@ -217,23 +218,22 @@ def test_kept_norms_with_any_field_changed_are_refused_or_drawn(tmp_path):
             except (ValueError, UnicodeEncodeError):
                 continue
             try:
-                norms = plot.find_norms(
-                    runs := table.located([tmp_path / "made-up.jsonl"]), [r for _, r in runs]
-                )
-                outcomes.add(bool(norms))
+                runs = kept.located([tmp_path / "made-up.jsonl"])
+                found = norms.find_norms(runs, [r for _, r in runs])
+                outcomes.add(bool(found))
             except RunError as refused:
                 assert str(path) in str(refused)  # noqa: PT017
                 assert "\n" not in str(refused)  # noqa: PT017
                 outcomes.add("refused")
             else:
-                if norms:
-                    plot.draw_norms(norms)
+                if found:
+                    figures.draw_norms(found)
     assert outcomes == {True, False, "refused"}
 
 
 def saved(path: Path, content: Any) -> None:
     """A trace with a sound checksum, of the same run as the record."""
-    save_tensors(path, content, trace_of(run_of_record(GOOD)))
+    save_tensors(path, content, trace_of(of(GOOD).run))
 
 
 TRACES = {
@@ -279,5 +279,5 @@ def test_nothing_is_kept_where_a_trace_is_damaged(tmp_path):
     (tmp_path / "record.json").write_text(json.dumps(GOOD))
     (tmp_path / "trace.pt").write_bytes(b"junk")
     with pytest.raises(RunError, match=r"trace\.pt"):
-        keep(table.located([tmp_path / "record.json"]), tmp_path / "kept")
+        keep(kept.located([tmp_path / "record.json"]), tmp_path / "kept")
     assert not (tmp_path / "kept").exists()

@@ -14,8 +14,9 @@ from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import otov2
 from experiments.errors import RunError
 from experiments.inputs import models
+from experiments.record import MODEL
 from experiments.running import export
-from experiments.running.run import MODEL, run
+from experiments.running.run import run
 from experiments.running.training import outputs
 from tests.support import rounding, tiny, torchvisions
 from tests.support.rounding import exact_outputs

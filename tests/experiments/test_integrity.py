@@ -15,15 +15,18 @@ from dpm_core.adapters.saved import SavedModelError, read
 from experiments.__main__ import main
 from experiments.errors import RunError
 from experiments.files import vouched
+from experiments.record import MODEL
 from experiments.running import run as run_module
 from experiments.running.compare import Job, compare
+from experiments.running.finished import finished
 from experiments.running.rebuild import load_model
-from experiments.running.run import CHECKPOINT, MODEL, finished, run
+from experiments.running.request import CHECKPOINT
+from experiments.running.run import run
 from experiments.running.training import DivergedError, Stopped
-from experiments.showing import plot, table
-from tests.support import tiny
+from experiments.showing import kept, norms, sections, table
+from tests.support import records, tiny
 from tests.support.damage import damaged
-from tests.support.records import record, save
+from tests.support.records import of, record, save
 from tests.support.tiny import MINIATURE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,12 +51,12 @@ def carried_out(out: Path, variant: str) -> None:
 
 
 def listed(out: Path) -> None:
-    table.read([out])
+    kept.read([out])
 
 
 def drawn(out: Path) -> None:
-    runs = table.located([out])
-    plot.find_norms(runs, [r for _, r in runs])
+    runs = kept.located([out])
+    norms.find_norms(runs, [r for _, r in runs])
 
 
 def rebuilt(out: Path) -> None:
@@ -112,8 +115,8 @@ def test_files_of_two_runs_in_each_others_place_are_refused(finished_runs, tmp_p
     run(two)
     paths = one.folder / name, two.folder / name
     contents = [p.read_bytes() for p in paths]
-    for path, content in zip(paths, reversed(contents), strict=True):
-        path.write_bytes(content)
+    for path, other_content in zip(paths, reversed(contents), strict=True):
+        path.write_bytes(other_content)
     for request in (one, two):
         if name == "trace.pt":
             with pytest.raises(RunError, match=r"trace\.pt holds no norms .*it is of .*delete it"):
@@ -125,14 +128,14 @@ def test_files_of_two_runs_in_each_others_place_are_refused(finished_runs, tmp_p
 
 
 def test_a_kept_record_that_was_changed_is_refused_by_its_line(tiny_runs, tmp_path):
-    (path,) = table.keep(table.read(list(tiny_runs.paths.values())), tmp_path)
+    (path,) = kept.keep(kept.read(list(tiny_runs.paths.values())), tmp_path)
     text = path.read_text()
     final = json.loads(text.splitlines()[1])["accuracy"]["final"]
     lines = text.splitlines()
     lines[1] = lines[1].replace(f'"final":{final}', f'"final":{final + 1}')
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(RunError, match=r"line 2, is no record \(its checksum"):
-        table.read([path])
+        kept.read([path])
 
 
 @pytest.mark.parametrize("lost", ["sha256", "images"])
@@ -142,7 +145,7 @@ def test_a_record_cannot_lose_its_checksum(tiny_runs, tmp_path, lost):
     path = tmp_path / "record.json"
     path.write_text(json.dumps(content))
     with pytest.raises(RunError, match="its checksum is another one"):
-        table.read([path])
+        kept.read([path])
 
 
 # ---------------------------------------------------------------------- the model of a run
@@ -219,20 +222,20 @@ def test_a_run_on_other_images_is_refused_beside_others_before_any_work(tmp_path
     assert sorted(p for p in tmp_path.rglob("*") if p.is_file()) == before
     run(tiny.request(tmp_path / "another", "sp", MINIATURE))
     with pytest.raises(RunError, match="different images under one name") as caught:
-        table.markdown(table.read([tmp_path]))
+        table.markdown(kept.read([tmp_path]))
     assert [v for v in ("base", "sp") if f"{v}, seed 0" not in str(caught.value)] == []
-    table.keep(table.read([tmp_path / "miniature"]), tmp_path / "kept")
+    kept.keep(kept.read([tmp_path / "miniature"]), tmp_path / "kept")
     with pytest.raises(RunError, match="different configurations or data"):
-        table.keep(table.read([tmp_path / "another"]), tmp_path / "kept")
+        kept.keep(kept.read([tmp_path / "another"]), tmp_path / "kept")
 
 
 def test_records_of_earlier_releases_are_read_beside_new_ones(tmp_path):
-    old, new = record("base", 0), vouched({**record("sp", 0), "images": "0123456789abcdef"})
-    for content in (old, new):
-        save(tmp_path, content)
-    assert len(table.rows(table.read([tmp_path]))) == 2
-    assert len(table.keep(table.read([tmp_path]), tmp_path / "kept")) == 1
-    assert table.read([tmp_path / "kept"]) == [old, new]
+    old, new = record("base", 0), of(vouched(records.content("sp", 0, images="0123456789abcdef")))
+    for one in (old, new):
+        save(tmp_path, one)
+    assert len(sections.rows(kept.read([tmp_path]))) == 2
+    assert len(kept.keep(kept.read([tmp_path]), tmp_path / "kept")) == 1
+    assert kept.read([tmp_path / "kept"]) == [old, new]
 
 
 # ---------------------------------------------------------------------- training that diverges

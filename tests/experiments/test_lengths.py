@@ -7,9 +7,10 @@ import json
 import pytest
 from scipy import stats
 
+from experiments.__main__ import main
 from experiments.errors import RunError
 from experiments.showing import lengths
-from tests.support.records import record, save
+from tests.support.records import changed, record, save
 
 
 def tried(variant, seed, final, steps=10, rate=0.02, epochs=6, validation=100):
@@ -19,8 +20,15 @@ def tried(variant, seed, final, steps=10, rate=0.02, epochs=6, validation=100):
         "smooth": {"steps": steps},
         "data": {"validation": validation},
     }
-    content = record(variant, seed, config=config, accuracy__final=final, steps__total=200)
-    return {**content, "config_hash": f"{epochs}{rate}{steps}", "dense_seed": seed % 2}
+    return record(
+        variant,
+        seed,
+        config=config,
+        accuracy__final=final,
+        steps__total=200,
+        config_hash=f"{epochs}{rate}{steps}",
+        dense_seed=seed % 2,
+    )
 
 
 RUNS = [
@@ -34,7 +42,7 @@ RUNS = [
 
 def test_a_decay_is_paired_with_the_base_of_its_own_fine_tuning():
     rows = lengths.rows(RUNS[::-1])
-    shown = [(r["epochs"], r["learning_rate"], r["steps"], r["share"]) for r in rows]
+    shown = [(r.epochs, r.learning_rate, r.steps, r.share) for r in rows]
     assert shown == [
         (6, 0.02, None, None),
         (6, 0.02, 10, 0.05),
@@ -42,21 +50,21 @@ def test_a_decay_is_paired_with_the_base_of_its_own_fine_tuning():
         (6, 0.002, 10, 0.05),
         (12, 0.02, None, None),
     ]
-    assert [r["final"]["mean"] for r in rows] == [81.5, 84.0, 81.5, 70.0, 85.0]
+    assert [r.final.mean for r in rows] == [81.5, 84.0, 81.5, 70.0, 85.0]
     # Seeds 0 and 2 are of network 0, 1 and 3 of network 1: +1 and +3, +2 and +4 points.
-    ten = rows[1]["difference"]
+    ten = rows[1].difference
     interval = stats.ttest_1samp([2.0, 3.0], 0).confidence_interval(0.95)
-    assert (ten["pairs"], ten["networks"], ten["mean"]) == (4, 2, 2.5)
-    assert (ten["low"], ten["high"]) == pytest.approx((interval.low, interval.high))
-    assert (rows[2]["difference"]["pairs"], rows[2]["difference"]["mean"]) == (3, 0.5)
-    assert [r["difference"] for r in (rows[0], rows[3], rows[4])] == [None] * 3
+    assert (ten.pairs, ten.networks, ten.mean) == (4, 2, 2.5)
+    assert (ten.low, ten.high) == pytest.approx((interval.low, interval.high))
+    assert (rows[2].difference.pairs, rows[2].difference.mean) == (3, 0.5)
+    assert [r.difference for r in (rows[0], rows[3], rows[4])] == [None] * 3
 
 
 def test_settings_of_later_releases_keep_no_runs_apart():
     """Where they are as they were, and nobody could set them otherwise."""
     later = [
-        {**r, "config": {**r["config"], "model_options": {}, "draw_by_seed": False}}
-        if r["variant"] == "sp"
+        changed(r, config={**r.config, "model_options": {}, "draw_by_seed": False})
+        if r.variant == "sp"
         else r
         for r in RUNS
     ]
@@ -64,7 +72,7 @@ def test_settings_of_later_releases_keep_no_runs_apart():
 
 
 def test_the_table_says_what_there_is():
-    lines = lengths.markdown(RUNS).splitlines()
+    lines = lengths.table(RUNS).markdown().splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
     assert cells[0] == list(lengths.HEADER)
     assert cells[2] == ["6", "0.02", "-", "-", "81.50 ± 1.29", "-", "4", "-"]
@@ -77,15 +85,15 @@ def test_the_table_says_what_there_is():
 def test_runs_are_kept_once_and_the_table_is_printed_from_them(tmp_path, capsys):
     kept = tmp_path / "lengths.jsonl"
     runs = [save(tmp_path / str(i), r) for i, r in enumerate(RUNS)]
-    assert lengths.main([*map(str, runs[:5]), "--out", str(kept)]) == 0
-    assert lengths.main([*map(str, runs[3:]), "--out", str(kept)]) == 0
+    assert main(["lengths", *map(str, runs[:5]), "--out", str(kept)]) == 0
+    assert main(["lengths", *map(str, runs[3:]), "--out", str(kept)]) == 0
     assert len(kept.read_text().splitlines()) == len(RUNS)
     capsys.readouterr()
-    assert lengths.main(["--out", str(kept)]) == 0
-    assert capsys.readouterr().out == lengths.markdown(RUNS) + "\n"
+    assert main(["lengths", "--out", str(kept)]) == 0
+    assert capsys.readouterr().out == lengths.table(RUNS).markdown() + "\n"
     before = kept.read_bytes()
     again = save(tmp_path / "again", tried("base", 0, 10.0))
-    assert lengths.main([str(again), "--out", str(kept)]) == 0
+    assert main(["lengths", str(again), "--out", str(kept)]) == 0
     assert len(kept.read_text().splitlines()) == len(RUNS)
     assert kept.read_bytes() != before
 
@@ -103,7 +111,7 @@ def test_other_runs_are_refused_and_nothing_is_written(tmp_path, wrong, message,
     before = kept.read_bytes()
     with pytest.raises(RunError, match=message):
         lengths.keep([tried("sp", 9, 1.0), wrong], kept)
-    assert lengths.main([str(save(tmp_path, wrong)), "--out", str(kept)]) == 2
+    assert main(["lengths", str(save(tmp_path, wrong)), "--out", str(kept)]) == 2
     assert message in capsys.readouterr().err
     assert kept.read_bytes() == before
 
@@ -111,4 +119,4 @@ def test_other_runs_are_refused_and_nothing_is_written(tmp_path, wrong, message,
 def test_kept_lines_are_whole_records(tmp_path):
     lengths.keep(RUNS, tmp_path / "kept.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
-    assert sorted(lines, key=str) == sorted(json.loads(json.dumps(RUNS)), key=str)
+    assert sorted(lines, key=str) == sorted((r.content() for r in RUNS), key=str)

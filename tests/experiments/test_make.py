@@ -99,7 +99,7 @@ def test_a_comparison_is_of_its_framework_with_the_controls(words, path):
 
 def test_the_table_of_networks_takes_its_own_options():
     words = planned("table-models", "FLAGS=--networks resnet18")
-    assert words == ["python", "-m", "experiments.measuring.breadth", "--networks", "resnet18"]
+    assert words == ["python", "-m", "experiments", "breadth", "--networks", "resnet18"]
 
 
 def test_tables_show_the_kept_records_where_nothing_has_run(tmp_path):

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from experiments.config import Config, ConfigError, load
 from experiments.names import LONGEST, check_name, check_text, faults, folder_of, one_line, slug
-from experiments.running.run import Request
+from experiments.running.request import Request
 from tests.support import tiny
 
 ODD = st.sampled_from(

@@ -25,10 +25,13 @@ from experiments.errors import RunError
 from experiments.inputs import models
 from experiments.inputs.networks import Network, NetworkError, require_logits
 from experiments.names import folder_of
+from experiments.record import MODEL
+from experiments.running import machine
 from experiments.running import run as run_module
 from experiments.running.rebuild import load_model
-from experiments.running.run import MODEL, run
-from experiments.showing import report, results, table
+from experiments.running.request import Request
+from experiments.running.run import run
+from experiments.showing import kept, report, results
 from tests.support import tiny
 from tests.support.tiny import GONE, MINIATURE
 
@@ -352,11 +355,11 @@ def refused(tmp_path, capsys, name, options, words):
 
 def test_kept_records_have_the_hashes_of_their_configurations():
     """Also where releases since have added keys."""
-    kept = {r["config_hash"]: r["config"] for r in table.read([results.RECORDS])}
-    assert len(kept) >= 11
-    for hashed, content in kept.items():
-        assert run_module.Config.model_validate_json(json.dumps(content)).hash() == hashed
-        path = results.ROOT / "experiments" / "configs" / f"{content['name']}.toml"
+    there = {r.config_hash: r.settings for r in kept.read([results.RECORDS])}
+    assert len(there) >= 11
+    for hashed, said in there.items():
+        assert said.hash() == hashed
+        path = results.ROOT / "experiments" / "configs" / f"{said.name}.toml"
         assert load(path).hash() == hashed
 
 
@@ -548,15 +551,15 @@ def test_a_packages_version_is_in_the_record(tmp_path, monkeypatch):
     """And nothing is said of a package for a network that is built in."""
     changes = {**MINIATURE, "model": "torchvision.models:vgg11"}
     config = load(tiny.write(tmp_path / "c.toml", changes))
-    assert run_module._versions(config)["torchvision"] == metadata.version("torchvision")
-    assert "torchvision" not in run_module._versions(tiny.config())
+    assert machine.versions(config)["torchvision"] == metadata.version("torchvision")
+    assert "torchvision" not in machine.versions(tiny.config())
 
 
 @pytest.mark.usefixtures("one_thread", "miniature")
 def test_a_configuration_without_dense_training_takes_such_a_network(file, tmp_path):
     changes = {**MINIATURE, "model": f"{file}:Net", "dense": GONE, "options.speed_up": 1.3}
     config = load(tiny.write(tmp_path / "c.toml", changes))
-    record = run(run_module.Request(config, "sp", 0, out=tmp_path / "out"))
+    record = run(Request(config, "sp", 0, out=tmp_path / "out"))
     assert json.loads(record.read_text())["accuracy"]["dense"] is None
     load_model(record.parent / MODEL, allow=[str(file)])
 
@@ -574,8 +577,8 @@ def test_what_a_network_draws_in_training_is_the_runs_own(tmp_path):
     changes = {**MINIATURE, "model": f"{path}:f"}
     config = load(tiny.write(tmp_path / "c.toml", changes))
 
-    def request(out: str, variant: str = "sr", seed: int = 0) -> run_module.Request:
-        return run_module.Request(config, variant, seed, out=tmp_path / out)
+    def request(out: str, variant: str = "sr", seed: int = 0) -> Request:
+        return Request(config, variant, seed, out=tmp_path / out)
 
     torch.manual_seed(1)
     whole = run(request("whole"))

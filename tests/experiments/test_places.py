@@ -28,10 +28,13 @@ from experiments.files import save_text
 from experiments.inputs.images import DataError
 from experiments.names import LAST_SEED
 from experiments.places import BusyError, alone_in, busy, clean, explained
+from experiments.record import MODEL, RECORD
 from experiments.running import rebuild
 from experiments.running import run as run_module
+from experiments.running.finished import FORCED, finished
 from experiments.running.rebuild import load_model
-from experiments.running.run import CHECKPOINT, FORCED, MODEL, RECORD, finished, run
+from experiments.running.request import CHECKPOINT
+from experiments.running.run import run
 from experiments.running.training import DivergedError, Stopped
 from tests.support import forked, tiny
 from tests.support.tiny import MINIATURE

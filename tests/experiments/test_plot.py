@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 
@@ -14,9 +13,10 @@ import torch
 
 from experiments.__main__ import main
 from experiments.errors import RunError
-from experiments.running.run import CONTROLS, VARIANTS
-from experiments.showing import plot, table
-from tests.support.records import record, save, save_trace
+from experiments.record import CONTROLS, VARIANTS
+from experiments.showing import figures, kept, norms, plot, sections
+from experiments.showing.norms import Sample
+from tests.support.records import changed, record, save, save_trace
 
 
 def colour(artist) -> str:
@@ -55,15 +55,15 @@ def test_plots_of_real_runs_are_pictures(tiny_runs, tmp_path, capsys):
 
 def test_nothing_keeps_a_figure_whether_it_was_saved_or_could_not_be_drawn(tiny_runs, tmp_path):
     before = plt.get_fignums()
-    plot.plot(table.located([tiny_runs.out]), tmp_path)
+    plot.plot(kept.located([tiny_runs.out]), tmp_path)
     with pytest.raises(KeyError):
-        plot.draw_norms({"base": {"lines": {"no kind": [[]]}}})
+        figures.draw_norms({"base": Sample.model_construct(lines={"no kind": [[]]})})
     assert plt.get_fignums() == before
 
 
 def test_runs_without_traces_have_the_other_plots(tmp_path):
     paths = [save(tmp_path, record(v, 0)) for v in ("base", "sp")]
-    pictures = plot.plot(table.located(paths), tmp_path / "plots")
+    pictures = plot.plot(kept.located(paths), tmp_path / "plots")
     assert [p.name for p in pictures] == [
         "made-up-cifar-10-accuracy.png",
         "made-up-cifar-10-channels.png",
@@ -71,8 +71,13 @@ def test_runs_without_traces_have_the_other_plots(tmp_path):
 
 
 def test_every_variant_has_a_name_and_a_colour_of_its_own():
-    assert set(plot.NAMES) == set(plot.COLOURS) == set(plot.STYLES) == set(VARIANTS + CONTROLS)
-    assert len(set(plot.COLOURS.values())) == len(set(plot.NAMES.values())) == 5
+    assert (
+        set(sections.NAMES)
+        == set(figures.COLOURS)
+        == set(figures.STYLES)
+        == set(VARIANTS + CONTROLS)
+    )
+    assert len(set(figures.COLOURS.values())) == len(set(sections.NAMES.values())) == 5
 
 
 def test_every_experiment_has_plots_of_its_own(tmp_path):
@@ -98,7 +103,7 @@ def traces(tiny_runs):
 
 @pytest.fixture
 def samples(traces):
-    return {v: plot.sample_norms(saved, 0, v) for v, saved in traces.items()}
+    return {v: norms.sample_norms(saved, 0, v) for v, saved in traces.items()}
 
 
 def expected_lines(saved) -> dict[str, list[list[tuple[int, float]]]]:
@@ -151,13 +156,13 @@ def test_sampled_trajectories_are_those_of_the_trace(traces, samples):
         sample, expected = samples[variant], expected_lines(saved)
         wanted = {"decayed to zero"}
         wanted |= {"released", "decayed in their place"} if variant == "sr" else set()
-        assert set(sample["lines"]) == set(expected) == wanted
-        assert sample["counts"] == {kind: len(lines) for kind, lines in expected.items()}
-        assert (sample["variant"], sample["seed"]) == (variant, 0)
-        for kind, lines in sample["lines"].items():
-            assert min(len(expected[kind]), plot.LINES) / 3 < len(lines) <= plot.LINES
+        assert set(sample.lines) == set(expected) == wanted
+        assert sample.counts == {kind: len(lines) for kind, lines in expected.items()}
+        assert (sample.variant, sample.seed) == (variant, 0)
+        for kind, lines in sample.lines.items():
+            assert min(len(expected[kind]), norms.LINES) / 3 < len(lines) <= norms.LINES
             for line in lines:
-                assert len(line) <= plot.POINTS
+                assert len(line) <= norms.POINTS
                 sources = [
                     whole
                     for whole in expected[kind]
@@ -177,52 +182,55 @@ def test_sampled_trajectories_are_those_of_the_trace(traces, samples):
 
 
 def test_samples_are_plain_values_and_small(samples):
-    text = json.dumps(samples, allow_nan=False)
-    assert len(text) < 40_000
-    again = json.loads(text)
-    assert plot.highest(again) == plot.highest(samples) > 0
+    texts = {variant: sample.model_dump_json() for variant, sample in samples.items()}
+    assert sum(map(len, texts.values())) < 40_000
+    again = {v: Sample.model_validate_json(text) for v, text in texts.items()}
+    assert again == samples
+    assert figures.highest(again) == figures.highest(samples) > 0
 
 
-@pytest.mark.parametrize("count", [plot.LINES, plot.LINES + 1, 2 * plot.LINES - 1, 5 * plot.LINES])
+@pytest.mark.parametrize(
+    "count", [norms.LINES, norms.LINES + 1, 2 * norms.LINES - 1, 5 * norms.LINES]
+)
 def test_no_more_lines_of_a_kind_are_sampled_than_can_be_told_apart(count):
-    sample = plot.sample_norms(made_up(1.0, 0.5, count=count), 0, "sp")
-    assert plot.LINES / 3 < len(sample["lines"]["decayed to zero"]) <= plot.LINES
-    assert sample["counts"] == {"decayed to zero": count}
+    sample = norms.sample_norms(made_up(1.0, 0.5, count=count), 0, "sp")
+    assert norms.LINES / 3 < len(sample.lines["decayed to zero"]) <= norms.LINES
+    assert sample.counts == {"decayed to zero": count}
 
 
 def test_a_straight_line_needs_its_ends_alone():
-    norms = [1 - n / 200 for n in range(201)]
-    (line,) = plot.sample_norms(made_up(*norms), 0, "sp")["lines"]["decayed to zero"]
+    values = [1 - n / 200 for n in range(201)]
+    (line,) = norms.sample_norms(made_up(*values), 0, "sp").lines["decayed to zero"]
     assert line == [(0, 1.0), (200, 0.0)]
 
 
 def test_a_crooked_line_has_no_more_points_than_allowed_and_keeps_its_release():
-    norms = [1 + math.sin(n) for n in range(400)]
-    sample = plot.sample_norms(made_up(*norms, releases=[(123, 0)]), 4, "sr")
-    (line,) = sample["lines"]["released"]
-    assert len(line) == plot.POINTS
-    (mark,) = sample["releases"]
-    assert mark == (123, pytest.approx(norms[123], rel=1e-3))
+    values = [1 + math.sin(n) for n in range(400)]
+    sample = norms.sample_norms(made_up(*values, releases=[(123, 0)]), 4, "sr")
+    (line,) = sample.lines["released"]
+    assert len(line) == norms.POINTS
+    (mark,) = sample.releases
+    assert mark == (123, pytest.approx(values[123], rel=1e-3))
     assert mark in line
 
 
 def test_the_last_decision_about_a_structure_is_its_kind():
     # It is released at first, then chosen again, and decays to zero.
     saved = made_up(1.0, 0.5, 1.0, 0.5, 0.0, releases=[(1, 0)], refill=[(2, 0)], count=2)
-    sample = plot.sample_norms(saved, 0, "sr")
-    assert sample["counts"] == {"decayed to zero": 1, "decayed in their place": 1}
-    assert sample["releases"] == []
-    assert sample["lines"]["decayed in their place"][0][0] == (2, 1.0)
+    sample = norms.sample_norms(saved, 0, "sr")
+    assert sample.counts == {"decayed to zero": 1, "decayed in their place": 1}
+    assert sample.releases == []
+    assert sample.lines["decayed in their place"][0][0] == (2, 1.0)
 
 
 def test_a_trace_without_decays_is_an_empty_sample():
-    sample = plot.sample_norms({"events": [], "trace": []}, 0, "sp")
-    assert (sample["counts"], sample["lines"], sample["releases"]) == ({}, {}, [])
-    assert plot.draw_norms({"sp": sample}).axes[0].lines[:] == []
+    sample = norms.sample_norms({"events": [], "trace": []}, 0, "sp")
+    assert (sample.counts, sample.lines, sample.releases) == ({}, {}, [])
+    assert figures.draw_norms({"sp": sample}).axes[0].lines[:] == []
 
 
 def test_what_is_sampled_is_drawn(samples):
-    figure = plot.draw_norms(samples, "title")
+    figure = figures.draw_norms(samples, "title")
     assert len(figure.axes) == 2
     for axis, (variant, sample) in zip(figure.axes, samples.items(), strict=True):
         drawn: dict[str, list] = {}
@@ -230,35 +238,35 @@ def test_what_is_sampled_is_drawn(samples):
             if line.get_linestyle() != "None":
                 drawn.setdefault(colour(line), []).append(points(line))
         assert drawn == {
-            plot.KINDS[kind]: [[tuple(p) for p in line] for line in lines]
-            for kind, lines in sample["lines"].items()
+            figures.KINDS[kind]: [[tuple(p) for p in line] for line in lines]
+            for kind, lines in sample.lines.items()
         }
-        assert plot.NAMES[variant] in axis.get_title()
+        assert sections.NAMES[variant] in axis.get_title()
         texts = {t.get_text() for t in axis.get_legend().get_texts()}
-        assert texts == {f"{kind} ({n})" for kind, n in sample["counts"].items()}
+        assert texts == {f"{kind} ({n})" for kind, n in sample.counts.items()}
 
 
 def test_releases_are_marked_where_they_happened(traces, samples):
     saved = traces["sr"]
-    norms = dict(saved["trace"])
+    traced = dict(saved["trace"])
     everywhere = [
-        (e["step"], norms[e["step"]][e["group"]][k])
+        (e["step"], traced[e["step"]][e["group"]][k])
         for e in saved["events"]
         if e["kind"] == "release"
         for k in e["structures"]
     ]
-    sp, sr = plot.draw_norms(samples, "title").axes
+    sp, sr = figures.draw_norms(samples, "title").axes
     (marks,) = [line for line in sr.lines if line.get_marker() == "v"]
-    assert len(points(marks)) == len(samples["sr"]["lines"]["released"]) > 3
+    assert len(points(marks)) == len(samples["sr"].lines["released"]) > 3
     for mark in points(marks):
         assert near(mark, everywhere, 1e-3)
-        assert any(mark in [tuple(p) for p in ln] for ln in samples["sr"]["lines"]["released"])
-    assert colour(marks) == plot.RELEASED
+        assert any(mark in [tuple(p) for p in ln] for ln in samples["sr"].lines["released"])
+    assert colour(marks) == figures.RELEASED
     assert all(line.get_marker() in ("None", "") for line in sp.lines)
 
 
 def test_one_variants_norms_have_one_panel_and_may_share_a_top(samples):
-    figure = plot.draw_norms({"sp": samples["sp"]}, top=77.0)
+    figure = figures.draw_norms({"sp": samples["sp"]}, top=77.0)
     assert len(figure.axes) == 1
     assert figure.axes[0].get_ylim()[1] >= 77
     assert figure.axes[0].get_ylim()[0] == 0
@@ -270,23 +278,22 @@ def test_one_variants_norms_have_one_panel_and_may_share_a_top(samples):
 def kept_file(tiny_runs, folder):
     """Records and norms as they are kept: one file each, no traces beside them."""
     (folder / "tiny.jsonl").parent.mkdir(parents=True, exist_ok=True)
-    runs = table.located(tiny_runs.paths.values())
-    lines = [json.dumps(r) for _, r in runs]
+    runs = kept.located(tiny_runs.paths.values())
+    lines = [r.line() for _, r in runs]
     (folder / "tiny.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return plot.keep_norms(runs, folder / "tiny-norms.json")
+    return norms.keep_norms(runs, folder / "tiny-norms.json")
 
 
 def test_kept_norms_are_found_again_without_traces(tiny_runs, tmp_path, samples):
     path = kept_file(tiny_runs, tmp_path)
     assert path.stat().st_size < 40_000
-    runs = table.located([tmp_path / "tiny.jsonl"])
-    norms = plot.find_norms(runs, [r for _, r in runs])
-    assert norms == json.loads(json.dumps(samples))
+    runs = kept.located([tmp_path / "tiny.jsonl"])
+    assert norms.find_norms(runs, [r for _, r in runs]) == samples
     names = [f"tiny-digits--360-training-images-{what}.png" for what in WHAT]
     assert [p.name for p in plot.plot(runs, tmp_path / "plots")] == names
     # Keeping them once more, from what was kept, changes nothing.
     before = path.read_bytes()
-    assert plot.keep_norms(runs, path) == path
+    assert norms.keep_norms(runs, path) == path
     assert path.read_bytes() == before
 
 
@@ -297,15 +304,18 @@ def test_the_first_seed_with_norms_is_shown(tmp_path):
         runs.append((save(tmp_path, content), content))
         if seed != 1:
             save_trace(*runs[-1], made_up(1.0, 0.0, count=seed))
-    norms = plot.find_norms(runs, [r for _, r in runs])
-    assert norms["sp"]["seed"] == 3
-    assert norms["sp"]["counts"] == {"decayed to zero": 3}
+    found = norms.find_norms(runs, [r for _, r in runs])
+    assert found["sp"].seed == 3
+    assert found["sp"].counts == {"decayed to zero": 3}
 
 
 def test_kept_norms_of_another_configuration_are_not_shown(tiny_runs, tmp_path):
     kept_file(tiny_runs, tmp_path)
-    runs = [(p, r | {"config_hash": "other"}) for p, r in table.located([tmp_path / "tiny.jsonl"])]
-    assert plot.find_norms(runs, [r for _, r in runs]) == {}
+    runs = [
+        (p, r.model_copy(update={"config_hash": "other"}))
+        for p, r in kept.located([tmp_path / "tiny.jsonl"])
+    ]
+    assert norms.find_norms(runs, [r for _, r in runs]) == {}
 
 
 @pytest.mark.parametrize(
@@ -313,17 +323,17 @@ def test_kept_norms_of_another_configuration_are_not_shown(tiny_runs, tmp_path):
     ["", "[]", "{}", '{"norms": [{}]}', '{"norms": 3}', '{"norms": [{"config_hash": 1}]}'],
 )
 def test_damaged_kept_norms_are_named(tmp_path, content):
-    kept = record("sp", 0)
+    one = record("sp", 0)
     path = tmp_path / "made-up-norms.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(RunError, match=r"made-up-norms\.json holds no norms .* delete it"):
-        plot.find_norms([(tmp_path / "made-up.jsonl", kept)], [kept])
+        norms.find_norms([(tmp_path / "made-up.jsonl", one)], [one])
 
 
 def test_without_traces_nothing_is_kept(tmp_path):
     content = record("sp", 0)
     path = tmp_path / "made-up-norms.json"
-    assert plot.keep_norms([(tmp_path / "made-up.jsonl", content)], path) is None
+    assert norms.keep_norms([(tmp_path / "made-up.jsonl", content)], path) is None
     assert not path.exists()
 
 
@@ -348,9 +358,9 @@ def members():
 
 def accuracy_lines(members):
     """By variant: the lines of the runs, the line of their mean, and the dotted lines."""
-    (axis,) = plot.draw_accuracy(members, "title").axes
+    (axis,) = figures.draw_accuracy(members, "title").axes
     by_variant = {}
-    for variant, shade in plot.COLOURS.items():
+    for variant, shade in figures.COLOURS.items():
         mine = [line for line in axis.lines if colour(line) == shade]
         if mine:
             by_variant[variant] = (
@@ -373,14 +383,14 @@ def test_every_run_has_a_faint_line_and_every_variant_its_mean(members):
         ]
         assert points(mean) == expected
         assert "2 seeds" in mean.get_label()
-        assert plot.NAMES[variant] in mean.get_label()
+        assert sections.NAMES[variant] in mean.get_label()
         # When all was gone, the mean over the runs; the removal may come later.
         (zero,) = dotted
         assert set(zero.get_xdata()) == {0 if variant == "base" else 7}
 
 
 def test_the_mean_is_over_steps_that_all_runs_have(members):
-    members[3]["curve"] = [[0, 92.0], [5, 60.0], [9, 50.0], [10, 68.0]]
+    members[3] = changed(members[3], curve=[[0, 92.0], [5, 60.0], [9, 50.0], [10, 68.0]])
     _, (mean,), _ = accuracy_lines(members)["sp"]
     assert points(mean) == [(0, 91.0), (5, 55.0), (10, 67.0)]
 
@@ -392,12 +402,12 @@ def test_steps_count_from_the_decision():
 
 
 def test_the_accuracy_of_real_runs_is_their_curve(tiny_runs):
-    members = [tiny_runs.record(v) for v in ("base", "sp", "sr")]
+    members = kept.read(tiny_runs.paths.values())
     drawn = accuracy_lines(members)
     assert list(drawn) == ["base", "sp", "sr"]
     for member in members:
-        (faint,), (mean,), _ = drawn[member["variant"]]
-        assert [list(p) for p in points(faint)] == member["curve"]
+        (faint,), (mean,), _ = drawn[member.variant]
+        assert points(faint) == member.curve
         assert points(mean) == points(faint)
 
 
@@ -405,16 +415,18 @@ def test_the_accuracy_of_real_runs_is_their_curve(tiny_runs):
 
 
 def test_bars_are_the_channels_kept_and_the_dense_ones_behind(members):
-    kept = {("base", 0): 8, ("base", 1): 12, ("sp", 0): 5, ("sp", 1): 6}
-    for member in members:
-        member["channels"]["first"] = [16, kept[member["variant"], member["seed"]]]
-    (axis,) = plot.draw_channels(members, "title").axes
+    first = {("base", 0): 8, ("base", 1): 12, ("sp", 0): 5, ("sp", 1): 6}
+    members = [
+        changed(m, channels={**m.channels, "first": [16, first[m.variant, m.seed]]})
+        for m in members
+    ]
+    (axis,) = figures.draw_channels(members, "title").axes
     assert [t.get_text() for t in axis.get_xticklabels()] == ["first", "second", "head"]
     heights = {c.get_label(): [bar.get_height() for bar in c] for c in axis.containers}
     assert heights == {"dense": [16, 32, 10], "base": [10.0, 10, 10], "+SP": [5.5, 10, 10]}
     shades = {c.get_label(): colour(c[0]) for c in axis.containers}
-    assert shades["base"] == plot.COLOURS["base"]
-    assert shades["+SP"] == plot.COLOURS["sp"]
+    assert shades["base"] == figures.COLOURS["base"]
+    assert shades["+SP"] == figures.COLOURS["sp"]
     # Bars of one layer stand side by side, on its tick.
     base, sp = (next(c for c in axis.containers if c.get_label() == n) for n in ("base", "+SP"))
     for place, (left, right) in enumerate(zip(base, sp, strict=True)):
@@ -423,14 +435,14 @@ def test_bars_are_the_channels_kept_and_the_dense_ones_behind(members):
 
 
 def test_the_bars_of_real_runs_are_their_channels(tiny_runs):
-    members = [tiny_runs.record(v) for v in ("base", "sp", "sr")]
-    (axis,) = plot.draw_channels(members, "title").axes
+    members = kept.read(tiny_runs.paths.values())
+    (axis,) = figures.draw_channels(members, "title").axes
     heights = {c.get_label(): [bar.get_height() for bar in c] for c in axis.containers}
     assert list(heights) == ["dense", "base", "+SP", "+SR"]
     for member in members:
-        name = plot.NAMES[member["variant"]]
-        assert heights[name] == [kept for _, kept in member["channels"].values()]
-    assert heights["dense"] == [whole for whole, _ in members[0]["channels"].values()]
+        name = sections.NAMES[member.variant]
+        assert heights[name] == [width.kept for width in member.channels.values()]
+    assert heights["dense"] == [width.dense for width in members[0].channels.values()]
 
 
 # ---------------------------------------------------------------------- releases, latency, MACs
@@ -449,37 +461,37 @@ def releasing():
 
 
 def test_releases_over_time_are_counted_up(releasing):
-    (axis,) = plot.draw_releases(releasing, "title").axes
+    (axis,) = figures.draw_releases(releasing, "title").axes
     drawn = {}
     for line in axis.lines:
         drawn.setdefault((colour(line), line.get_alpha()), []).append(dict(points(line)))
         assert line.get_drawstyle() == "steps-post"
-    sr, random = plot.COLOURS["sr"], plot.COLOURS["random"]
+    sr, random = figures.COLOURS["sr"], figures.COLOURS["random"]
     assert set(drawn) == {(sr, 0.25), (sr, None), (random, 0.25), (random, None)}
     assert drawn[sr, 0.25] == [{0: 0, 4: 3, 6: 3, 9: 6, 10: 6}, {0: 0, 4: 4, 6: 6, 9: 6, 10: 6}]
     assert drawn[sr, None] == [{0: 0, 4: 3.5, 6: 4.5, 9: 6, 10: 6}]
     assert drawn[random, None] == [{0: 0, 5: 6, 10: 6}]
     texts = [t.get_text() for t in axis.get_legend().get_texts()]
-    assert texts == [f"{plot.NAMES['sr']} (2 seeds)", f"{plot.NAMES['random']} (1 seed)"]
+    assert texts == [f"{sections.NAMES['sr']} (2 seeds)", f"{sections.NAMES['random']} (1 seed)"]
 
 
 def test_releases_by_group_are_means_in_the_networks_order(releasing):
-    names, heights = plot.releases_by_group(releasing)
+    names, heights = figures.releases_by_group(releasing)
     assert names == ["first", "second", "other"]
     assert heights == {"sr": [0.5, 4.5, 1.0], "random": [6.0, 0.0, 0.0]}
-    (axis,) = plot.draw_releases_by_group(releasing, "title").axes
+    (axis,) = figures.draw_releases_by_group(releasing, "title").axes
     assert [t.get_text() for t in axis.get_xticklabels()] == names
     assert {c.get_label(): [bar.get_height() for bar in c] for c in axis.containers} == {
-        plot.NAMES[v]: values for v, values in heights.items()
+        sections.NAMES[v]: values for v, values in heights.items()
     }
 
 
 def test_controls_have_lines_and_bars_too(releasing):
-    (axis,) = plot.draw_accuracy(releasing, "title").axes
-    assert plot.COLOURS["random"] in {colour(line) for line in axis.lines}
-    (axis,) = plot.draw_channels(releasing, "title").axes
+    (axis,) = figures.draw_accuracy(releasing, "title").axes
+    assert figures.COLOURS["random"] in {colour(line) for line in axis.lines}
+    (axis,) = figures.draw_channels(releasing, "title").axes
     labels = [c.get_label() for c in axis.containers]
-    assert labels == ["dense", "base", "+SP", "+SR", plot.NAMES["random"]]
+    assert labels == ["dense", "base", "+SP", "+SR", sections.NAMES["random"]]
 
 
 def test_latency_is_dense_and_pruned_with_its_spread():
@@ -488,11 +500,11 @@ def test_latency_is_dense_and_pruned_with_its_spread():
         record("base", 1, latency__dense=6.0, latency__pruned=2.0),
         record("sr", 0, latency__dense=5.0, latency__pruned=1.5),
     ]
-    (axis,) = plot.draw_latency(members, "title").axes
+    (axis,) = figures.draw_latency(members, "title").axes
     dense, pruned = (c for c in axis.containers if hasattr(c, "patches"))
     assert [bar.get_width() for bar in dense] == [5.0, 5.0]
     assert [bar.get_width() for bar in pruned] == [2.0, 1.5]
-    assert [colour(bar) for bar in pruned] == [plot.COLOURS["base"], plot.COLOURS["sr"]]
+    assert [colour(bar) for bar in pruned] == [figures.COLOURS["base"], figures.COLOURS["sr"]]
     ((start, end), (one, same)) = (s[:, 0] for s in dense.errorbar[2][0].get_segments())
     assert (start, end) == (pytest.approx(5 - 2**0.5), pytest.approx(5 + 2**0.5))
     assert one == same == 5.0
@@ -500,10 +512,13 @@ def test_latency_is_dense_and_pruned_with_its_spread():
 
 
 def test_latency_shows_the_masked_model_where_every_run_of_a_variant_had_one():
-    members = [record("base", 0), record("sp", 0), record("sr", 0), record("sr", 1)]
-    members[1]["latency"]["masked"] = 2.5
-    members[2]["latency"]["masked"] = 3.0  # and not the other one of that variant
-    (axis,) = plot.draw_latency(members, "title").axes
+    members = [
+        record("base", 0),
+        record("sp", 0, latency__masked=2.5),
+        record("sr", 0, latency__masked=3.0),  # and not the other one of that variant
+        record("sr", 1),
+    ]
+    (axis,) = figures.draw_latency(members, "title").axes
     dense, masked, pruned = (c for c in axis.containers if hasattr(c, "patches"))
     assert (len(dense), len(masked), len(pruned)) == (3, 1, 3)
     assert masked[0].get_width() == 2.5
@@ -519,13 +534,13 @@ def test_the_tradeoff_has_a_marker_per_variant_and_a_hollow_one_for_dense():
         record("sp", 0, macs__pruned=300, accuracy__final=86.0),
     ]
     scratch = [record("base", 0, accuracy__dense=None, accuracy__final=70.0)]
-    figure = plot.draw_tradeoff({"first": first, "scratch": scratch})
+    figure = figures.draw_tradeoff({"first": first, "scratch": scratch})
     (axis,) = figure.axes
     drawn = [(c[0].get_marker(), colour(c[0]), points(c[0])) for c in axis.containers]
     assert drawn == [
-        ("o", plot.COLOURS["base"], [(30.0, 82.0)]),
-        ("o", plot.COLOURS["sp"], [(30.0, 86.0)]),
-        ("s", plot.COLOURS["base"], [(25.0, 70.0)]),
+        ("o", figures.COLOURS["base"], [(30.0, 82.0)]),
+        ("o", figures.COLOURS["sp"], [(30.0, 86.0)]),
+        ("s", figures.COLOURS["base"], [(25.0, 70.0)]),
     ]
     (dense,) = [line for line in axis.lines if line.get_fillstyle() == "none"]
     assert points(dense) == [(100, 90.0)]
@@ -543,7 +558,7 @@ def test_the_tradeoffs_legend_lies_within_the_figure_whatever_the_names():
     variants = ("base", "sp", "sr", "random", "least-resistant")
     runs = [record(variant, 0) for variant in variants]
     names = [f"depgraph-blind-trajectory-{n}" for n in range(7)]
-    figure = plot.draw_tradeoff(dict.fromkeys(names, runs), size=(5, 4))
+    figure = figures.draw_tradeoff(dict.fromkeys(names, runs), size=(5, 4))
     figure.canvas.draw()
     (legend,) = figure.legends
     box, whole = legend.get_window_extent(), figure.bbox
@@ -552,7 +567,7 @@ def test_the_tradeoffs_legend_lies_within_the_figure_whatever_the_names():
 
 
 def test_names_with_dollars_are_drawn_as_they_are(tmp_path):
-    content = record("base", 0, data="$x^{", config={"name": "a$b", "stages": {}})
+    content = record("base", 0, data="$x^{", model="a$b")
     assert len(plot.plot([(tmp_path / "r.json", content)], tmp_path)) == 2
 
 
@@ -562,9 +577,9 @@ def test_differences_are_those_of_the_pairs_and_hollow_without_an_interval():
         for v, up in (("base", 0.0), ("sp", 1.0), ("sr", 2.0))
         for s in (0, 1)
     ]
-    several[-1]["accuracy"]["final"] += 0.4
+    several[-1] = record("sr", 1, accuracy__final=several[-1].accuracy.final + 0.4)
     alone = [record(v, 0, accuracy__final=70.0 + up) for v, up in (("base", 0.0), ("sp", -0.5))]
-    (axis,) = plot.draw_differences({"several": several, "alone": alone}).axes
+    (axis,) = figures.draw_differences({"several": several, "alone": alone}).axes
     marks = [line for line in axis.lines if line.get_marker() not in ("None", None, "")]
     found = [
         (line.get_xdata()[0], round(line.get_ydata()[0]), line.get_fillstyle()) for line in marks
@@ -574,7 +589,7 @@ def test_differences_are_those_of_the_pairs_and_hollow_without_an_interval():
     (interval,) = [
         line for line in axis.lines if len(set(line.get_xdata())) == 2 and line not in marks
     ]  # that of +SP has no width
-    versus = table.minus(several, "sr", "base")
+    versus = sections.minus(several, "sr", "base")
     assert interval.get_xdata() == pytest.approx([versus.low, versus.high])
     assert [t.get_text() for t in axis.get_yticklabels()] == ["several", "alone"]
     left, right = axis.get_xlim()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config import load
-from experiments.showing import results, table
+from experiments.showing import kept, results
 from tests.support import forked
 
 ROOT = Path(__file__).parents[2]
@@ -116,8 +116,8 @@ def test_the_results_are_generated_from_the_kept_records(tmp_path):
 
 def test_the_kept_records_are_of_the_configurations_that_are_shipped():
     configs = {c.name: c for c in map(load, sorted((ROOT / "experiments/configs").glob("*.toml")))}
-    for record in table.read([results.RECORDS]):
-        assert record["config_hash"] == configs[record["config"]["name"]].hash()
+    for record in kept.read([results.RECORDS]):
+        assert record.config_hash == configs[record.name].hash() == record.settings.hash()
 
 
 def test_the_continuous_integration_runs_the_readmes_test_command():

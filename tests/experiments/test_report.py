@@ -12,9 +12,11 @@ from html.parser import HTMLParser
 import pytest
 
 from experiments.errors import RunError
-from experiments.running.run import CONTROLS, VARIANTS
-from experiments.showing import plot, table
-from experiments.showing.report import DARK, from_markdown, report
+from experiments.record import CONTROLS, VARIANTS
+from experiments.showing import figures, kept, norms, sections, table
+from experiments.showing.grid import Table
+from experiments.showing.page import DARK
+from experiments.showing.report import report
 from tests.support.records import record, save_trace
 
 BROWSER = next(
@@ -73,7 +75,9 @@ def runs(tmp_path_factory):
     folder, located = tmp_path_factory.mktemp("runs"), []
     for i, variant in enumerate(VARIANTS + CONTROLS):
         for seed in range(3):
-            released = [[4, "first", 2], [9, "second", seed]] if variant in plot.RELEASING else []
+            released = (
+                [[4, "first", 2], [9, "second", seed]] if variant in figures.RELEASING else []
+            )
             run_record = record(
                 variant,
                 seed,
@@ -89,9 +93,15 @@ def runs(tmp_path_factory):
             if variant in ("sp", "sr"):
                 save_trace(path, run_record, trace())
             located.append((path, run_record))
-    single = record("base", 0, config={"name": "single"}, config_hash="f", data="digits")
-    single["accuracy"]["dense"] = None
-    single["channels"] = {f"layer{n}": [16, 8] for n in range(40)}
+    single = record(
+        "base",
+        0,
+        config={"name": "single"},
+        config_hash="f",
+        data="digits",
+        accuracy__dense=None,
+        channels={f"layer{n}": [16, 8] for n in range(40)},
+    )
     located.append((folder / "single" / "record.json", single))
     return located
 
@@ -171,17 +181,17 @@ def test_tables_have_heads_and_scroll_within_themselves(content):
 def test_the_page_has_the_table_and_the_links_of_every_experiment(content, runs):
     page = Page(content)
     cells = set(page.words("td", "th"))
-    for _, members in table.sections([r for _, r in runs]):
+    for _, members in sections.sections([r for _, r in runs]):
         for line in table.markdown(members).splitlines():
             if line.startswith("| ") and not line.startswith("| --"):
                 assert {c.strip() for c in line.split("|")} - {""} <= cells
     links = [a["href"] for a in page.all("a")]
-    sections = [a["id"] for a in page.all("section")]
-    assert sections == ["overview", "s1", "s2"]
-    assert {f"#{s}" for s in sections} <= set(links)
+    ids = [a["id"] for a in page.all("section")]
+    assert ids == ["overview", "s1", "s2"]
+    assert {f"#{s}" for s in ids} <= set(links)
     assert "made-up, CIFAR-10" in page.words("a")
     # All variants are explained, and named as in the table.
-    assert set(table.NAMES.values()) <= set(page.words("dt"))
+    assert set(sections.NAMES.values()) <= set(page.words("dt"))
 
 
 def test_speed_is_given_with_batch_threads_and_device(content):
@@ -215,11 +225,11 @@ def test_a_single_run_without_releases_or_traces_has_the_rest(tmp_path):
 
 def test_kept_records_and_norms_make_the_same_figures(runs, content, tmp_path):
     folder = tmp_path / "kept"
-    (first, members), (_, single) = table.sections([r for _, r in runs])
+    (first, members), (_, single) = sections.sections([r for _, r in runs])
     assert "made-up" in first
-    table.keep(members + single, folder)
-    plot.keep_norms(runs[:-1], folder / "made-up-norms.json")
-    out = report(table.located([folder]), tmp_path / "kept.html")
+    kept.keep(members + single, folder)
+    norms.keep_norms(runs[:-1], folder / "made-up-norms.json")
+    out = report(kept.located([folder]), tmp_path / "kept.html")
     assert out.read_text(encoding="utf-8") == content
 
 
@@ -232,7 +242,6 @@ def test_text_of_records_is_escaped(tmp_path):
     run_record = record(
         "sr",
         0,
-        config={"name": evil.replace("/", ""), "stages": {}},
         data=evil,
         model=evil,
         device=evil,
@@ -260,34 +269,40 @@ def test_every_colour_of_a_figure_has_one_for_dark_pages(content):
     defined = re.findall(r"--c-([0-9a-f]{6}): (#[0-9a-f]{6});", content)
     assert used <= {name for name, _ in defined}
     assert defined == [(c[1:], c) for c in DARK] + [(c[1:], d) for c, d in DARK.items()]
-    assert set(plot.COLOURS.values()) | set(plot.KINDS.values()) <= set(DARK)
+    assert set(figures.COLOURS.values()) | set(figures.KINDS.values()) <= set(DARK)
     # Nothing in a figure is drawn in a colour that stays when the page turns dark.
     pictures = "".join(re.findall(r"<svg.*?</svg>", content, flags=re.DOTALL))
     assert set(re.findall(r"#[0-9a-f]{6}\b", pictures)) == set()
     assert "currentColor" in pictures
 
 
-def test_markdown_becomes_html():
-    text = """Title; dense **9**% & `x<y`
-
-| name | count | a\\|b |
-| ---- | ----- | --- |
-| one  | +1.0  | x   |
-| two  | -     | 3   |
-
-- first
-- *second*
-
-Last,
-of two lines."""
-    markup = from_markdown(text)
-    assert '<p class="quiet">Title; dense <b>9</b>% &amp; <code>x&lt;y</code></p>' in markup
+def test_a_table_is_written_as_markdown_and_as_html():
+    shown = Table(["name", "count", "a|b"], [["one", "+1.0", "x"], ["two", "-", "3"]], "Of <9>%")
+    assert shown.markdown().split("\n") == [
+        "Of <9>%",
+        "",
+        "| name | count | a\\|b |",
+        "| ---- | ----- | ---- |",
+        "| one  | +1.0  | x    |",
+        "| two  | -     | 3    |",
+    ]
+    markup = shown.html()
+    assert '<p class="quiet">Of &lt;9&gt;%</p>' in markup
     assert '<th scope="col">name</th><th scope="col" class="n">count</th>' in markup
     assert '<th scope="col">a|b</th>' in markup
     assert '<tr><th scope="row">two</th><td class="n">-</td><td>3</td></tr>' in markup
-    assert "<ul><li>first</li><li><em>second</em></li></ul>" in markup
-    assert markup.endswith("<p>Last, of two lines.</p>")
     Page(markup)
+
+
+def test_a_page_says_of_a_section_what_its_markdown_says(runs):
+    """From the same data, none of it read back."""
+    for title, members in sections.sections([r for _, r in runs]):
+        said = table.compared(title, members)
+        text, markup = said.markdown(), said.html()
+        for line in [said.table.caption, *said.contrasts, said.caution or ""]:
+            assert line in text
+            assert html.escape(line) in markup
+        Page(markup)
 
 
 MEASURE = """

@@ -24,8 +24,10 @@ from hypothesis import strategies as st
 from experiments.__main__ import STOPPED
 from experiments.errors import RunError
 from experiments.files import load_tensors, save_tensors
+from experiments.record import MODEL
 from experiments.running import run as run_module
-from experiments.running.run import MODEL, run
+from experiments.running import stopping
+from experiments.running.run import run
 from experiments.running.training import Stopped
 from tests.support import forked, tiny
 from tests.support.tiny import MINIATURE
@@ -324,7 +326,7 @@ def test_a_crash_between_dense_training_and_the_framework_loses_no_dense_model(
 def test_checkpoints_are_as_far_apart_as_asked(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(
-        run_module, "_save", lambda request, part, *more, **named: saved.append(part)
+        run_module.checkpoint, "save", lambda request, part, *more, **named: saved.append(part)
     )
     run(tiny.request(tmp_path / "often", "sp", MINIATURE, save_every=0))
     assert saved == ["dense"] * DENSE + ["framework"] * (SPARSE + 16)
@@ -350,7 +352,7 @@ def test_the_seconds_of_all_parts_are_counted_together(tmp_path):
 def test_a_signal_is_a_request_to_stop_and_handlers_are_put_back():
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     for number in (signal.SIGINT, signal.SIGTERM):
-        with run_module._asked_to_stop() as stop:
+        with stopping.asked_to_stop() as stop:
             assert not stop()
             signal.raise_signal(number)
             assert stop()

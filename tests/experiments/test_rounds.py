@@ -23,7 +23,7 @@ from experiments.config import Stage
 from experiments.running.rebuild import load_model
 from experiments.running.run import run
 from experiments.running.training import Loop, accuracy, laid_out
-from experiments.showing import plot, table
+from experiments.showing import kept, norms, table
 from tests.support import rounding, tiny
 from tests.support.tiny import MINIATURE
 
@@ -158,16 +158,16 @@ def test_rounds_start_by_training_steps_and_hearings_are_among_them(tmp_path):
 @pytest.mark.parametrize("rounds", [2, 3])
 def test_plots_and_tables_take_runs_in_rounds(tmp_path, records, rounds):
     paths = [records(v, rounds) for v in ("base", "sp", "sr")]
-    runs = table.located(paths)
-    kept = plot.keep_norms(runs, tmp_path / "miniature-norms.json")
+    runs = kept.located(paths)
+    path = norms.keep_norms(runs, tmp_path / "miniature-norms.json")
     samples = [
-        json.loads(line.rstrip(","))["sample"] for line in kept.read_text().split("\n")[1:-2]
+        json.loads(line.rstrip(","))["sample"] for line in path.read_text().split("\n")[1:-2]
     ]
     for sample, (_, record) in zip(samples, runs[1:], strict=True):
         ended = sample["counts"]["decayed to zero"] + sample["counts"].get(
             "decayed in their place", 0
         )
-        assert ended == record["structures"]["pruned"]
+        assert ended == record.structures.pruned
         for line in sample["lines"]["decayed to zero"]:
             assert line[-1][1] == 0
     assert "+SR" in table.markdown([record for _, record in runs])
@@ -201,7 +201,7 @@ def states(training: Loop) -> dict[str, dict[str, torch.Tensor]]:
     return {n: copy.deepcopy(state[p]) for n, p in training.model.named_parameters() if p in state}
 
 
-def kept(model: nn.Module, plan: list) -> dict[str, tuple[list[int], ...]]:
+def left(model: nn.Module, plan: list) -> dict[str, tuple[list[int], ...]]:
     """By a parameter's name, the rows and columns of it that a removal leaves, in a plain stack."""
     gone, positions, before = dict(plan), {}, [0]
     for name in CHANNELS:
@@ -235,7 +235,7 @@ def test_the_state_of_what_stays_is_what_it_was_before_the_removal(way, kind):
     def removed() -> Removal:
         old, large = states(training), copy.deepcopy(training.model)
         removal = remove()
-        rows, new = kept(large, list(removal)), states(training)
+        rows, new = left(large, list(removal)), states(training)
         seen.append((old, rows))
         optimizers.update([id(training.optimizer), id(adapter.optimizer)])
         assert new.keys() == old.keys()

@@ -17,12 +17,15 @@ from experiments.errors import RunError
 from experiments.files import load_tensors, save_tensors
 from experiments.inputs import data
 from experiments.inputs.images import Images
+from experiments.record import MODEL, VARIANTS
+from experiments.record import VERSION as RECORD_VERSION
 from experiments.running import run as run_module
 from experiments.running import training
 from experiments.running.rebuild import load_model
-from experiments.running.run import CHECKPOINT, MODEL, RECORD_VERSION, VARIANTS, Request, run
+from experiments.running.request import CHECKPOINT, Request
+from experiments.running.run import run
 from experiments.running.training import Loop, Stopped, accuracy, laid_out, outputs
-from experiments.showing import table
+from experiments.showing import kept, table
 from tests.support import rounding, tiny
 from tests.support.tiny import MINIATURE
 
@@ -490,7 +493,7 @@ def test_without_dense_training_a_run_starts_untrained(tmp_path, loops, variant)
     untrained = run_module._build(tiny.request(tmp_path, variant, SCRATCH), tiny.few_digits())
     assert record["parameters"]["dense"] == count_parameters(untrained)
     assert record["parameters"]["pruned"] < record["parameters"]["dense"]
-    title, *_ = table.markdown(table.read([path])).splitlines()
+    title, *_ = table.markdown(kept.read([path])).splitlines()
     assert title == "depgraph, miniature, digits (miniature); from scratch, 24 steps"
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 
 import pytest
 from scipy import stats
 
 from experiments.__main__ import main
 from experiments.errors import RunError
-from experiments.running.run import RECORD_VERSION
-from experiments.showing import table
-from experiments.showing.pairs import detectable
-from tests.support.records import record, save
+from experiments.record import VERSION as RECORD_VERSION
+from experiments.showing import kept, sections, table
+from experiments.showing.pairs import Difference, detectable
+from tests.support.records import STAGE, changed, content, of, record, save
 
 FINAL = {"base": [80.0, 82.0, 84.0], "sp": [81.0, 85.0, 86.0], "sr": [83.0]}
 REMOVAL = {"base": [10.0, 10.0, 13.0], "sp": [60.0, 61.0, 62.0], "sr": [64.5]}
@@ -59,10 +60,10 @@ def spread(values):
 
 
 def test_rows_are_means_and_sample_deviations_over_seeds(records):
-    rows = table.rows(records)
-    assert [row["variant"] for row in rows] == ["base", "sp", "sr"]
+    rows = sections.rows(records)
+    assert [row.variant for row in rows] == ["base", "sp", "sr"]
     for row in rows:
-        variant = row["variant"]
+        variant = row.variant
         n = len(FINAL[variant])
         expected = {
             "final": FINAL[variant],
@@ -73,23 +74,23 @@ def test_rows_are_means_and_sample_deviations_over_seeds(records):
             "released": RELEASED[variant],
             "decayed": DECAYED[variant],
         }
-        assert row.keys() == {"variant", "seeds", "difference", "published", *expected}
-        assert row["seeds"] == list(range(n))
+        assert vars(row).keys() == {"variant", "seeds", "difference", "published", *expected}
+        assert row.seeds == list(range(n))
         for name, values in expected.items():
-            assert row[name]["mean"] == pytest.approx(mean(values)), name
-            assert row[name]["spread"] == pytest.approx(spread(values)), name
+            assert getattr(row, name).mean == pytest.approx(mean(values)), name
+            assert getattr(row, name).spread == pytest.approx(spread(values)), name
 
 
 def test_known_numbers():
     finals = [record("sp", s, accuracy__final=f) for s, f in enumerate([2.0, 4.0, 4.0, 6.0])]
-    (row,) = table.rows(finals)
-    assert row["final"] == {"mean": 4.0, "spread": pytest.approx(1.632993161855452)}
+    (row,) = sections.rows(finals)
+    assert (row.final.mean, row.final.spread) == (4.0, pytest.approx(1.632993161855452))
 
 
 def test_one_seed_has_no_spread():
-    (row,) = table.rows([record("sr", 5)])
-    assert row["seeds"] == [5]
-    assert row["final"] == {"mean": 85.0, "spread": None}
+    (row,) = sections.rows([record("sr", 5)])
+    assert row.seeds == [5]
+    assert row.final == sections.Summary(85.0, None)
     assert "±" not in table.markdown([record("sr", 5)])
 
 
@@ -143,8 +144,8 @@ def test_experiments_stand_apart(records):
     text = table.markdown(records + other)
     assert "CIFAR-10 (made-up)" in text
     assert "depgraph, vgg16-bn, digits (digital); dense 90.00%" in text
-    assert len(table.sections(records + other)) == 2
-    assert [len(members) for _, members in table.sections(records + other)] == [len(records), 1]
+    assert len(sections.sections(records + other)) == 2
+    assert [len(members) for _, members in sections.sections(records + other)] == [len(records), 1]
 
 
 def test_the_dense_figure_is_a_mean_over_seeds_not_over_runs(records):
@@ -154,39 +155,38 @@ def test_the_dense_figure_is_a_mean_over_seeds_not_over_runs(records):
 
 def test_runs_without_a_dense_model_are_said_to_start_from_scratch(tmp_path):
     untrained = [record("sp", s, accuracy__dense=None) for s in range(2)]
-    assert table.rows(untrained) == table.rows([record("sp", s) for s in range(2)])
+    assert sections.rows(untrained) == sections.rows([record("sp", s) for s in range(2)])
     for one in untrained:
         save(tmp_path, one)
-    title, *_ = table.markdown(table.read([tmp_path])).splitlines()
+    title, *_ = table.markdown(kept.read([tmp_path])).splitlines()
     assert title == f"{TITLE}; from scratch, 10 steps"
 
 
 def test_records_of_different_configurations_under_one_name_are_refused(records):
-    records[0]["config_hash"] = "another"
+    records[0] = changed(records[0], config_hash="another")
     with pytest.raises(RunError, match=r"different configurations.*delete.*--out") as caught:
         table.markdown(records)
     assert "made-up" in str(caught.value)
 
 
 def test_records_of_different_numbers_of_processes_are_not_mixed(records, tmp_path):
-    for older in records[:-1]:
-        older["processes"] = 1
-    assert len(table.sections(records)) == 1  # a record that does not say so is of one process
-    records[0]["processes"] = 2
-    titles = {title: len(members) for title, members in table.sections(records)}
+    records[:-1] = [changed(later, processes=1) for later in records[:-1]]
+    assert len(sections.sections(records)) == 1  # a record that does not say so is of one process
+    records[0] = changed(records[0], processes=2)
+    titles = {title: len(members) for title, members in sections.sections(records)}
     assert titles == {f"{TITLE}, 2 processes": 1, TITLE: len(records) - 1}
-    (kept,) = table.keep(records[1:], tmp_path)
-    before = kept.read_bytes()
+    (path,) = kept.keep(records[1:], tmp_path)
+    before = path.read_bytes()
     with pytest.raises(RunError, match=r"different numbers of processes"):
-        table.keep(records[:1], tmp_path)
-    assert kept.read_bytes() == before
+        kept.keep(records[:1], tmp_path)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("count", ["two", None, 1.5])
 def test_a_number_of_processes_that_is_none_is_refused(tmp_path, count):
-    save(tmp_path, record() | {"processes": count})
+    save(tmp_path, content() | {"processes": count})
     with pytest.raises(RunError, match=r"is no record .*processes"):
-        table.read([tmp_path])
+        kept.read([tmp_path])
 
 
 def test_two_records_of_one_run_are_refused(records):
@@ -215,26 +215,21 @@ PAIRED = {
 
 
 def test_differences_are_paired_by_seed():
-    rows = {row["variant"]: row for row in table.rows(runs(PAIRED)[::-1])}
+    rows = {row.variant: row for row in sections.rows(runs(PAIRED)[::-1])}
     assert list(rows) == [*PAIRED]
-    assert rows["base"]["difference"] is None
-    assert rows["sr"]["seeds"] == [0, 2, 9]
-    assert rows["sr"]["final"]["mean"] == pytest.approx((81 + 83.5 + 10) / 3)
-    sr = rows["sr"]["difference"]
-    assert (sr["pairs"], sr["mean"]) == (2, pytest.approx(1.25))  # seed 9 is no pair
+    assert rows["base"].difference is None
+    assert rows["sr"].seeds == [0, 2, 9]
+    assert rows["sr"].final.mean == pytest.approx((81 + 83.5 + 10) / 3)
+    sr = rows["sr"].difference
+    assert (sr.pairs, sr.mean) == (2, pytest.approx(1.25))  # seed 9 is no pair
     for variant in ("sp", "sr", "random"):
         shared = sorted(PAIRED[variant].keys() & PAIRED["base"].keys())
         one, other = ([PAIRED[v][s] for s in shared] for v in (variant, "base"))
         interval = stats.ttest_rel(one, other).confidence_interval(0.95)
-        versus = rows[variant]["difference"]
-        assert (versus["low"], versus["high"]) == pytest.approx((interval.low, interval.high))
-    assert rows["least-resistant"]["difference"] == {
-        "pairs": 1,
-        "networks": 1,
-        "mean": -1.0,
-        **dict.fromkeys(("deviation", "low", "high", "detectable")),
-    }
-    json.dumps([*rows.values(), *table.contrasts(runs(PAIRED))], allow_nan=False)
+        versus = rows[variant].difference
+        assert (versus.low, versus.high) == pytest.approx((interval.low, interval.high))
+    assert rows["least-resistant"].difference == Difference(1, 1, -1.0, None, None, None, None)
+    json.dumps([asdict(row) for row in rows.values()], allow_nan=False)
 
 
 SHARED = {"base": [80.0, 81.0, 82.0, 83.0], "sp": [80.5, 82.0, 82.0, 83.5]}
@@ -243,21 +238,22 @@ SHARED = {"base": [80.0, 81.0, 82.0, 83.0], "sp": [80.5, 82.0, 82.0, 83.5]}
 def sharing(networks, finals=SHARED):
     """Runs whose pair s starts from the dense network s modulo ``networks``."""
     return [
-        {**record(v, s, accuracy__final=a, accuracy__dense=90.0 + s % networks), **start}
+        record(
+            v, s, accuracy__final=a, accuracy__dense=90.0 + s % networks, dense_seed=s % networks
+        )
         for v, by_seed in finals.items()
         for s, a in enumerate(by_seed)
-        for start in [{"dense_seed": s % networks}]
     ]
 
 
 def test_pairs_that_share_a_dense_network_count_as_their_mean():
     members = sharing(2)
-    versus = {row["variant"]: row for row in table.rows(members)}["sp"]["difference"]
+    versus = {row.variant: row for row in sections.rows(members)}["sp"].difference
     # +0.5 and 0 of network 0, +1 and +0.5 of network 1: means of 0.25 and 0.75.
     interval = stats.ttest_1samp([0.25, 0.75], 0).confidence_interval(0.95)
-    assert (versus["pairs"], versus["networks"], versus["mean"]) == (4, 2, 0.5)
-    assert (versus["low"], versus["high"]) == pytest.approx((interval.low, interval.high))
-    assert table.dense(members) == [90.0, 91.0]
+    assert (versus.pairs, versus.networks, versus.mean) == (4, 2, 0.5)
+    assert (versus.low, versus.high) == pytest.approx((interval.low, interval.high))
+    assert sections.dense(members) == [90.0, 91.0]
     text = table.markdown(members)
     assert text.startswith(f"{TITLE}; 2 dense networks at 90.50% after 40 steps, then 10 steps")
     assert cells(text)[3][-1] == "4"
@@ -267,8 +263,8 @@ def test_pairs_that_share_a_dense_network_count_as_their_mean():
 
 def test_several_pairs_of_one_network_have_a_mean_and_no_interval():
     members = sharing(1)
-    versus = {row["variant"]: row for row in table.rows(members)}["sp"]["difference"]
-    assert (versus["pairs"], versus["networks"], versus["mean"], versus["low"]) == (4, 1, 0.5, None)
+    versus = {row.variant: row for row in sections.rows(members)}["sp"].difference
+    assert (versus.pairs, versus.networks, versus.mean, versus.low) == (4, 1, 0.5, None)
     text = table.markdown(members)
     assert "; 1 dense network at 90.00% after" in text
     assert cells(text)[3][4:6] == ["+0.50", "-"]
@@ -281,23 +277,24 @@ def test_several_pairs_of_one_network_have_a_mean_and_no_interval():
 @pytest.mark.parametrize("start", ["every seed its own", "from scratch", "an older record"])
 def test_without_a_shared_network_every_pair_stands_for_itself(start):
     members = sharing(4)
-    for one in members:
-        if start == "from scratch":
-            one["dense_seed"] = None
-        elif start == "an older record":
-            del one["dense_seed"]
-    versus = {row["variant"]: row for row in table.rows(members)}["sp"]["difference"]
+    if start == "from scratch":
+        members = [changed(one, dense_seed=None) for one in members]
+    elif start == "an older record":
+        members = [
+            of({k: v for k, v in one.content().items() if k != "dense_seed"}) for one in members
+        ]
+    versus = {row.variant: row for row in sections.rows(members)}["sp"].difference
     interval = stats.ttest_rel(SHARED["sp"], SHARED["base"]).confidence_interval(0.95)
-    assert (versus["pairs"], versus["networks"]) == (4, 4)
-    assert (versus["low"], versus["high"]) == pytest.approx((interval.low, interval.high))
+    assert (versus.pairs, versus.networks) == (4, 4)
+    assert (versus.low, versus.high) == pytest.approx((interval.low, interval.high))
 
 
 def test_sr_is_compared_with_its_controls_and_with_sp():
-    contrasts = table.contrasts(runs(PAIRED))
-    assert [d["minus"] for d in contrasts] == ["random", "least-resistant", "sp"]
-    assert [d["pairs"] for d in contrasts] == [2, 1, 2]
-    assert [d["mean"] for d in contrasts] == pytest.approx([0.0, 2.0, -0.25])
-    assert table.contrasts(runs({"sr": {0: 1.0}, "sp": {1: 1.0}, "base": {0: 1.0}})) == []
+    contrasts = sections.contrasts(runs(PAIRED))
+    assert [other for other, _ in contrasts] == ["random", "least-resistant", "sp"]
+    assert [d.pairs for _, d in contrasts] == [2, 1, 2]
+    assert [d.mean for _, d in contrasts] == pytest.approx([0.0, 2.0, -0.25])
+    assert sections.contrasts(runs({"sr": {0: 1.0}, "sp": {1: 1.0}, "base": {0: 1.0}})) == []
 
 
 def test_controls_have_rows_and_lines_of_their_own():
@@ -354,11 +351,11 @@ def test_a_section_says_when_it_is_too_small_for_the_effect_looked_for(pairs, sp
     ("changes", "header", "shown"),
     [
         (
-            {"config": {"name": "s", "stages": {"sparse": {}, "prune": {}}}},
+            {"config": {"name": "s", "stages": {"sparse": STAGE, "prune": STAGE}}},
             "ResNet-56",
             "94.13 (+0.29)",
         ),
-        ({"config": {"name": "s", "stages": {"prune": {}}}}, "ResNet-56", "93.71 (+0.39)"),
+        ({"config": {"name": "s", "stages": {"prune": STAGE}}}, "ResNet-56", "93.71 (+0.39)"),
         ({"config": {"name": "s"}}, "ResNet-56", "93.71 (+0.39)"),
         ({"framework": "otov2"}, "VGG16-BN", "93.8 (+0.4)"),
         ({"framework": "gate-decorator"}, "VGG16", "91.74 (+0.24)"),
@@ -374,7 +371,7 @@ def test_a_framework_that_nothing_is_published_of_has_none():
     members = [record("sr", 0, framework="another")]
     top, _, row = cells(table.markdown(members))
     assert (top[-2], row[-2]) == ("paper", "-")
-    assert table.rows(members)[0]["published"] is None
+    assert sections.rows(members)[0].published is None
 
 
 # ---------------------------------------------------------------------- reading
@@ -385,9 +382,9 @@ def test_records_are_found_below_folders_and_as_files(tmp_path):
     apart = save(tmp_path / "elsewhere", record("base", 0))
     (tmp_path / "a" / "table.json").write_text("[]")
     (tmp_path / "a" / "model.pt").write_bytes(b"")
-    read = table.read([tmp_path / "a", apart])
-    assert [(r["variant"], r["seed"]) for r in read] == [("sp", 0), ("sp", 1), ("base", 0)]
-    assert table.files([tmp_path / "a", apart]) == [*saved, apart]
+    read = kept.read([tmp_path / "a", apart])
+    assert [(r.variant, r.seed) for r in read] == [("sp", 0), ("sp", 1), ("base", 0)]
+    assert kept.files([tmp_path / "a", apart]) == [*saved, apart]
 
 
 def lines(path, *texts):
@@ -397,28 +394,28 @@ def lines(path, *texts):
 
 
 def test_kept_records_are_read_line_by_line_beside_those_of_runs(tmp_path):
-    kept = lines(tmp_path / "kept.jsonl", *(json.dumps(record("sp", s)) for s in range(2)))
+    kept = lines(tmp_path / "kept.jsonl", *(json.dumps(content("sp", s)) for s in range(2)))
     own = save(tmp_path / "a", record("base", 0))
-    assert table.files([tmp_path]) == [own, kept]
-    assert table.read([tmp_path]) == [record("base", 0), record("sp", 0), record("sp", 1)]
-    assert table.read([kept]) == [record("sp", 0), record("sp", 1)]
-    assert [path for path, _ in table.located([tmp_path])] == [own, kept, kept]
-    assert [content for _, content in table.located([tmp_path])] == table.read([tmp_path])
+    assert kept.files([tmp_path]) == [own, kept]
+    assert kept.read([tmp_path]) == [record("base", 0), record("sp", 0), record("sp", 1)]
+    assert kept.read([kept]) == [record("sp", 0), record("sp", 1)]
+    assert [path for path, _ in kept.located([tmp_path])] == [own, kept, kept]
+    assert [one for _, one in kept.located([tmp_path])] == kept.read([tmp_path])
 
 
 @pytest.mark.parametrize("text", ['{"version": 3, "acc', "", "[1]", "{}"])
 def test_a_damaged_line_is_refused_by_file_and_number(tmp_path, text):
-    good = json.dumps(record())
+    good = json.dumps(content())
     path = lines(tmp_path / "kept.jsonl", good, text, good)
     with pytest.raises(RunError) as caught:
-        table.read([tmp_path])
+        kept.read([tmp_path])
     assert str(caught.value).startswith(f"{path}, line 2, is no record (")
 
 
 def test_a_line_of_another_version_is_refused_by_file_and_number(tmp_path):
-    path = lines(tmp_path / "k.jsonl", json.dumps(record()), json.dumps(record(version=2)))
+    path = lines(tmp_path / "k.jsonl", json.dumps(content()), json.dumps(content(version=2)))
     with pytest.raises(RunError) as caught:
-        table.read([path])
+        kept.read([path])
     assert (
         str(caught.value) == f"{path}, line 2, has version 2, this release reads {RECORD_VERSION}"
     )
@@ -428,16 +425,16 @@ def test_a_line_of_another_version_is_refused_by_file_and_number(tmp_path):
 def test_an_empty_file_of_kept_records_is_refused(tmp_path, content):
     (tmp_path / "k.jsonl").write_bytes(content)
     with pytest.raises(RunError, match="line 1, is no record"):
-        table.read([tmp_path])
+        kept.read([tmp_path])
 
 
 def test_a_file_of_kept_records_that_is_no_text_or_not_there_is_refused(tmp_path):
     path = tmp_path / "k.jsonl"
     with pytest.raises(RunError, match=r"k\.jsonl is no record .*No such file"):
-        table.read([path])
+        kept.read([path])
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RunError, match=r"k\.jsonl is no record"):
-        table.read([path])
+        kept.read([path])
 
 
 # ---------------------------------------------------------------------- keeping
@@ -449,10 +446,10 @@ OTHER = {"config": {"name": "other"}, "config_hash": "f"}
 def test_records_are_kept_by_configuration_variant_and_seed(tmp_path):
     order = [(v, s) for v in ("base", "sp", "sr", "random", "least-resistant") for s in (0, 2, 10)]
     members = [record(v, s) for v, s in sorted(order)[::-1]] + [record("sp", 0, **OTHER)]
-    paths = table.keep(members, tmp_path / "kept")
+    paths = kept.keep(members, tmp_path / "kept")
     assert paths == [tmp_path / "kept" / "made-up.jsonl", tmp_path / "kept" / "other.jsonl"]
-    assert [(r["variant"], r["seed"]) for r in table.read(paths[:1])] == order
-    assert table.read(paths[1:]) == members[-1:]
+    assert [(r.variant, r.seed) for r in kept.read(paths[:1])] == order
+    assert kept.read(paths[1:]) == members[-1:]
     text = paths[0].read_text(encoding="utf-8")
     assert text.count("\n") == len(order)
     assert " " not in text
@@ -460,23 +457,23 @@ def test_records_are_kept_by_configuration_variant_and_seed(tmp_path):
 
 
 def test_keeping_adds_to_what_is_kept_and_replaces_the_same_run(tmp_path):
-    table.keep([record("sr", 0), record("base", 1, seconds=1.0)], tmp_path)
-    (path,) = table.keep([record("base", 1, seconds=2.0), record("base", 0)], tmp_path)
-    kept = [(r["variant"], r["seed"], r["seconds"]) for r in table.read([path])]
-    assert kept == [("base", 0, 1.0), ("base", 1, 2.0), ("sr", 0, 1.0)]
-    content = path.read_bytes()
-    table.keep(table.read([path]), tmp_path)
-    assert path.read_bytes() == content
+    kept.keep([record("sr", 0), record("base", 1, seconds=1.0)], tmp_path)
+    (path,) = kept.keep([record("base", 1, seconds=2.0), record("base", 0)], tmp_path)
+    there = [(r.variant, r.seed, r.seconds) for r in kept.read([path])]
+    assert there == [("base", 0, 1.0), ("base", 1, 2.0), ("sr", 0, 1.0)]
+    before = path.read_bytes()
+    kept.keep(kept.read([path]), tmp_path)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("change", [{"config_hash": "another"}, {"data": "digits"}])
 def test_keeping_refuses_to_mix_and_writes_nothing(tmp_path, change):
-    (path,) = table.keep([record("base", 0)], tmp_path)
-    content = path.read_bytes()
+    (path,) = kept.keep([record("base", 0)], tmp_path)
+    before = path.read_bytes()
     early = {"config": {"name": "early"}, "config_hash": "e"}  # would be written first
     with pytest.raises(RunError, match=r"made-up\.jsonl.*different.*delete.*another name"):
-        table.keep([record("sp", 0, **change), record("sp", 0, **early)], tmp_path)
-    assert path.read_bytes() == content
+        kept.keep([record("sp", 0, **change), record("sp", 0, **early)], tmp_path)
+    assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["made-up.jsonl"]
 
 
@@ -485,14 +482,14 @@ def test_keeping_refuses_to_mix_and_writes_nothing(tmp_path, change):
 )
 def test_records_that_contradict_one_another_are_not_kept(tmp_path, twin):
     with pytest.raises(RunError, match="made-up"):
-        table.keep([record("sp", 0), twin], tmp_path / "kept")
+        kept.keep([record("sp", 0), twin], tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 
 
 def test_a_damaged_file_of_kept_records_is_left_as_it_is(tmp_path):
     path = lines(tmp_path / "made-up.jsonl", "half a reco")
     with pytest.raises(RunError, match="line 1, is no record"):
-        table.keep([record()], tmp_path)
+        kept.keep([record()], tmp_path)
     assert path.read_text() == "half a reco\n"
 
 
@@ -507,15 +504,15 @@ DAMAGED = {
     "no version": b"{}",
     "another program's": b'{"name": "record"}',
     "nothing but the version": json.dumps({"version": RECORD_VERSION}).encode(),
-    "no seed": json.dumps({k: v for k, v in record().items() if k != "seed"}).encode(),
-    "no final accuracy": json.dumps(record(accuracy={"dense": 90.0, "at_removal": 1.0})).encode(),
+    "no seed": json.dumps({k: v for k, v in content().items() if k != "seed"}).encode(),
+    "no final accuracy": json.dumps(content(accuracy={"dense": 90.0, "at_removal": 1.0})).encode(),
     "no step at which nothing was left": json.dumps(
-        record(steps={k: v for k, v in record()["steps"].items() if k != "zero"})
+        content(steps={k: v for k, v in content()["steps"].items() if k != "zero"})
     ).encode(),
-    "no latency": json.dumps({k: v for k, v in record().items() if k != "latency"}).encode(),
-    "releases without their number": json.dumps(record(releases=[[3, "g"]])).encode(),
+    "no latency": json.dumps({k: v for k, v in content().items() if k != "latency"}).encode(),
+    "releases without their number": json.dumps(content(releases=[[3, "g"]])).encode(),
     "accuracy of no number": json.dumps(
-        record(accuracy={"dense": "high", "at_removal": None})
+        content(accuracy={"dense": "high", "at_removal": None})
     ).encode(),
 }
 
@@ -535,11 +532,11 @@ def test_a_damaged_or_foreign_record_is_refused_by_name(tmp_path, capsys, damage
 
 @pytest.mark.parametrize("version", [1, RECORD_VERSION + 1])
 def test_a_record_of_another_version_is_refused(tmp_path, version):
-    path = save(tmp_path, record(version=version))
+    path = save(tmp_path, content(version=version))
     with pytest.raises(
         RunError, match=f"version {version}, this release reads {RECORD_VERSION}"
     ) as caught:
-        table.read([tmp_path])
+        kept.read([tmp_path])
     assert str(path) in str(caught.value)
 
 
@@ -557,15 +554,15 @@ def test_where_no_runs_are_the_remedy_is_named(tmp_path, capsys, command, there)
 
 
 def test_the_command_prints_the_table_and_last_the_path_of_its_figures(tmp_path, capsys, records):
-    for content in records:
-        save(tmp_path, content)
+    for one in records:
+        save(tmp_path, one)
     assert main(["table", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(table.markdown(table.read([tmp_path])) + "\n\n")
+    assert printed.startswith(table.markdown(kept.read([tmp_path])) + "\n\n")
     assert printed.splitlines()[-1] == str(tmp_path / "table.json")
     (section,) = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))
     assert section["title"] == TITLE
-    assert section["rows"] == table.rows(records)
+    assert section["rows"] == [asdict(row) for row in sections.rows(records)]
 
 
 def test_a_table_is_made_of_the_records_named(tmp_path, capsys):
@@ -577,15 +574,15 @@ def test_a_table_is_made_of_the_records_named(tmp_path, capsys):
 
 
 def test_the_table_of_real_runs_shows_what_their_records_say(tiny_runs):
-    text = table.markdown(table.read([tiny_runs.out]))
+    text = table.markdown(kept.read([tiny_runs.out]))
     assert text.startswith("depgraph, vgg-digits, digits, 360 training images (tiny); dense ")
     rows = {row[0]: row for row in cells(text)[2:]}
     assert list(rows) == ["base", "+SP", "+SR"]
     for name, variant in (("base", "base"), ("+SP", "sp"), ("+SR", "sr")):
-        content = tiny_runs.record(variant)
-        macs = 100 * content["macs"]["pruned"] / content["macs"]["dense"]
+        one = tiny_runs.record(variant)
+        macs = 100 * one["macs"]["pruned"] / one["macs"]["dense"]
         assert rows[name][1] == f"{macs:.1f}"
-        assert rows[name][3] == f"{content['accuracy']['final']:.2f}"
+        assert rows[name][3] == f"{one['accuracy']['final']:.2f}"
 
 
 def test_the_report_is_a_command_and_its_page_is_named(tmp_path, capsys):
@@ -600,5 +597,5 @@ def test_nothing_published_stands_beside_a_ranking_that_knows_nothing():
         shown = table.markdown([record("base", 0, framework="depgraph", config=config)])
         return [cell.strip() for cell in shown.split("\n")[4].split("|")][10]
 
-    assert column(name="a", stages={"prune": {}}, options={"importance": "magnitude"}) != "-"
-    assert column(name="a", stages={"prune": {}}, options={"importance": "random"}) == "-"
+    assert column(name="a", stages={"prune": STAGE}, options={"importance": "magnitude"}) != "-"
+    assert column(name="a", stages={"prune": STAGE}, options={"importance": "random"}) == "-"

@@ -25,7 +25,9 @@ import pytest
 import torch
 
 from dpm_core.adapters.saved import read, write
-from experiments.running.run import MODEL, Request, run
+from experiments.record import MODEL
+from experiments.running.request import Request
+from experiments.running.run import run
 from experiments.running.training import Stopped
 from tests.support import tiny
 from tests.support.snapshot import difference
@@ -36,6 +38,8 @@ WATCHED = tuple(
         "adapters/depgraph.py",
         "adapters/saved.py",
         "experiments/files.py",
+        "experiments/record.py",
+        "experiments/running/checkpoint.py",
         "experiments/running/run.py",
         "experiments/running/training.py",
         "third_party/dependency.py",
@@ -74,8 +78,8 @@ class Lines:
                 self.writing.append(self.count)
             if self.count == self.last:
                 os.kill(os.getpid(), signal.SIGKILL)
-        elif code.co_name in ("_remove", "save_pruned", "save_json"):
-            self.marks.setdefault(f"{code.co_name} {event}", self.count)
+        elif code.co_qualname in ("Loop._remove", "save_pruned", "Record.save"):
+            self.marks.setdefault(f"{code.co_qualname} {event}", self.count)
         return self
 
 
@@ -137,12 +141,12 @@ def main(folder: Path) -> None:
     started = time.perf_counter()
     marks = carry_out(asked("usual"))["marks"]
     usual = time.perf_counter() - started
-    start, end = marks["_remove call"], marks["_remove return"]
+    start, end = marks["Loop._remove call"], marks["Loop._remove return"]
     points = [("removal", draw.randint(start + 1, end)) for _ in range(AT_REMOVAL)]
     points += [("writing", line) for line in draw.sample(marks["writing"], IN_WRITING)]
     saving, last = marks["save_pruned call"] + 1, marks["end"]
     points += [("end", draw.randint(saving, last)) for _ in range(AT_END)]
-    points += [("end", marks["save_json return"] + 1)]  # the record is there, and the checkpoint
+    points += [("end", marks["Record.save return"] + 1)]  # the record is there, and the checkpoint
     points += [("anywhere", draw.randint(1, last)) for _ in range(ANYWHERE)]
     kills: list[tuple[str, dict[str, Any]]] = [(where, {"last": line}) for where, line in points]
     kills += [("time", {"seconds": draw.uniform(0, usual)}) for _ in range(AT_TIMES)]

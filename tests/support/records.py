@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from experiments.files import save_tensors
-from experiments.running.run import RECORD_VERSION, run_of_record, trace_of
+from experiments.record import RECORD, TRACE, VERSION, Record, trace_of
 
-RECORD: dict[str, Any] = {
-    "version": RECORD_VERSION,
-    "config": {"name": "made-up", "stages": {"prune": {}}},
+CONTENT: dict[str, Any] = {
+    "version": VERSION,
+    "config": {
+        "name": "made-up",
+        "framework": "depgraph",
+        "model": "vgg16-bn",
+        "stages": {"prune": {"epochs": 1, "learning_rate": 0.1}},
+    },
     "config_hash": "0123456789abcdef",
     "framework": "depgraph",
     "model": "vgg16-bn",
@@ -41,30 +46,51 @@ RECORD: dict[str, Any] = {
     "seconds": 1.0,
     "loading": 0.1,
 }
+STAGE = CONTENT["config"]["stages"]["prune"]
+ABSENT = ("dense_seed", "images", "processes", "latency__masked")
+"""Keys that records of earlier releases lack, and that changes may bring."""
 
 
-def record(variant: str = "base", seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """A record; changes are by keys, with two underscores between a table and its key."""
-    content = copy.deepcopy(RECORD)
-    content.update(variant=variant, seed=seed)
+def content(variant: str = "base", seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """A record as JSON; changes are by keys, two underscores between a table and its key.
+
+    A ``config`` changes the keys that it has.
+    """
+    made = copy.deepcopy(CONTENT)
+    made.update(variant=variant, seed=seed)
     for dotted, value in changes.items():
         *tables, key = dotted.split("__")
-        table = content
+        table = made
         for name in tables:
             table = table[name]
-        assert key in table, dotted
-        table[key] = value
-    return content
+        assert key in table or dotted in ABSENT, dotted
+        table[key] = {**table[key], **value} if dotted == "config" else value
+    return made
 
 
-def save(folder: Path, content: dict[str, Any]) -> Path:
+def record(variant: str = "base", seed: int = 0, **changes: Any) -> Record:
+    """A record; changes as of :func:`content`."""
+    return of(content(variant, seed, **changes))
+
+
+def of(made: dict[str, Any]) -> Record:
+    return Record.from_json(json.dumps(made))
+
+
+def changed(one: Record, **changes: Any) -> Record:
+    """A record with other values at its top, in JSON's."""
+    return of({**one.content(), **changes})
+
+
+def save(folder: Path, one: Record | dict[str, Any]) -> Path:
     """A record's file in a folder of its own, named as a run would name it."""
-    path = folder / f"{content['variant']}-seed{content['seed']}" / "record.json"
+    made = one.content() if isinstance(one, Record) else one
+    path = folder / f"{made['variant']}-seed{made['seed']}" / RECORD
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
+    path.write_text(json.dumps(made), encoding="utf-8")
     return path
 
 
-def save_trace(record_path: Path, content: dict[str, Any], trace: dict[str, Any]) -> None:
+def save_trace(record_path: Path, one: Record, trace: dict[str, Any]) -> None:
     """A run's trace beside its record."""
-    save_tensors(record_path.with_name("trace.pt"), trace, trace_of(run_of_record(content)))
+    save_tensors(record_path.with_name(TRACE), trace, trace_of(one.run))

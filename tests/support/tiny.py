@@ -20,8 +20,10 @@ from experiments.config import Config
 from experiments.inputs import models
 from experiments.inputs.data import load as load_data  # kept: miniature() puts another in its place
 from experiments.inputs.images import Images
+from experiments.record import MODEL
 from experiments.running import run as run_module
-from experiments.running.run import MODEL, Request, run
+from experiments.running.request import Request
+from experiments.running.run import run
 from experiments.running.training import Stopped
 from tests.support.snapshot import difference
 
@@ -157,7 +159,7 @@ def asked_when(when: Callable[[int], bool]) -> Iterator[None]:
         yield stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "_asked_to_stop", asked)
+        patch.setattr(run_module, "asked_to_stop", asked)
         yield
 
 

@@ -1,0 +1,225 @@
+"""What records say, as numbers: which may be compared, means and spreads over seeds, and pairs."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..errors import RunError
+from ..record import CONTROLS, ORDER, Record, Variant
+from . import published
+from .pairs import Difference, difference
+
+NAMES: dict[Variant, str] = {
+    "base": "base",
+    "sp": "+SP",
+    "sr": "+SR",
+    "random": "random release",
+    "least-resistant": "least resistant",
+}
+"""What tables and plots call the variants."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and spread: the standard deviation of a sample, ``None`` for a single value."""
+
+    mean: float
+    spread: float | None
+
+    def text(self, digits: int) -> str:
+        """``mean ± spread``."""
+        text = f"{self.mean:.{digits}f}"
+        return text if self.spread is None else f"{text} ± {self.spread:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of a section; summaries are over its seeds.
+
+    Attributes:
+        variant: which.
+        seeds: in order.
+        at_removal, at_removal_reestimated, final: accuracies, in percent.
+        macs, parameters: what is left, in percent.
+        released, decayed: structures.
+        difference: the final accuracy minus that of ``base`` over the seeds they share, in points;
+            ``None`` without any.
+        published: the counterpart's accuracy, in percent.
+    """
+
+    variant: Variant
+    seeds: list[int]
+    at_removal: Summary
+    at_removal_reestimated: Summary
+    final: Summary
+    macs: Summary
+    parameters: Summary
+    released: Summary
+    decayed: Summary
+    difference: Difference | None
+    published: float | None
+
+
+# ---------------------------------------------------------------------- sections
+
+
+def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """Records that may be compared with one another, by what they share.
+
+    Those whose runs trained most come first: they have most to tell.
+
+    Raises:
+        RunError: records of one experiment differ in configuration, in images or in the layers of
+            the dense network, so a table would mix them; or there are several of one variant and
+            seed, and pairs would be ambiguous.
+    """
+    by_title: dict[str, list[Record]] = {}
+    for record in records:
+        title = f"{heading(record)} ({record.name})"
+        if record.processes > 1:
+            title += f", {record.processes} processes"
+        by_title.setdefault(title, []).append(record)
+    for title, members in by_title.items():
+        if len({m.config_hash for m in members}) > 1:
+            raise RunError(
+                f"the records of {title} come from different configurations; delete the old runs, "
+                "or keep them in another --out"
+            )
+        if len(by_images := first_of_images(members)) > 1:
+            each = "; ".join(f"{digest}: {runs}" for digest, runs in by_images.items())
+            raise RunError(
+                f"the records of {title} are of different images under one name ({each}); give "
+                "those of one kind, or carry the others out anew"
+            )
+        layers = _layers(members[0])
+        for member in members:
+            if _layers(member) != layers:
+                raise RunError(
+                    f"the records of {title} are of different networks: {member.variant}, seed "
+                    f"{member.seed}, has other layers than the first; run it anew"
+                )
+        runs = Counter((m.variant, m.seed) for m in members)
+        (variant, seed), times = runs.most_common(1)[0]
+        if times > 1:
+            raise RunError(
+                f"{title} has {times} records of {variant}, seed {seed}; give only one of them"
+            )
+    return sorted(by_title.items(), key=lambda section: -_work(section[1][0]))
+
+
+def heading(record: Record) -> str:
+    """Framework, network and images."""
+    return f"{record.framework}, {record.model}, {record.data}"
+
+
+def _layers(record: Record) -> dict[str, int]:
+    return {name: width.dense for name, width in record.channels.items()}
+
+
+def _work(record: Record) -> int:
+    """MACs of all of a run's training, its dense model's included, up to the size of a batch."""
+    return record.macs.dense * (record.steps.total + record.steps.dense)
+
+
+def first_of_images(records: Sequence[Record]) -> dict[str, str]:
+    """The first run on each kind of images; records of earlier releases do not name theirs."""
+    first_runs: dict[str, str] = {}
+    for record in records:
+        if record.images is not None:
+            first_runs.setdefault(record.images, f"{record.variant}, seed {record.seed}")
+    return first_runs
+
+
+def short_names(sections: Sequence[tuple[str, list[Record]]]) -> dict[str, list[Record]]:
+    """Sections by their experiments' names, with what else tells two of one name apart."""
+    times = Counter(members[0].name for _, members in sections)
+    named = {}
+    for title, members in sections:
+        name = members[0].name
+        named[name if times[name] == 1 else title] = members
+    return named
+
+
+def by_variant(
+    members: Sequence[Record], variants: Sequence[Variant] = ORDER
+) -> dict[Variant, list[Record]]:
+    """Records by variant, in the order of tables; only variants that have any."""
+    grouped = {v: [r for r in members if r.variant == v] for v in variants}
+    return {v: runs for v, runs in grouped.items() if runs}
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Mean and spread of one or more values."""
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return Summary(statistics.fmean(values), spread)
+
+
+def dense(members: Sequence[Record]) -> list[float]:
+    """Accuracies of a section's dense networks, each once, by seed."""
+    by_network = {m.network: a for m in members if (a := m.accuracy.dense) is not None}
+    return [by_network[seed] for seed in sorted(by_network)]
+
+
+def rows(records: Sequence[Record]) -> list[Row]:
+    """One row per variant of a section."""
+    table, start = [], benchmark(records)
+    for variant, runs in by_variant(records).items():
+
+        def over(value: Callable[[Record], float], runs: list[Record] = runs) -> Summary:
+            return summary([value(r) for r in runs])
+
+        table.append(
+            Row(
+                variant,
+                seeds=sorted(r.seed for r in runs),
+                at_removal=over(lambda r: r.accuracy.at_removal),
+                at_removal_reestimated=over(lambda r: r.accuracy.at_removal_reestimated),
+                final=over(lambda r: r.accuracy.final),
+                macs=over(lambda r: r.macs.left),
+                parameters=over(lambda r: r.parameters.left),
+                released=over(lambda r: r.structures.released),
+                decayed=over(lambda r: r.structures.decayed),
+                difference=None if variant == "base" else minus(records, variant, "base"),
+                published=None if start is None else start.top1(*counterpart(records), variant),
+            )
+        )
+    return table
+
+
+def contrasts(records: Sequence[Record]) -> list[tuple[Variant, Difference]]:
+    """Final accuracy of ``sr`` minus that of its controls and of ``sp``, where there are pairs.
+
+    Returns:
+        What is subtracted, and the difference, in points.
+    """
+    others: tuple[Variant, ...] = (*CONTROLS, "sp")
+    return [(other, d) for other in others if (d := minus(records, "sr", other)) is not None]
+
+
+def minus(records: Sequence[Record], one: Variant, other: Variant) -> Difference | None:
+    """Final accuracy of one variant minus another's over a section's pairs, in points."""
+
+    def finals(variant: Variant) -> dict[int, float]:
+        return {r.seed: r.accuracy.final for r in records if r.variant == variant}
+
+    return difference(finals(one), finals(other), {r.seed: r.network for r in records})
+
+
+def counterpart(records: Sequence[Record]) -> tuple[str, bool]:
+    """What tells a section's counterpart among what is published: see :mod:`.published`."""
+    return records[0].framework, "sparse" in records[0].settings.stages
+
+
+def benchmark(records: Sequence[Record]) -> published.Benchmark | None:
+    """The published table that a section's figures can stand beside."""
+    options = records[0].settings.options
+    own = ("round_to", "isomorphic", "max_pruning_ratio")
+    if options.get("importance", "magnitude") != "magnitude" or any(key in options for key in own):
+        return None  # the published figures are of upstream's ranking, and of widths as they fall
+    return published.load().benchmark(*counterpart(records))
