@@ -52,8 +52,11 @@ FIGURES = {
     "decay_kirigami_ms",
     "decay_speed_up",
     "decay_norm_difference",
+    "setup_graph_ms",
+    "setup_trial_ms",
+    "setup_selection_ms",
 }
-STEPS = {f for f in FIGURES if not f.startswith("decay_")}
+STEPS = {f for f in FIGURES if not f.startswith(("decay_", "setup_"))}
 # Differences of two noisy times, or of two norms: finite, but of either sign, or zero.
 SIGNED = {"hooks_idle_ms", "hooks_decaying_ms", "hooks_decaying_over_floor"}
 SIGNED |= {"idle_over_plain_by_hooks", "decaying_over_plain_by_hooks", "decay_norm_difference"}
