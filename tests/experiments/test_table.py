@@ -394,12 +394,12 @@ def lines(path, *texts):
 
 
 def test_kept_records_are_read_line_by_line_beside_those_of_runs(tmp_path):
-    kept = lines(tmp_path / "kept.jsonl", *(json.dumps(content("sp", s)) for s in range(2)))
+    many = lines(tmp_path / "kept.jsonl", *(json.dumps(content("sp", s)) for s in range(2)))
     own = save(tmp_path / "a", record("base", 0))
-    assert kept.files([tmp_path]) == [own, kept]
+    assert kept.files([tmp_path]) == [own, many]
     assert kept.read([tmp_path]) == [record("base", 0), record("sp", 0), record("sp", 1)]
-    assert kept.read([kept]) == [record("sp", 0), record("sp", 1)]
-    assert [path for path, _ in kept.located([tmp_path])] == [own, kept, kept]
+    assert kept.read([many]) == [record("sp", 0), record("sp", 1)]
+    assert [path for path, _ in kept.located([tmp_path])] == [own, many, many]
     assert [one for _, one in kept.located([tmp_path])] == kept.read([tmp_path])
 
 
