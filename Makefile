@@ -11,6 +11,8 @@ FRAMEWORK ?= depgraph
 NETWORK ?= vgg-slim
 VARIANTS ?= base,sp,sr,random,least-resistant
 CONFIG ?=
+SCHEDULER ?=
+RUNS ?= 1
 DATA ?=
 NPROC ?= 1
 FLAGS ?=
@@ -56,7 +58,7 @@ places = --out=$(call q,$(OUT)) $(if $(DATA),--data $(call q,$(DATA)))
 small = $(CONFIGS)/$(FRAMEWORK)-$(if $(filter-out digits,$(DATA)),$(NETWORK),digits).toml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-portable lint $(BENCHES) compare bench-overhead table table-models plots report results notebooks docs clean
+.PHONY: help setup demo test test-portable lint $(BENCHES) compare worker bench-overhead table table-models plots report results notebooks docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/\1|\2/' \
@@ -86,9 +88,14 @@ $(BENCHES): bench-%: $(SETUP)
 	@$(PY) -m $(launch)experiments run $(call q,$(or $(CONFIG),$(call recipe,$*))) \
 	  --variant $(call q,$(VARIANT)) --seed $(call q,$(SEED)) --resume $(places) $(FLAGS)
 
-compare: $(SETUP) ## base, +SP, +SR and the controls: FRAMEWORK= DATA= NETWORK= SEEDS=0-4 CONFIG=
+compare: $(SETUP) ## base, +SP, +SR and the controls: FRAMEWORK= DATA= NETWORK= SEEDS=0-4 CONFIG= SCHEDULER=
 	@$(PY) -m experiments compare $(call q,$(or $(CONFIG),$(small))) \
-	  --variants $(call q,$(VARIANTS)) --seeds $(call q,$(SEEDS)) $(places) $(FLAGS)
+	  --variants $(call q,$(VARIANTS)) --seeds $(call q,$(SEEDS)) $(places) \
+	  $(if $(SCHEDULER),--scheduler=$(call q,$(SCHEDULER))) $(FLAGS)
+
+worker: $(SETUP) ## carry out runs for comparisons: SCHEDULER=tcp://host:8786 RUNS=1 at a time
+	@$(PY) -m distributed.cli.dask_worker $(call q,$(SCHEDULER)) --nworkers $(call q,$(RUNS)) --nthreads 1 \
+	  --no-dashboard --memory-limit 0 $(FLAGS)
 
 bench-overhead: $(SETUP) ## what attaching costs a training step, and the decay against torch-kirigami
 	@$(PY) -m experiments overhead --out=$(call q,$(OUT)/overhead/overhead.json) $(FLAGS)

@@ -20,7 +20,8 @@ from .errors import RunError, carried_out
 from .files import save_json
 from .places import check, clean
 from .record import CONTROLS, VARIANTS, Record
-from .running.compare import Job, compare
+from .running.compare import compare
+from .running.jobs import Job
 from .running.ranks import Ranks, joined, started
 from .running.request import Request
 from .running.run import run
@@ -66,6 +67,9 @@ def parser() -> argparse.ArgumentParser:
     )
     many.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="0-2, or 0,3,5")
     many.add_argument("--jobs", type=threads, help="runs at a time (default: one per core)")
+    many.add_argument(
+        "--scheduler", metavar="ADDRESS", help="a Dask scheduler whose workers carry the runs out"
+    )
     _common(many)
 
     small = commands.add_parser("export", help="a run's pruned model as ONNX, or by torch.export")
@@ -129,12 +133,15 @@ def _compare(args: argparse.Namespace) -> None:
     every = VARIANTS + CONTROLS
     if unknown := [v for v in variants if v not in every]:
         raise RunError(f"unknown variant {unknown[0]!r}; there are: {', '.join(every)}")
-    common = {"out": args.out, "data_root": args.data_root, "device": device(args.device)}
+    here = args.scheduler is None  # else every worker looks for the device itself
+    own = device(args.device if here else "cpu")
+    common = {"out": args.out, "data_root": args.data_root, "device": own}
+    overriding = (args.data, args.validation, None if here else args.device)
     loaded = [
         (path, load(path, data=args.data, validation=args.validation)) for path in args.configs
     ]
     jobs = [
-        Job(path, Request(config, variant, seed, **common), args.data, args.validation)
+        Job(path, Request(config, variant, seed, **common), *overriding)
         for path, config in loaded
         for seed in args.seeds
         for variant in every
@@ -142,7 +149,7 @@ def _compare(args: argparse.Namespace) -> None:
     ]
     check(args.out, ["table.json"])
     check(args.out / "plots")
-    runs = kept.located(compare(jobs, at_once=args.jobs))
+    runs = kept.located(compare(jobs, at_once=args.jobs, scheduler=args.scheduler))
     records = [record for _, record in runs]
     print(table.markdown(records), end="\n\n")
     _plots(runs, args.out)

@@ -1,4 +1,4 @@
-"""Many runs: each a process of its own, as many at once as there are cores."""
+"""Many runs: on this machine each a process of its own, as many at once as there are cores."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from tqdm import tqdm
@@ -17,35 +19,12 @@ from ..errors import QuotingError, RunError
 from ..places import BusyError, busy
 from ..record import RECORD
 from .finished import finished
-from .request import Request
+from .jobs import Job, command, last_lines, word
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of a comparison.
-
-    Attributes:
-        config_path: the file that the request's configuration was read from.
-        request: the run.
-        data, validation: what overrides the configuration's, for the run's command line.
-    """
-
-    config_path: Path
-    request: Request
-    data: str | None = None
-    validation: int | None = None
-
-    @property
-    def dense(self) -> str | None:
-        """Names the dense model that the run starts from, and may have to train."""
-        config = self.request.config
-        if config.dense is None:
-            return None
-        seed = config.dense_seed(self.request.seed)
-        return f"{config.dense_hash(config.data.model_dump_json())}, seed {seed}"
-
-
-def compare(jobs: Sequence[Job], *, at_once: int | None = None) -> list[Path]:
+def compare(
+    jobs: Sequence[Job], *, at_once: int | None = None, scheduler: str | None = None
+) -> list[Path]:
     """Carry out all runs that are not there yet; go on with those that were stopped.
 
     A dense model is trained by the first run that needs it, and read by the others.
@@ -53,13 +32,15 @@ def compare(jobs: Sequence[Job], *, at_once: int | None = None) -> list[Path]:
     Args:
         jobs: the runs, of one configuration or several.
         at_once: runs at a time. By default one per core, each with one thread; on a GPU one.
+        scheduler: the address of a Dask scheduler, whose workers carry the runs out, one for each
+            of their threads.
 
     Returns:
         The records, in the order of the jobs.
 
     Raises:
         RunError: two configurations have one name; or a run failed: its output is quoted, and the
-            other runs are kept.
+            other runs are kept; or there is no such scheduler.
         BusyError: another process carries one of the runs out.
     """
     if at_once is None:
@@ -88,79 +69,139 @@ def compare(jobs: Sequence[Job], *, at_once: int | None = None) -> list[Path]:
     bar = tqdm(
         total=len(jobs), initial=len(jobs) - len(waiting), unit="run", desc="runs", disable=None
     )
-    with bar:
-        _work(queue, {job.dense: job for job in leading}, at_once, bar)
+    with bar, _place(scheduler, at_once) as place:
+        _work(queue, {job.dense: job for job in leading}, place, bar)
     return [job.request.folder / RECORD for job in jobs]
 
 
-def _work(queue: list[Job], leading: dict[str | None, Job], at_once: int, bar: tqdm[None]) -> None:
+@contextmanager
+def _place(scheduler: str | None, at_once: int) -> Iterator[Place]:
+    if scheduler is None:
+        yield Here(at_once)
+        return
+    from .cluster import cluster  # only now: Dask is an extra, and takes a while to load
+
+    with cluster(scheduler) as there:
+        yield there
+
+
+class Running(Protocol):
+    """A run that is being carried out."""
+
+    @property
+    def job(self) -> Job:
+        """Which."""
+
+    def ended(self) -> bool:
+        """Whether it has ended and its record is there.
+
+        Raises:
+            RunError: it failed.
+        """
+
+    def stop(self) -> None:
+        """Ask it to stop."""
+
+    def wait(self) -> None:
+        """Wait until it has stopped."""
+
+
+class Place(Protocol):
+    """Where runs are carried out."""
+
+    @property
+    def slots(self) -> int:
+        """How many at a time, now."""
+
+    def start(self, job: Job) -> Running:
+        """Begin a run."""
+
+
+def _work(queue: list[Job], leading: dict[str | None, Job], place: Place, bar: tqdm[None]) -> None:
     """Carry out a queue; ``leading`` has, by dense model, the run that has to finish first."""
-    running: list[tuple[Job, subprocess.Popen[bytes]]] = []
+    running: list[Running] = []
     try:
         while queue or running:
             ready = [job for job in queue if leading.get(job.dense, job) is job]
-            for job in ready[: at_once - len(running)]:
+            for job in ready[: max(0, place.slots - len(running))]:
                 queue.remove(job)
-                running.append((job, _start(job, at_once)))
-            bar.set_postfix_str("; ".join(_name(job.request) for job, _ in running), False)
+                running.append(place.start(job))
+            names = "; ".join(run.job.name for run in running)
+            bar.set_postfix_str(names or "waiting for workers", False)
             bar.refresh()
             time.sleep(0.5)
-            for job, process in list(running):
-                code, request = process.poll(), job.request
-                if code is None:
+            for run in list(running):
+                if not run.ended():
                     continue
-                running.remove((job, process))
-                assert process.stdin is not None
-                process.stdin.close()
-                if code:
-                    log = (request.folder / "run.log").read_text(errors="replace").strip()
-                    raise QuotingError(
-                        f"{_name(request)} ended with code {code}:\n"
-                        + "\n".join(log.splitlines()[-15:])
-                    )
-                if leading.get(job.dense) is job:
-                    del leading[job.dense]
+                running.remove(run)
+                if leading.get(run.job.dense) is run.job:
+                    del leading[run.job.dense]
                 bar.update()
                 if bar.disable:  # no terminal: a line per run instead of a moving bar
-                    print(f"finished {_name(request)}", flush=True)
+                    print(f"finished {run.job.name}", flush=True)
     finally:
         # Interrupted: let every run save itself, so that the same command goes on later.
-        for _, process in running:
-            process.terminate()
-        for _, process in running:
-            process.wait()
+        for run in running:
+            run.stop()
+        for run in running:
+            run.wait()
 
 
-def _name(request: Request) -> str:
-    return f"{request.config.name}, {request.variant}, seed {request.seed}"
+@dataclass(frozen=True)
+class Here:
+    """This machine, on which every run is a process of its own.
+
+    Attributes:
+        slots: runs at a time, which share the threads.
+    """
+
+    slots: int
+
+    def start(self, job: Job) -> Process:
+        """Start a run; one that was stopped goes on."""
+        request = job.request
+        request.folder.mkdir(parents=True, exist_ok=True)
+        threads = max(1, torch.get_num_threads() // self.slots)
+        words = [sys.executable, "-m", "experiments", "run", word(job.config_path)]
+        words += [*command(job, threads), "--resume", "--out", word(request.out), "--until-eof"]
+        with (request.folder / "run.log").open("ab") as log:
+            # A session of its own: an interrupt on the terminal reaches this process alone, which
+            # then asks every run once. A second signal would end a run before it has saved itself.
+            # Nothing is written into the pipe: it ends with this process, whatever ends it, and
+            # then the run saves itself, too.
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return Process(job, process)
 
 
-def _start(job: Job, at_once: int) -> subprocess.Popen[bytes]:
-    request = job.request
-    request.folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "experiments", "run", _word(job.config_path)]
-    command += ["--variant", request.variant, "--seed", str(request.seed), "--resume"]
-    command += ["--out", _word(request.out), "--data-root", _word(request.data_root), "--until-eof"]
-    command += ["--device", str(request.device), "--save-every", str(request.save_every)]
-    command += ["--threads", str(max(1, torch.get_num_threads() // at_once))]
-    if job.data is not None:
-        command += ["--data", job.data]
-    if job.validation is not None:
-        command += ["--validation", str(job.validation)]
-    with (request.folder / "run.log").open("ab") as log:
-        # A session of its own: an interrupt on the terminal reaches this process alone, which
-        # then asks every run once. A second signal would end a run before it has saved itself.
-        # Nothing is written into the pipe: it ends with this process, whatever ends it, and then
-        # the run saves itself, too.
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+@dataclass(frozen=True)
+class Process:
+    """A run in a process on this machine."""
 
+    job: Job
+    process: subprocess.Popen[bytes]
 
-def _word(path: Path) -> str:
-    """A path as a word of a command line: never an option."""
-    return f"./{path}" if str(path).startswith("-") else str(path)
+    def ended(self) -> bool:
+        """Whether it has ended. If it failed, what it printed last is quoted."""
+        code = self.process.poll()
+        if code is None:
+            return False
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        if code:
+            log = (self.job.request.folder / "run.log").read_text(errors="replace")
+            raise QuotingError(last_lines(self.job, code, log))
+        return True
+
+    def stop(self) -> None:
+        """Ask it to save itself."""
+        self.process.terminate()
+
+    def wait(self) -> None:
+        """Wait until it has."""
+        self.process.wait()

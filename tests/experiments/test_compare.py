@@ -21,7 +21,8 @@ from experiments.config import Config
 from experiments.errors import RunError
 from experiments.record import MODEL
 from experiments.running import compare as compare_module
-from experiments.running.compare import Job, compare
+from experiments.running.compare import compare
+from experiments.running.jobs import Job
 from experiments.running.request import Request
 from experiments.running.stopping import ASKING
 from tests.support import forked, tiny

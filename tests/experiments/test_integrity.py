@@ -17,8 +17,9 @@ from experiments.errors import RunError
 from experiments.files import vouched
 from experiments.record import MODEL
 from experiments.running import run as run_module
-from experiments.running.compare import Job, compare
+from experiments.running.compare import compare
 from experiments.running.finished import finished
+from experiments.running.jobs import Job
 from experiments.running.rebuild import load_model
 from experiments.running.request import CHECKPOINT
 from experiments.running.run import run
