@@ -274,7 +274,12 @@ def _send(name: str, threads: int, sender: Connection) -> None:
     torch.set_num_threads(threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sender.send(measure(network(name)))
+        try:
+            sender.send(measure(network(name)))
+        except RunError as cause:  # no images are known that it takes
+            sender.send(
+                {"network": name, "outcome": "fails", "message": str(cause), "seconds": 0.0}
+            )
 
 
 def collect(

@@ -136,9 +136,17 @@ def _on_meta(name: str, **settings: Any) -> nn.Module:
 def _of_timm(name: str) -> Network:
     timm = _timm(name)
     tried = [(size, settings) for size in SIZES for settings in ({"img_size": size}, {})]
-    size, settings = next((t for t in tried if _runs(name, *t)), (0, {}))
-    if not size:
-        raise RunError(f"no size of images was found that {name!r} takes")
+    few: list[tuple[int, dict[str, int]]] = []
+    for size, settings in tried:
+        enough = _runs(name, size, settings)
+        if enough:
+            break
+        if enough is not None:
+            few.append((size, settings))
+    else:
+        if not few:
+            raise RunError(f"no size of images was found that {name!r} takes")
+        size, settings = few[0]
     plain = name.removeprefix(TIMM)
     return Network(
         name,
@@ -147,11 +155,11 @@ def _of_timm(name: str) -> Network:
     )
 
 
-def _runs(name: str, size: int, settings: Mapping[str, Any]) -> bool:
-    """Whether a network sensibly runs on images of a size.
+def _runs(name: str, size: int, settings: Mapping[str, Any]) -> bool | None:
+    """Whether a network has four positions or more at its end on images of a size.
 
-    At its end there are to be four positions at least: with fewer, attention has nothing to choose
-    from, and a norm little to take a mean over.
+    With fewer, attention has nothing to choose from, and a norm little to take a mean over.
+    ``None``: it does not run.
     """
     try:
         model: Any = _on_meta(name, num_classes=CLASSES, **settings).eval()
@@ -160,6 +168,6 @@ def _runs(name: str, size: int, settings: Mapping[str, Any]) -> bool:
             features = model.forward_features(images)
             model(images)
     except Exception:  # whatever says that it does not
-        return False
+        return None
     last = features[-1] if isinstance(features, tuple | list) else features
     return bool(last[0].numel() >= 4 * model.num_features or last.dim() == 2)

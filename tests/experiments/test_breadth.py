@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import multiprocessing
+import os
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.nn import functional
 
 from dpm_core.adapters.depgraph import DepGraph
 from experiments.errors import RunError
-from experiments.measuring import breadth
+from experiments.measuring import breadth, networks
 from experiments.measuring.breadth import (
     Network,
     awake,
@@ -192,13 +194,21 @@ def test_a_row_that_is_measured_anew_stays_until_the_new_one_is_there(tmp_path):
     assert again == names
 
 
-def test_a_process_that_takes_too_long_or_ends_is_reported_as_that(capfd):
+class Ends(str):
+    """A name that ends the process in which a network is looked for by it."""
+
+    def startswith(self, *of):
+        if multiprocessing.parent_process() is not None:
+            os._exit(7)
+        return False
+
+
+def test_a_process_that_takes_too_long_or_ends_is_reported_as_that():
     row = in_process("squeezenet1_1", 0.01)
     assert (row["outcome"], row["message"]) == ("not run", "not done within 0.01 seconds")
-    row = in_process("no such network", 300)
+    row = in_process(Ends("squeezenet1_1"), 300)
     assert row["outcome"] == "fails"
-    assert "exit code 1" in row["message"]
-    assert "no classification network" in capfd.readouterr().err
+    assert "exit code 7" in row["message"]
 
 
 @pytest.mark.slow
@@ -321,3 +331,11 @@ def test_the_kept_table_is_that_of_the_kept_records():
     assert names == sorted(set(names) & set(breadth.networks()))
     missing = [name for name in breadth.networks() if name not in names]
     assert breadth.TABLE.read_text(encoding="utf-8") == markdown(rows, missing)
+
+
+def test_a_network_that_takes_no_images_gets_a_row_and_one_with_few_positions_its_smallest_size():
+    row = in_process("no such network", 300)
+    assert row["outcome"] == "fails"
+    assert row["message"] == "torchvision has no classification network 'no such network'"
+    pytest.importorskip("timm")
+    assert networks.network("timm:pit_ti_224").size == 64
