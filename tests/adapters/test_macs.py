@@ -16,7 +16,7 @@ from dpm_core.adapters.macs import MacsLeft
 from dpm_core.third_party import running
 from dpm_core.third_party.groups import Plan
 from dpm_core.third_party.pruner import _Wholes
-from experiments import models
+from experiments.inputs import models
 from tests.support.networks import draw
 
 
