@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,7 @@ class Processes:
     def __init__(self) -> None:
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         with _answering():
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     @classmethod
     def found(cls) -> Processes | None:

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ def laid_out(model: nn.Module, channels_last: bool = True) -> nn.Module:
     kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     fits = channels_last and all(k.is_cuda or k.shape[0] % 8 == 0 for k in kernels)
     layout = torch.channels_last if fits else torch.contiguous_format
-    return model.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
+    anything: Any = model  # PyTorch's releases differ in what they say of this call
+    return cast(nn.Module, anything.to(memory_format=layout))
 
 
 Norms = tuple[int, dict[str, dict[int, float]]]
