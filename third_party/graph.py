@@ -9,9 +9,10 @@ What this file works around, all of it in that version:
 - A layer whose output is returned *and* used further does not look like an output.
 - GRU and RNN are taken for operations element by element, and an LSTM is traced inside; here each
   of them is traced as one piece.
-- The raw form of a group says which channels go together; the merged one does not
-  (``Group.add_and_merge``).
-- A walk over the graph need not end, as with grouped-query attention (``get_pruning_group``).
+- A walk over the graph follows every path by itself, and carries lists of indices along each: it
+  takes exponentially long where parts of channels join again, as in slices and concatenations, and
+  need not end (``get_pruning_group``). What it merges does not say which channels go together. So
+  the walk is ours.
 - Index maps are worked out anew for every group (``index_mapping``), though only a removal changes
   them. After a removal a split keeps its old offsets (``SplitPruner``).
 """
@@ -26,7 +27,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +51,15 @@ from torch_pruning.dependency import graph as _graph_module  # noqa: E402
 from torch_pruning.dependency import index_mapping as _index_mapping  # noqa: E402
 from torch_pruning.dependency import shape_infer as _shape_infer  # noqa: E402
 
-WALK = 20
+WALK = 40
 """A walk may take this many steps for every edge of the graph; ours. Most take one."""
+PAIRS = 16
+"""A walk may carry this many times as many channels along every edge, on average, as the widest
+layer has; ours. Where each position belongs to one channel of the root, it is once at most."""
 
 
 Meeting = tuple[Tensor, Tensor]
-"""Positions in a layer, and the root's channel at each: both int64 (N,)."""
+"""Positions in a layer, and the root's channel at each (-1: unknown): both int64 (N,)."""
 
 
 def roots() -> tuple[Any, ...]:
@@ -76,48 +80,30 @@ def is_pruner(thing: object) -> bool:
 
 
 class _Group(_graph_module.Group):  # type: ignore[misc]
-    """Upstream's group, which keeps what merging loses, and ends every walk.
+    """Upstream's group, which keeps what merging loses.
 
     Attributes:
-        raw: (dependency, indices) of every step of the walk; an index knows the root's channel.
+        met: by layer, or operation, and function what has come there: which positions are which of
+            the root's channels.
     """
-
-    bound: ClassVar[int] = 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.raw: list[tuple[Any, Any]] = []
-        self._seen: dict[tuple[Any, Any], list[Any]] = {}
-        self._meetings: dict[int, Meeting] = {}
+        self.met: dict[tuple[Any, Any], Meeting] = {}
 
-    def meeting(self, idxs: Any) -> Meeting:
-        """Indices of :attr:`raw` as two tensors, kept because many steps share one list.
+    def meeting(self, at: tuple[Any, Any]) -> Meeting:
+        """One of :attr:`met`.
 
         Raises:
             UnsupportedLayerError: upstream does not say which channels of the root they belong to.
         """
-        if id(idxs) not in self._meetings:
-            channels = [i.root_idx for i in idxs]
-            if None in channels:
-                raise UnsupportedLayerError(
-                    "shares channels in a way that torch-pruning does not report, as attention "
-                    "heads may"
-                )
-            self._meetings[id(idxs)] = torch.tensor([i.idx for i in idxs]), torch.tensor(channels)
-        return self._meetings[id(idxs)]
-
-    def add_dep(self, dep: Any, idxs: Any) -> None:
-        if len(self._group) > self.bound:
-            raise OverflowError("the walk from layer to layer does not end")
-        self._seen.setdefault((dep.target, dep.handler), []).append(idxs)
-        super().add_dep(dep, idxs)
-
-    def has_pruning_op(self, dep: Any, idxs: Any) -> bool:
-        return idxs in self._seen.get((dep.target, dep.handler), ())
-
-    def add_and_merge(self, dep: Any, idxs: Any) -> None:
-        self.raw.append((dep, idxs))
-        super().add_and_merge(dep, idxs)
+        places, channels = self.met[at]
+        if bool((channels < 0).any()):
+            raise UnsupportedLayerError(
+                "shares channels in a way that torch-pruning does not report, as attention heads "
+                "may"
+            )
+        return places, channels
 
     def prune(self, idxs: Any = None, record_history: bool = True) -> None:
         super().prune(idxs, record_history)
@@ -125,6 +111,176 @@ class _Group(_graph_module.Group):  # type: ignore[misc]
         for module in self._DG.module2node:
             if isinstance(module, tp.ops._SplitOp) and None not in (module.split_sizes or [None]):
                 module.offsets = list(accumulate([0, *module.split_sizes]))
+
+
+def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> _Group:
+    """Upstream's ``get_pruning_group``, in steps that no path takes twice.
+
+    What a dependency does with a pair of a position and a root's channel does not depend on others.
+    So of what comes to a place only the pairs that have not been there go on, together with others
+    that wait there.
+
+    Raises:
+        OverflowError: the walk does not end within a bound, see :data:`WALK` and :data:`PAIRS`.
+        ValueError: the layer is not in the graph.
+    """
+    if layer not in built.module2node:
+        raise ValueError(f"{layer} is not in the dependency graph")
+    if isinstance(layer, tp.ops.TORCH_CONV) and layer.groups == layer.out_channels > 1:
+        function = tp.function.prune_depthwise_conv_out_channels
+    _update_maps(built)
+    start = torch.tensor([idxs] if isinstance(idxs, int) else list(idxs), dtype=torch.int64)
+    node = built.module2node[layer]
+    first: Any = tp.dependency.Dependency(function, function, source=node, target=node)
+    reached = {(node, function): _Reached(first, start, start)}
+    stack, steps, pairs, astray = [(node, function)], 0, len(start), False
+    while stack:
+        node, function = stack.pop()
+        here = reached[node, function].leave()
+        for dep in node.dependencies:
+            if not dep.is_triggered_by(function):
+                continue
+            there = _mapped(dep, here, built.widest)
+            if not len(there[0]):
+                continue
+            at = dep.target, dep.handler
+            if at not in reached:
+                reached[at] = _Reached(dep, *there)
+                fresh = len(there[0])
+            else:
+                waiting, fresh = bool(reached[at].waiting), reached[at].add(*there)
+                if waiting:
+                    continue
+            if fresh:
+                stack.append(at)
+                steps, pairs = steps + 1, pairs + fresh
+                astray = astray or reached[at].beyond(built)
+            # Positions that a layer does not have are refused anyhow, but where little is to be
+            # done, other reasons may be plainer.
+            much = max(steps / WALK, pairs / (PAIRS * built.widest)) / max(10, built.edges)
+            if much > 1 or (astray and much > 1 / WALK):
+                raise OverflowError("the walk from layer to layer does not end")
+    group = _Group()
+    group._DG = built
+    for at, arrived in reached.items():
+        if not any(at[0].module is parameter for parameter in built.ignored_params):
+            group.met[at] = arrived.all()
+            group._group.append(arrived.item())
+    return group
+
+
+class _Reached:
+    """What a walk has brought to one place: pairs of a position and a root's channel.
+
+    Args:
+        dep: the dependency that the walk first came by.
+        places, channels: the pairs that came first.
+
+    Attributes:
+        waiting: pairs that have not gone on from here.
+    """
+
+    def __init__(self, dep: Any, places: Tensor, channels: Tensor) -> None:
+        self._dep, self._seen = dep, [(places, channels)]
+        self._known = {(id(places), id(channels))}
+        self._codes: Tensor | None = None
+        self.waiting: list[Meeting] = [(places, channels)]
+
+    def add(self, places: Tensor, channels: Tensor) -> int:
+        """Note pairs that come here; says how many have not been here before."""
+        if (id(places), id(channels)) in self._known:
+            return 0
+        if self._codes is None:
+            self._codes = _codes(*self.all())
+        fresh = ~torch.isin(_codes(places, channels), self._codes)
+        if not bool(fresh.any()):
+            return 0
+        places, channels = places[fresh], channels[fresh]
+        self._codes = torch.cat([self._codes, _codes(places, channels)])
+        self._seen.append((places, channels))
+        self._known.add((id(places), id(channels)))
+        self.waiting.append((places, channels))
+        return len(places)
+
+    def beyond(self, built: Any) -> bool:
+        """Whether what came last lies beyond the outputs of a layer."""
+        layer = self._dep.target.module
+        if not isinstance(layer, roots()) or not built.is_out_channel_pruning_fn(self._dep.handler):
+            return False
+        return int(self._seen[-1][0].max()) >= _width(layer)
+
+    def leave(self) -> Meeting:
+        """The pairs that go on from here now."""
+        going, self.waiting = self.waiting, []
+        return going[0] if len(going) == 1 else _joined(going)
+
+    def all(self) -> Meeting:
+        """All pairs that have come here."""
+        return self._seen[0] if len(self._seen) == 1 else _joined(self._seen)
+
+    def item(self) -> Any:
+        """An item of upstream's group, in which a position that came twice is the first's."""
+        places, channels = (t.tolist() for t in self.all())
+        if len(self._seen) > 1:
+            once = dict(zip(reversed(places), reversed(channels), strict=True))
+            order = list(dict.fromkeys(places))
+            places, channels = order, [once[p] for p in order]
+        item = tp._helpers.GroupItem(self._dep, places)
+        item.root_idxs = [None if c < 0 else c for c in channels]
+        return item
+
+
+def _joined(pairs: Sequence[Meeting]) -> Meeting:
+    places, channels = zip(*pairs, strict=True)
+    return torch.cat(places), torch.cat(channels)
+
+
+def _codes(places: Tensor, channels: Tensor) -> Tensor:
+    """Each pair as one number; a layer has fewer than 2**31 channels."""
+    return (places << 32) + channels
+
+
+def _mapped(dep: Any, pairs: Meeting, widest: int) -> Meeting:
+    """What upstream's index maps of a dependency make of pairs, all at once.
+
+    Upstream guesses from the number of channels which reshapes are flattens. After a wrong guess it
+    would multiply positions for hours, so their number is bounded.
+    """
+    for of in dep.index_mapping:
+        if of is None:
+            continue
+        places, channels = pairs
+        if isinstance(of, _index_mapping._FlattenIndexMapping) and of.reverse:
+            codes = _codes(places // of._stride, channels + 1).unique()
+            pairs = codes >> 32, (codes & (2**32 - 1)) - 1
+        elif isinstance(of, _index_mapping._FlattenIndexMapping):
+            if len(places) * of._stride > 16 * widest:
+                raise OverflowError(
+                    f"{len(places)} channels would become {len(places) * of._stride} positions, "
+                    "more than any layer has"
+                )
+            inside = torch.arange(of._stride)
+            places = (places[:, None] * of._stride + inside).flatten()
+            pairs = places, channels.repeat_interleave(of._stride)
+        elif isinstance(of, _index_mapping._SliceIndexMapping):
+            if of.reverse:
+                pairs = places * of.step + of.start, channels
+            else:
+                inside = (places >= of.start) & (places < of.end)
+                inside &= (places - of.start) % of.step == 0
+                pairs = (places[inside] - of.start) // of.step, channels[inside]
+        elif isinstance(of, _index_mapping._GQAIndexMapping):  # one way only, to no channel's
+            size, whole = of.head_dim, of.head_dim * of.repeat
+            inside = places // whole * size + places % size
+            pairs = inside, torch.full_like(channels, -1)
+            if not of.reverse:
+                pairs = places[:0], channels[:0]
+        elif isinstance(of, _index_mapping._ConcatIndexMapping) != of.reverse:
+            pairs = places + of.offset[0], channels  # from a part to the whole
+        else:
+            inside = (places >= of.offset[0]) & (places < of.offset[1])
+            pairs = places[inside] - of.offset[0], channels[inside]
+    return pairs
 
 
 def _split_sizes(built: Any, node: Any) -> list[int] | None:
@@ -169,8 +325,28 @@ def _map_split(built: Any, node: Any) -> None:
             other.index_mapping[0] = _index_mapping._SplitIndexMapping(offset, reverse=True)
 
 
+def _map_concat(built: Any, node: Any) -> None:
+    """The map of a concatenation, by the sizes of its parts.
+
+    Upstream takes a slice for as wide as what it is taken from.
+    """
+    if node.module.concat_sizes is None:
+        dim = getattr(node.grad_fn, "_saved_dim", 1)
+        shapes = [_shape(fn, i) for fn, i in node.grad_fn.next_functions]
+        if len(shapes) == len(node.inputs) and all(len(s) in (2, 4, 5) for s in shapes):
+            dim -= 2**64 if dim >= 2**63 else 0  # counted from the end
+            node.module.concat_sizes = [int(s[dim]) for s in shapes]
+    _index_mapping.update_concat_index_mapping(built, node)
+
+
+def _shape(node: Any, output: int) -> tuple[int, ...]:
+    """The shape of one of the outputs of an operation that autograd has noted."""
+    known = getattr(node, "_input_metadata", None)
+    return tuple(known[output].shape) if known else ()
+
+
 _MAPS = {
-    tp.ops.OPTYPE.CONCAT: _index_mapping.update_concat_index_mapping,
+    tp.ops.OPTYPE.CONCAT: _map_concat,
     tp.ops.OPTYPE.SPLIT: _map_split,
     tp.ops.OPTYPE.RESHAPE: _index_mapping.update_reshape_index_mapping,
     tp.ops.OPTYPE.UNBIND: _index_mapping.update_unbind_index_mapping,
@@ -191,36 +367,20 @@ def _update_maps(graph: Any) -> None:
                 with contextlib.suppress(AttributeError, IndexError, TypeError, ZeroDivisionError):
                     _MAPS[node.type](graph, node)
         graph.maps_valid = bool(getattr(graph, "module2node", None))
-        edges = sum(len(node.dependencies) for node in graph.module2node.values())
-        graph.walk = max(200, WALK * edges)
-    _Group.bound = graph.walk
+        graph.edges = sum(len(node.dependencies) for node in graph.module2node.values())
+        graph.widest = max((max(p.shape, default=1) for p in graph.model.parameters()), default=1)
 
 
 @contextmanager
 def upstream(model: nn.Module) -> Iterator[None]:
     """Let upstream read or prune a model inside, with this file's workarounds; explain its errors.
 
-    Upstream guesses from the number of channels which reshapes are flattens. After a wrong guess it
-    fails at some later place, or multiplies positions for hours; so their number is bounded.
-
     Raises:
         TraceError: upstream fails; the message says where.
     """
-    bound = 16 * max((max(p.shape, default=1) for p in model.parameters()), default=1)
-    flatten = _index_mapping._FlattenIndexMapping
-
-    class Bounded(flatten):  # type: ignore[misc, valid-type]
-        def __call__(self, idxs: Sequence[Any]) -> list[Any]:
-            if not self.reverse and len(idxs) * self._stride > bound:
-                raise OverflowError(
-                    f"{len(idxs)} channels would become {len(idxs) * self._stride} positions, more "
-                    "than any layer has"
-                )
-            return flatten.__call__(self, idxs)  # type: ignore[no-any-return]
-
-    before = _graph_module.Group, _index_mapping.update_index_mapping
-    _index_mapping._FlattenIndexMapping = Bounded
-    _graph_module.Group, _index_mapping.update_index_mapping = _Group, _update_maps
+    theirs = tp.DependencyGraph.get_pruning_group, _index_mapping.update_index_mapping
+    tp.DependencyGraph.get_pruning_group = _group_of
+    _index_mapping.update_index_mapping = _update_maps
     try:
         with running.evaluating(model), _all_trainable(model), torch.enable_grad(), _quiet():
             yield
@@ -232,8 +392,7 @@ def upstream(model: nn.Module) -> Iterator[None]:
             raise
         raise TraceError(_untraced(cause, where)) from cause
     finally:
-        _index_mapping._FlattenIndexMapping = flatten
-        _graph_module.Group, _index_mapping.update_index_mapping = before
+        tp.DependencyGraph.get_pruning_group, _index_mapping.update_index_mapping = theirs
 
 
 def _untraced(cause: BaseException, where: str) -> str:
@@ -702,25 +861,25 @@ def _table(
     of = torch.empty(table.channels, dtype=torch.int64)
     for structure, channels in enumerate(tied):
         of[channels] = structure
-    rows: dict[Any, dict[int, Meeting]] = {}
-    for dep, idxs in group.raw:
-        if built.is_out_channel_pruning_fn(dep.handler):
-            rows.setdefault(dep.target, {})[id(idxs)] = group.meeting(idxs)
-        if isinstance(dep.target.module, nn.Module) and dep.target.module in names:
-            _require_no_parametrization(names[dep.target.module], dep.target.module)
+    rows: dict[Any, list[Meeting]] = {}
+    for node, handler in group.met:
+        if built.is_out_channel_pruning_fn(handler):
+            rows.setdefault(node, []).append(group.meeting((node, handler)))
+        if isinstance(node.module, nn.Module) and node.module in names:
+            _require_no_parametrization(names[node.module], node.module)
     producers: list[tuple[nn.Module, int, list[list[int]]]] = []
     norms: list[tuple[nn.Module, int, list[list[int]]]] = []
     for node, meetings in rows.items():
         module = node.module
         if isinstance(module, nn.Parameter):
             name = built._param_to_name[module]
-            index = _by_structure(meetings.values(), of, len(tied), name)
+            index = _by_structure(meetings, of, len(tied), name)
             _add(table, _share(name, module, node.pruning_dim % module.dim(), False, index))
             continue
         if module not in names:
             continue  # an operation between layers
         if _customised(built, module):
-            index = _by_structure(meetings.values(), of, len(tied), names[module])
+            index = _by_structure(meetings, of, len(tied), names[module])
             for share in _probed(built, node, index, names[module]):
                 _add(table, share)
             producers.append((module, 1 if _any_conv(rows) else -1, index))
@@ -729,7 +888,7 @@ def _table(
         if kind is None:
             continue
         dims, norm = kind
-        index = _by_structure(meetings.values(), of, len(tied), names[module])
+        index = _by_structure(meetings, of, len(tied), names[module])
         for attribute, dim in dims.items():
             parameter = getattr(module, attribute)
             if parameter is not None:
@@ -755,12 +914,10 @@ def members(built: Any, group: Any, ties: Sequence[Meeting] = ()) -> list[list[i
     lie in the same place of a grouped convolution's parts.
     """
     root, count = group[0].dep, len(group[0].idxs)
-    label, meetings = torch.arange(count), dict[tuple[Any, Any], dict[int, Meeting]]()
-    for dep, idxs in group.raw:
-        meetings.setdefault((dep.target, dep.handler), {})[id(idxs)] = group.meeting(idxs)
+    label = torch.arange(count)
     pairs = list(ties)
-    for (node, handler), met in meetings.items():
-        places, channels = (torch.cat(t) for t in zip(*met.values(), strict=True))
+    for node, handler in group.met:
+        places, channels = group.meeting((node, handler))
         if int(channels.max()) >= count:
             raise UnsupportedLayerError("has channels beyond its root's")
         if (node, handler) == (root.target, root.handler):

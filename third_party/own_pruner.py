@@ -219,9 +219,7 @@ class OwnPruner:
             UnsupportedLayerError: what the pruner takes at a time are no disjoint structures.
         """
         up = self.upstream
-        target = ranked[0].dep.target, ranked[0].dep.handler
-        met = [group.meeting(i) for dep, i in group.raw if (dep.target, dep.handler) == target]
-        places, channels = (torch.cat(t) for t in zip(*met, strict=True))
+        places, channels = group.meeting((ranked[0].dep.target, ranked[0].dep.handler))
         count = int(places.max()) + 1
         if len(places.unique()) != count:
             raise UnsupportedLayerError("is ranked by a part of a layer's channels")

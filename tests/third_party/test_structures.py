@@ -435,6 +435,63 @@ def test_nothing_hangs():
     assert "layers of its heads: v, k, q" in said or "layers of its heads: k, q, v" in said
 
 
+def in_pieces(parts: list[int], width: int) -> nn.Module:
+    """Residual blocks whose sums are taken in two parts each, the first so many channels wide."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.first(x)
+        for layer, k in zip(m.layers, parts, strict=True):
+            y = F.relu(layer(x))
+            x = torch.cat([x[:, :k] + y[:, :k], x[:, k:] + y[:, k:]], 1)
+        return m.o(x)
+
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in parts)
+    return Net(run, first=nn.Conv2d(3, width, 1), layers=layers, o=nn.Conv2d(width, 3, 1))
+
+
+def test_a_walk_takes_no_path_twice(monkeypatch):
+    """Each block splits what comes along in another place, so that there are ever more parts."""
+    parts, width = [1 + 5 * k % 15 for k in range(40)], 16
+    model, steps, mapped = in_pieces(parts, width).eval(), [], graph._mapped
+    built = graph.build(model, IMAGES)
+    monkeypatch.setattr(graph, "_mapped", lambda *of: steps.append(of) or mapped(*of))
+    with graph.upstream(model):
+        group = graph.whole(built, model.first, range(width))
+    assert len(steps) <= width * built.edges
+    for layer in (model.first, *model.layers):
+        (met,) = (m for (n, f), m in group.met.items() if n.module is layer and "out" in f.__name__)
+        assert sorted(zip(*(t.tolist() for t in met), strict=True)) == [
+            (k, k) for k in range(width)
+        ]
+
+
+@pytest.mark.parametrize("parts", [[3], [3, 5], [1, 7, 4]])
+def test_sums_in_parts_tie_the_channels_that_meet_in_them(parts):
+    assert list(sizes(in_pieces(parts, 8), IMAGES).values()) == [8]
+    assert_exact(in_pieces(parts, 8), IMAGES)
+
+
+def test_a_residual_to_some_of_the_channels_ties_no_others():
+    """Upstream takes a slice that is concatenated for as wide as what it is taken from."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        y = m.b(F.relu(m.h(x)))
+        return m.o(torch.cat([y[:, :8] + x, y[:, 8:]], 1))
+
+    layers = {"a": conv(3, 8), "h": conv(8, 6), "b": conv(6, 13), "o": conv(13, 3)}
+    model = Net(run, **layers)
+    with pytest.raises(UnsupportedLayerError, match="'b' gives its structures unequal shares"):
+        sizes(model, IMAGES)
+    assert sizes(model, IMAGES, ignored=["b"]) == {"h": 6}
+    with graph.upstream(model):
+        built = graph.build(model, IMAGES)
+        group = graph.whole(built, model.b, range(13))
+    (met,) = (m for (n, f), m in group.met.items() if n.module is model.a and "out" in f.__name__)
+    assert [t.tolist() for t in met] == [list(range(8))] * 2
+
+
 # ---------------------------------------------------------------------- refusals
 
 
