@@ -112,6 +112,21 @@ class Latency(Part):
     pruned: Duration
 
 
+class Speed(Part):
+    """Median milliseconds of a forward pass of a batch, measured side by side, in one engine."""
+
+    engine: Literal["torch", "onnxruntime"]
+    batch: Whole
+    dense: Duration
+    masked: Duration | None = None
+    pruned: Duration
+
+    @property
+    def gain(self) -> float:
+        """How many times faster than the dense model the small one is."""
+        return self.dense / self.pruned
+
+
 class Channels(NamedTuple):
     """Output channels of one layer."""
 
@@ -174,6 +189,9 @@ class Record(Part):
     """Accuracy around the removal."""
     steps: Steps
     latency: Latency
+    speeds: Annotated[list[Speed], Field(max_length=1000)] | None = None
+    """By engine and batch; ``latency`` is PyTorch's of the largest. Not in records of earlier
+    releases."""
     seconds: Amount
     """Of the framework's stages."""
     loading: Amount
@@ -213,6 +231,10 @@ class Record(Part):
     def run(self) -> dict[str, Any]:
         """What the model and the trace beside the record have to name as their run."""
         return run_of(self.config_hash, self.variant, self.seed, self.images)
+
+    def kept_promise(self, speed: Speed) -> float:
+        """What share of the saving in MACs arrives as a saving of time."""
+        return speed.gain * self.macs.pruned / self.macs.dense
 
     # ------------------------------------------------------------------ reading and writing
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from ..files import save_text
-from ..record import ORDER, Record, Variant
+from ..record import ORDER, Record, Speed, Variant
 from . import figures
 from .figures import COLOURS
 from .grid import Table, text
@@ -39,6 +39,8 @@ VARIANT_NOTES: dict[Variant, str] = {
     "random": "a control: as +SR, but the structures that are released are drawn by chance.",
     "least-resistant": "a control: as +SR, but those that resist least are released.",
 }
+
+ENGINES = {"torch": "PyTorch", "onnxruntime": "onnxruntime"}
 
 
 def report(runs: Sequence[Run], out: Path) -> Path:
@@ -184,6 +186,7 @@ def _section(
         "</div>",
         "<h3>Speed</h3>",
         _speed(members),
+        _engines(members),
         "<h3>Channels per layer</h3>",
         _channel_table(members),
         "</section>",
@@ -364,5 +367,40 @@ def _speed(members: Sequence[Record]) -> str:
     caption = (
         f"Time of a forward pass: {_measured(members)}. Masked: the model right before the "
         "removal, with its structures at zero. Loading: making batches in training."
+    )
+    return Table(header, body, caption).html()
+
+
+def _engines(members: Sequence[Record]) -> str:
+    """What of the MACs' promise arrives, by engine and batch, of the runs that measured it."""
+    body = []
+    for v, runs in by_variant([m for m in members if m.speeds]).items():
+        grouped: dict[tuple[str, int], list[tuple[Record, Speed]]] = {}
+        for run in runs:
+            for one in run.speeds or []:
+                grouped.setdefault((one.engine, one.batch), []).append((run, one))
+        for (engine, batch), timed in grouped.items():
+            masked = [one.masked for _, one in timed if one.masked is not None]
+            body.append(
+                [
+                    NAMES[v],
+                    ENGINES[engine],
+                    str(batch),
+                    _figure([one.dense for _, one in timed], 2),
+                    _figure(masked, 2) if masked else "-",
+                    _figure([one.pruned for _, one in timed], 2),
+                    _figure([one.gain for _, one in timed], 2),
+                    _figure([run.macs.dense / run.macs.pruned for run, _ in timed], 2),
+                    _figure([100 * run.kept_promise(one) for run, one in timed], 0),
+                ]
+            )
+    if not body:
+        return ""
+    header = ["variant", "engine", "batch", "dense, ms", "masked, ms", "pruned, ms"]
+    header += ["times faster", "times fewer MACs", "share of that, %"]
+    caption = (
+        "What of the MACs' promise arrives: how many times faster the pruned model is than the "
+        "dense one, and what share that is of how many times fewer MACs it has. Widths that are "
+        "multiples of eight (DepGraph's round_to = 8) are faster on many processors."
     )
     return Table(header, body, caption).html()
