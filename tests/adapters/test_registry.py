@@ -188,7 +188,7 @@ def test_the_guides_package_is_installed_and_a_configuration_runs_it(tmp_path):
         "framework": "my-pruning",
         "dense": GONE,
         "options": {"amount": 0.5},
-        "stages": {"prune": {"epochs": 2, "batch": 128, "learning_rate": 0.02}},
+        "stages": {"prune": {"epochs": 2, "batch": 36, "learning_rate": 0.02}},
     }
     path, out = tiny.write(tmp_path / "outside.toml", changes), tmp_path / "runs"
     command = [forked.python(), "-m", "experiments", "run", str(path), "--variant", "sr"]
