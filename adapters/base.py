@@ -656,11 +656,11 @@ def count_macs(model: nn.Module, example: Any) -> int:
         model: what to count.
         example: of its inputs; one row is taken of every tensor with as many rows as the first.
     """
-    return counted(model, example).flops // 2
+    return sum(flops for flops, _ in counted(model, example)) // 2
 
 
-def counted(model: nn.Module, example: Any) -> running.Watched:
-    """A pass for :func:`count_macs`, with its operations one by one."""
+def counted(model: nn.Module, example: Any) -> list[tuple[int, list[int]]]:
+    """A pass for :func:`count_macs`: the ``counted`` of :class:`~.running.Watched`."""
     watched = running.Watched(counting=True)
     with torch.no_grad():
         try:
@@ -668,7 +668,7 @@ def counted(model: nn.Module, example: Any) -> running.Watched:
         except Exception:  # rows that are no samples, as of a graph: then the whole example
             watched = running.Watched(counting=True)
             running.probe(model, example, watched=watched)
-    return watched
+    return watched.counted
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -85,7 +85,7 @@ class MacsLeft:
             if p.dim() > 1 and p.numel()
         }
         costs, names = [], []
-        for cost, given in counted(self._model, self._example).counted:
+        for cost, given in counted(self._model, self._example):
             found = [weights[address] for address in given if address in weights]
             costs.append(cost)
             names.append(found[0] if len(found) == 1 else None)

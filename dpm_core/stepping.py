@@ -254,16 +254,16 @@ class Stepping:
         table, gradients = decaying.table, self._gradients(decaying)
         if self._norms is None:
             self._norms = table.square_norms(table.parameters()).sqrt()
-        if maximised is None:
-            return [table.square_norms(gradients), self._norms]
-        weights = table.parameters()
-        if maximised:
-            weights = [
-                -w if w is not None and id(s.parameter) in maximised else w
-                for w, s in zip(weights, table.slices, strict=True)
-            ]
-        squares, dots = table.square_norms_and_dots(gradients, weights)
-        return [squares, self._norms, dots]
+        rows = [table.square_norms(gradients), self._norms]
+        if maximised is not None:
+            weights = table.parameters()
+            if maximised:
+                weights = [
+                    -w if w is not None and id(s.parameter) in maximised else w
+                    for w, s in zip(weights, table.slices, strict=True)
+                ]
+            rows.append(table.dots(weights, gradients))
+        return rows
 
     def _gradients(self, subset: Subset) -> list[Tensor | None]:
         gradients = subset.table.gradients()

@@ -14,9 +14,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-LARGE = 2**17
-"""Elements from which on a matrix does not stay in a processor's nearest caches; ours."""
-
 
 class SliceLike(Protocol):
     """What a table needs to know of a slice."""
@@ -145,33 +142,32 @@ class SliceTable:
 
     def square_norms(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """Squared L2 norm of ``tensors`` over each structure, (size,), in ``dtype``."""
-        norms = [
-            self._zeros(i) if t is None else self._norm(t, i)
-            for i, t in enumerate(tensors[: self._matrices])
+        entries = [
+            self._zeros(i)
+            if t is None
+            else torch.linalg.vector_norm(t, dim=self._others[i], dtype=self._wide(t))
+            if i < self._matrices
+            else t
+            for i, t in enumerate(tensors)
         ]
-        return self._sum_of_squares(norms, tensors)
+        return self._sum(torch.cat(entries).to(self.dtype).square())
 
     def dots(self, left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Tensor:
         """Inner product of ``left`` and ``right`` over each structure, (size,), in ``dtype``."""
-        return self.square_norms_and_dots(left, right)[1]
-
-    @torch.no_grad()
-    def square_norms_and_dots(
-        self, tensors: Sequence[Tensor | None], others: Sequence[Tensor | None]
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`square_norms` of ``tensors`` and :meth:`dots` of both, tensor by tensor.
-
-        A tensor is read for the second time while caches still hold what they can of it.
-        """
-        norms: list[Tensor] = []
-        dots: list[Tensor] = []
-        for i, (t, other) in enumerate(zip(tensors[: self._matrices], others, strict=False)):
-            norms.append(self._zeros(i) if t is None else self._norm(t, i))
-            dots.append(self._dot(t, other, i))
-        both = [self._vectors(side) for side in (tensors, others)]
-        if both[0]:
-            dots.append(torch.cat(both[0]).to(self.dtype) * torch.cat(both[1]).to(self.dtype))
-        return self._sum_of_squares(norms, tensors), self._sum(torch.cat(dots))
+        matrices = [
+            self._zeros(i) if a is None or b is None else self._dot(a, b, self._others[i])
+            for i, (a, b) in enumerate(zip(left[: self._matrices], right, strict=False))
+        ]
+        sides = [
+            [
+                self._zeros(i) if t is None else t
+                for i, t in enumerate(side[self._matrices :], start=self._matrices)
+            ]
+            for side in (left, right)
+        ]
+        a, b = (torch.cat(side).to(self.dtype) if side else None for side in sides)
+        vectors = [a * b] if a is not None and b is not None else []
+        return self._sum(torch.cat(matrices + vectors))
 
     @torch.no_grad()
     def scale_(self, factors: Tensor) -> None:
@@ -196,62 +192,21 @@ class SliceTable:
                 places.append((s.parameter, s.dim, rows))
         return places
 
-    def _dot(self, a: Tensor | None, b: Tensor | None, i: int) -> Tensor:
-        if a is None or b is None:
-            return self._zeros(i)
+    def _dot(self, a: Tensor, b: Tensor, others: list[int]) -> Tensor:
+        # Products of half-precision numbers would lose what their sum is made of.
         wide = self._wide(a)
         if not a.dtype == b.dtype == wide:
-            # Products of half-precision numbers would lose what their sum is made of.
             a, b = a.to(wide), b.to(wide)
-        elif self._by_rows(a, b, i):
-            return _row_dots(a, b).to(self.dtype)
-        return (a * b).sum(self._others[i]).to(self.dtype)
-
-    def _by_rows(self, a: Tensor, b: Tensor, i: int) -> bool:
-        """Whether structures are whole rows, and so many that their products are worth it."""
-        if self.device.type != "cpu" or a.numel() < LARGE or self.slices[i].dim != 0:
-            return False
-        return a.is_contiguous() and b.is_contiguous()
-
-    def _norm(self, t: Tensor, i: int) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(t, dim=self._others[i], dtype=self._wide(t))
-        return norms
-
-    def _vectors(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Of all slices, those that are vectors, which are entries themselves."""
-        return [
-            self._zeros(i) if t is None else t
-            for i, t in enumerate(tensors[self._matrices :], start=self._matrices)
-        ]
-
-    def _sum_of_squares(self, norms: list[Tensor], tensors: Sequence[Tensor | None]) -> Tensor:
-        """Over each structure, of the matrices' norms by entry and of the vectors themselves."""
-        entries = torch.cat(norms + self._vectors(tensors))
-        return self._sum(entries.to(self.dtype).square())
+        return (a * b).sum(others).to(self.dtype)
 
     def _zeros(self, i: int) -> Tensor:
         return torch.zeros(self._extents[i], dtype=self.dtype, device=self.device)
 
     def _wide(self, t: Tensor) -> torch.dtype:
-        return t.dtype if t.dtype == self.dtype else torch.promote_types(t.dtype, torch.float32)
+        return torch.promote_types(t.dtype, torch.float32)
 
     def _sum(self, entries: Tensor) -> Tensor:
         return torch.cat([entries[g].sum(1) for g in self._gathers])[self._back]
-
-
-def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of two matrices' rows, without a matrix of products in memory.
-
-    On a processor that halves the time of large ones. PyTorch has it as the gradient of a
-    BatchNorm's weight: of a channel's gradient with its input, less a mean of 0, over a deviation
-    of 1.
-    """
-    zeros, ones = a.new_zeros(len(a)), a.new_ones(len(a))
-    gradient, given = a.view(1, len(a), -1), b.view(1, len(b), -1)
-    dots: Tensor = torch.ops.aten.native_batch_norm_backward(
-        gradient, given, None, zeros, ones, None, None, False, 0.0, [False, True, False]
-    )[1]
-    return dots
 
 
 @torch.no_grad()

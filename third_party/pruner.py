@@ -34,7 +34,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from . import graph
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
-from .heads import Heads, conv1d, weight_dims
+from .heads import Heads, conv1d, owner, weight_dims
 from .upstreams import require
 
 require("torch-pruning")
@@ -321,7 +321,7 @@ class Pruner:
                 note(name, heads.count * len(heads.members[0]), channels)
                 heads.remove(self._model, structures)
                 self._heads[name] = heads.without(structures)
-                layers = {part.rpartition(".")[0] for part, _ in heads.parts}
+                layers = {owner(part) for part, _ in heads.parts}
                 nodes = (up.DG.module2node.get(self._model.get_submodule(n)) for n in layers)
                 self._wholes.forget(node for node in nodes if node is not None)
                 self._graph.maps_valid = False
@@ -465,7 +465,7 @@ class _HeadGroup(graph._Group):
         self.heads, self.size = heads.count, len(heads.members[0])
         ordered = sorted(heads.parts.items(), key=lambda part: part[0][0] != f"{heads.root}.weight")
         for (name, dim), table in ordered:
-            layer = model.get_submodule(name.rpartition(".")[0])
+            layer = model.get_submodule(owner(name))
             dims = weight_dims(layer)
             if dims is None or not name.endswith(".weight"):
                 continue

@@ -269,14 +269,13 @@ class Watched(TorchDispatchMode):
     Attributes:
         draws: shapes of what was drawn, in order.
         eps: machine epsilon of the coarsest precision that something was computed in.
-        flops: operations so far, if they are counted.
-        counted: the same one by one, each with the addresses of the storages that it was given.
+        counted: floating-point operations, if they are counted: each operation's, with the
+            addresses of the storages that it was given.
     """
 
     def __init__(self, counting: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counting = counting
-        self.flops = 0
         self.counted: list[tuple[int, list[int]]] = []
         self.draws: list[torch.Size] = []
         self.eps = 0.0
@@ -310,10 +309,13 @@ class Watched(TorchDispatchMode):
                 if drawing:
                     self.draws.append(tensor.shape)
         if formula is not None:
-            flops = formula(*args, **kwargs, out_val=out)
-            self.flops += flops
             given = [a for a in args if isinstance(a, Tensor) and a.layout == torch.strided]
-            self.counted.append((flops, [t.untyped_storage().data_ptr() for t in given]))
+            self.counted.append(
+                (
+                    formula(*args, **kwargs, out_val=out),
+                    [t.untyped_storage().data_ptr() for t in given],
+                )
+            )
         return out
 
 

@@ -40,7 +40,7 @@ from ..places import check
 from ..running import training
 from ..running.machine import device_name, revision
 from ..showing.grid import grid
-from .networks import CLASSES, TIMM, Network, network, networks, size_of, versions
+from .networks import CLASSES, TIMM, Candidate, network, networks, size_of, versions
 
 ROOT = Path(__file__).parents[2]
 RECORDS = ROOT / "experiments" / "results" / "models.jsonl"
@@ -71,7 +71,7 @@ UNLIKE = "sp and sr removed unlike amounts"
 # ---------------------------------------------------------------------- one network
 
 
-def measure(asked: Network) -> Row:
+def measure(asked: Candidate) -> Row:
     """Prune a network as sp and as sr, and compare what was zeroed with what is small.
 
     Returns:
@@ -276,7 +276,7 @@ def _send(name: str, threads: int, sender: Connection) -> None:
         warnings.simplefilter("ignore")
         try:
             sender.send(measure(network(name)))
-        except RunError as cause:  # no images are known that it takes
+        except DecayPruningError as cause:  # there is none, or no images are known that it takes
             sender.send(
                 {"network": name, "outcome": "fails", "message": str(cause), "seconds": 0.0}
             )

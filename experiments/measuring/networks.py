@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from dpm_core.third_party.upstreams import require
 
 from ..errors import RunError
+from ..inputs import networks as inputs
 
 CLASSES = 10
 TIMM = "timm:"
@@ -27,13 +27,13 @@ SIZES = (64, 56, 96, 112, 128, 160, 192, 224, 240, 256, 288, 336, 384, 448, 512)
 
 
 @dataclass(frozen=True)
-class Network:
+class Candidate:
     """A network as it is measured.
 
     Attributes:
         name: torchvision's, or timm's with ``timm:`` before it.
         size: height and width of its images.
-        build: builds it, dense; the weights are drawn from PyTorch's global generator.
+        build: builds it, dense.
     """
 
     name: str
@@ -48,14 +48,15 @@ def networks() -> list[str]:
     return sorted([*of_torchvision, *(f"{TIMM}{name}" for name in of_timm)])
 
 
-def network(name: str) -> Network:
+def network(name: str) -> Candidate:
     """A network by its name, for the smallest images that it sensibly takes.
 
     Args:
         name: one of torchvision's, or any of timm's with ``timm:`` before it.
 
     Raises:
-        RunError: there is none of that name, or timm is not installed.
+        RunError: torchvision has none of that name, or timm's takes no images that were tried.
+        NetworkError: timm has none of that name, or is not installed.
     """
     return _of_timm(name) if name.startswith(TIMM) else _of_torchvision(name)
 
@@ -64,10 +65,10 @@ def size_of(name: str) -> int:
     """Number of a network's parameters for 1000 classes, without its weights.
 
     Raises:
-        RunError: as :func:`network`.
+        RunError, NetworkError: as :func:`network`.
     """
     if name.startswith(TIMM):
-        return sum(p.numel() for p in _on_meta(name).parameters())
+        return sum(p.numel() for p in _on_meta(name, 1000).parameters())
     _require_torchvision(name)
     weights = next(iter(torchvision.models.get_model_weights(name)))
     return int(weights.meta["num_params"])
@@ -88,7 +89,7 @@ def _require_torchvision(name: str) -> None:
         raise RunError(f"torchvision has no classification network {name!r}")
 
 
-def _of_torchvision(name: str) -> Network:
+def _of_torchvision(name: str) -> Candidate:
     _require_torchvision(name)
     size, settings = 64, {}
     if name.startswith("vit"):
@@ -100,7 +101,7 @@ def _of_torchvision(name: str) -> Network:
         # Heads that only training uses are outside the graph, which is that of evaluation.
         size = 96
         settings = {"aux_logits": False, "init_weights": False}
-    return Network(
+    return Candidate(
         name,
         size,
         lambda: torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **settings),
@@ -110,31 +111,14 @@ def _of_torchvision(name: str) -> Network:
 # ---------------------------------------------------------------------- timm
 
 
-def _timm(name: str) -> Any:
-    """The package.
-
-    Raises:
-        RunError: it is not installed, or has no such network.
-    """
-    if importlib.util.find_spec("timm") is None:
-        raise RunError(f"{name!r} is a network of timm: pip install '.[timm]'")
-    import timm
-
-    if not timm.is_model(name.removeprefix(TIMM)):
-        raise RunError(f"timm has no network {name.removeprefix(TIMM)!r}")
-    return timm
-
-
-def _on_meta(name: str, **settings: Any) -> nn.Module:
+def _on_meta(name: str, classes: int, **settings: Any) -> nn.Module:
     """A network without values."""
-    timm = _timm(name)
     with torch.device("meta"):
-        model: nn.Module = timm.create_model(name.removeprefix(TIMM), **settings)
-    return model
+        return inputs.Network(name, settings).build(3, classes)
 
 
-def _of_timm(name: str) -> Network:
-    timm = _timm(name)
+def _of_timm(name: str) -> Candidate:
+    inputs.Network(name).find()
     tried = [(size, settings) for size in SIZES for settings in ({"img_size": size}, {})]
     few: list[tuple[int, dict[str, int]]] = []
     for size, settings in tried:
@@ -147,12 +131,8 @@ def _of_timm(name: str) -> Network:
         if not few:
             raise RunError(f"no size of images was found that {name!r} takes")
         size, settings = few[0]
-    plain = name.removeprefix(TIMM)
-    return Network(
-        name,
-        size,
-        lambda: timm.create_model(plain, pretrained=False, num_classes=CLASSES, **settings),
-    )
+    whole = inputs.Network(name, settings)
+    return Candidate(name, size, lambda: whole.build(3, CLASSES, seed=0))
 
 
 def _runs(name: str, size: int, settings: Mapping[str, Any]) -> bool | None:
@@ -162,7 +142,7 @@ def _runs(name: str, size: int, settings: Mapping[str, Any]) -> bool | None:
     ``None``: it does not run.
     """
     try:
-        model: Any = _on_meta(name, num_classes=CLASSES, **settings).eval()
+        model: Any = _on_meta(name, CLASSES, **settings).eval()
         with torch.no_grad(), torch.device("meta"):
             images = torch.empty(2, 3, size, size)
             features = model.forward_features(images)

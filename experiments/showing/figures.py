@@ -198,12 +198,17 @@ def draw_widths(
     axis.bar(range(len(dense)), list(dense.values()), width=0.86, color=DENSE, label="dense")
     _grouped(axis, kept)
     axis.set_ylabel("output channels")
+    _titled(figure, axis, "Channels kept per layer", title)
+    return figure
+
+
+def _titled(figure: Figure, axis: Axes, what: str, title: str) -> None:
+    """A legend, with a title inside of the axes; a page has titles of its own."""
     if title:
         axis.legend(frameon=False)
-        axis.set_title(f"Channels kept per layer\n{title}", fontsize=10)
+        axis.set_title(f"{what}\n{title}", fontsize=10)
     else:
         _legend_above(figure)
-    return figure
 
 
 def _legend_above(figure: Figure, columns: int = 3) -> None:
@@ -306,11 +311,7 @@ def draw_releases_by_group(
     figure, axis = _layered(names, size)
     _grouped(axis, heights)
     axis.set_ylabel("structures released per run")
-    if title:
-        axis.legend(frameon=False)
-        axis.set_title(f"Releases per layer\n{title}", fontsize=10)
-    else:
-        _legend_above(figure)
+    _titled(figure, axis, "Releases per layer", title)
     return figure
 
 

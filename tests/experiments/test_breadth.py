@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import multiprocessing
 import os
+import sys
 
 import pytest
 import torch
@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from dpm_core.adapters.depgraph import DepGraph
 from experiments.errors import RunError
+from experiments.inputs.networks import NetworkError
 from experiments.measuring import breadth, networks
 from experiments.measuring.breadth import (
-    Network,
+    Candidate,
     awake,
     collect,
     failure,
@@ -29,8 +30,8 @@ from experiments.measuring.breadth import (
 from tests.support import rounding
 from tests.support.frameworks import EXAMPLE, Mixed, Shuffled
 
-WORKS = Network("mixed", 8, Mixed)
-FAILS = Network("shuffled", 8, Shuffled)
+WORKS = Candidate("mixed", 8, Mixed)
+FAILS = Candidate("shuffled", 8, Shuffled)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_outputs_that_do_not_depend_on_images_show_nothing(monkeypatch):
         def forward(self, x):
             return super().forward(torch.ones_like(x))
 
-    row = breadth.measure(Network("deaf", 8, Deaf))
+    row = breadth.measure(Candidate("deaf", 8, Deaf))
     assert "the same for all images" in row["message"]
 
 
@@ -233,7 +234,7 @@ def test_of_timm_the_smallest_network_of_every_family_is_listed():
     listed = [[n for n in names if n in timm.list_models(module=f)] for f in families]
     assert [f for f, of in zip(families, listed, strict=True) if len(of) != 1] == []
     assert len(names) == len(families) >= 60
-    with pytest.raises(RunError, match="timm has no network 'resnet0'"):
+    with pytest.raises(NetworkError, match="timm has no network 'resnet0'"):
         breadth.network("timm:resnet0")
 
 
@@ -251,8 +252,8 @@ def test_a_network_of_timm_is_built_for_small_images(name, size):
 
 
 def test_without_timm_its_networks_are_refused_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RunError, match=r"network of timm: pip install '\.\[timm\]'"):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(NetworkError, match=r"timm cannot be imported .*; install it"):
         breadth.network("timm:resnet18")
 
 

@@ -517,19 +517,22 @@ def test_facts_that_do_not_go_with_a_models_tensors_are_refused_before_it_is_bui
 # ---------------------------------------------------------------------- processes
 
 
-def alive(pid: int) -> bool:
+def status(pid: int) -> dict[str, str]:
+    """What the system says of a process; nothing where it is gone, even while it is asked."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def alive(pid: int) -> bool:
+    return status(pid).get("State", "Z")[0] != "Z"
 
 
 def listens(pid: int) -> bool:
     """Whether a run trains: from then on it takes a termination as a request."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    (caught,) = [line.split()[1] for line in lines if line.startswith("SigCgt:")]
-    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+    return bool(int(status(pid).get("SigCgt", "0"), 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def children(out: Path) -> list[int]:

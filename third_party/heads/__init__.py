@@ -12,6 +12,6 @@ which follows autograd's graph; ``numbers`` looks for the numbers of heads that 
 """
 
 from .search import find
-from .structures import Found, Heads, conv1d, weight_dims
+from .structures import Found, Heads, conv1d, owner, weight_dims
 
-__all__ = ["Found", "Heads", "conv1d", "find", "weight_dims"]
+__all__ = ["Found", "Heads", "conv1d", "find", "owner", "weight_dims"]
