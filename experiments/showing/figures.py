@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
-from ..record import CONTROLS, ORDER, Record, Variant
+from ..record import CONTROLS, ORDER, Record, Timed, Variant
 from .norms import Kind, Sample
 from .sections import NAMES, by_variant, dense, minus, summary
 
@@ -315,9 +315,12 @@ def draw_releases_by_group(
     return figure
 
 
-def masked_latencies(runs: Sequence[Record]) -> list[float]:
-    """Latencies of the masked models, of the runs whose records have one."""
-    return [ms for r in runs if (ms := r.latency.masked) is not None]
+MODELS: tuple[Timed, ...] = get_args(Timed)
+
+
+def latencies(runs: Sequence[Record], of: Timed) -> list[float]:
+    """Milliseconds of a model's pass, of the runs whose records have them."""
+    return [ms for r in runs if (ms := r.milliseconds(of)) is not None]
 
 
 def draw_latency(
@@ -325,18 +328,18 @@ def draw_latency(
 ) -> Figure:
     """Milliseconds of a forward pass, side by side; mean and spread.
 
-    Dense, masked (hatched) where a record has it, and pruned.
+    Dense, masked (hatched) and pruned, each where all of a variant's records have it.
     """
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     grouped = by_variant(members)
-    kinds = ["dense", *["masked"] * bool(masked_latencies(members)), "pruned"]
+    kinds = [kind for kind in MODELS if latencies(members, kind)]
     height = 0.76 / len(kinds)
     for k, kind in enumerate(kinds):
         rows = [
-            (i, v, [getattr(r.latency, kind) for r in runs])
+            (i, v, values)
             for i, (v, runs) in enumerate(grouped.items())
-            if kind != "masked" or len(masked_latencies(runs)) == len(runs)
+            if len(values := latencies(runs, kind)) == len(runs)
         ]
         axis.barh(
             [i + (k - (len(kinds) - 1) / 2) * height for i, _, _ in rows],

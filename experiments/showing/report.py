@@ -321,35 +321,54 @@ def _measured(members: Sequence[Record]) -> str:
 
 
 def _latency(page: Page, members: Sequence[Record]) -> str:
-    shown = _ends(members, lambda r: r.latency.pruned, 2)
-    before = _figure([r.latency.dense for r in members], 2)
-    masked = figures.masked_latencies(members)
-    shares = "; ".join(
-        f"{NAMES[v]} {_figure(figures.masked_latencies(runs), 2)}"
-        for v, runs in by_variant(members).items()
-        if figures.masked_latencies(runs)
+    looks = {
+        "dense": "Pale: dense. ",
+        "masked": "Hatched: masked, the model right before the removal, with its structures at "
+        "zero. ",
+        "pruned": "Coloured: pruned. ",
+    }
+    there = [kind for kind in figures.MODELS if figures.latencies(members, kind)]
+    shown = (
+        f"{kind.capitalize()}: "
+        + "; ".join(
+            f"{NAMES[v]} {_figure(values, 2)}"
+            for v, runs in by_variant(members).items()
+            if (values := figures.latencies(runs, kind))
+        )
+        for kind in there
     )
-    between = f" Masked: {shares};" * bool(masked)
     return page.figure(
         figures.draw_latency(members, size=SIZE),
-        "Latency, dense, masked and pruned" if masked else "Latency, dense and pruned",
-        "Pale: dense; "
-        + "hatched: masked, the model right before the removal, with its structures at zero; "
-        * bool(masked)
-        + "coloured: pruned. Median time of a forward pass, measured side by side in each run: "
-        f"{_measured(members)}. Mean and spread over seeds.",
-        f"Bar chart of milliseconds per forward pass. Dense {before};{between} pruned: {shown}.",
+        f"Latency: {', '.join(there[:-1])} and {there[-1]}" if there[1:] else "Latency, pruned",
+        "".join(looks[kind] for kind in there)
+        + "Median time of a forward pass, measured side by side in each run: "
+        f"{_measured(members)}. Mean and spread over seeds.{_dropped(members)}",
+        f"Bar chart of milliseconds per forward pass. {'. '.join(shown)}.",
+    )
+
+
+def _dropped(members: Sequence[Record]) -> str:
+    """Why some dense latencies are not shown."""
+    if all(r.speeds is not None for r in members):
+        return ""
+    return (
+        " The dense latency of runs of earlier releases is left out: it was measured in the slower "
+        "of two layouts."
     )
 
 
 def _speed(members: Sequence[Record]) -> str:
+    def faster(runs: Sequence[Record]) -> list[float]:
+        return [ms / r.latency.pruned for r in runs if (ms := r.milliseconds("dense")) is not None]
+
+    def shown(values: Sequence[float]) -> str:
+        return _figure(values, 2) if values else "-"
+
     body = [
         [
             NAMES[v],
-            _figure([r.latency.dense for r in runs], 2),
-            _figure(masked, 2) if (masked := figures.masked_latencies(runs)) else "-",
-            _figure([r.latency.pruned for r in runs], 2),
-            _figure([r.latency.dense / r.latency.pruned for r in runs], 2),
+            *(shown(figures.latencies(runs, kind)) for kind in figures.MODELS),
+            shown(faster(runs)),
             _figure([100 * r.loading for r in runs], 1),
             str(len(runs)),
         ]
@@ -367,6 +386,7 @@ def _speed(members: Sequence[Record]) -> str:
     caption = (
         f"Time of a forward pass: {_measured(members)}. Masked: the model right before the "
         "removal, with its structures at zero. Loading: making batches in training."
+        f"{_dropped(members)}"
     )
     return Table(header, body, caption).html()
 
@@ -401,6 +421,6 @@ def _engines(members: Sequence[Record]) -> str:
     caption = (
         "What of the MACs' promise arrives: how many times faster the pruned model is than the "
         "dense one, and what share that is of how many times fewer MACs it has. Widths that are "
-        "multiples of eight (DepGraph's round_to = 8) are faster on many processors."
+        "multiples of eight (round_to = 8) are faster on many processors."
     )
     return Table(header, body, caption).html()

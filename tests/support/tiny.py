@@ -181,7 +181,7 @@ def run_with_stops(wanted: Request, stops: Collection[int]) -> Path:
 def results(record: Path) -> dict[str, Any]:
     """All that a run leaves behind, but for what depends on when and how fast it ran."""
     figures = json.loads(record.read_text(encoding="utf-8"))
-    for key in ("seconds", "loading", "latency", "revision", "sha256"):
+    for key in ("seconds", "loading", "latency", "speeds", "revision", "sha256"):
         del figures[key]
     return {
         "record": figures,
