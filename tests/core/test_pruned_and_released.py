@@ -257,6 +257,33 @@ def test_a_limit_on_all_releases_counts_those_of_before() -> None:
     assert [e.structures for e in dpm.events if e.kind == "release"] == [(0,)]
 
 
+@pytest.mark.parametrize(
+    ("reserved", "released"),
+    [
+        ({}, [2, 2]),
+        ({"conv1": 1}, [1, 2]),
+        ({"conv1": 2, "conv2": 1}, [0, 1]),
+        ({"conv2": 9}, [2, 0]),
+    ],
+)
+def test_releases_leave_what_is_reserved_in_a_group(
+    reserved: dict[str, int], released: list[int]
+) -> None:
+    toy = make("conv")
+    optimizer = OPTIMIZERS["sgd"](toy.model.parameters())
+    dpm = DecayPruning(toy.groups, SmoothPruning(4), SelfRectifying(EVERYONE, max_share=1.0))
+    dpm.attach(optimizer)
+    dpm.reserved = reserved
+    dpm.decay({"conv1": [0, 1, 2, 3], "conv2": [0, 1, 2]})
+    for step in range(4):
+        toy.train_step(optimizer, step)
+    found = [
+        sum(len(e.structures) for e in dpm.events if (e.kind, e.group) == ("release", name))
+        for name in ("conv1", "conv2")
+    ]
+    assert found == released
+
+
 def test_shares_count_what_was_decayed_one_by_one() -> None:
     """A framework that takes a structure at a time is rectified like one that takes many."""
     toy = make("conv")
