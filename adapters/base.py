@@ -132,7 +132,7 @@ class Adapter(ABC):
     """Whether the framework can learn sparsely before it prunes."""
     needs_training: ClassVar[bool] = False
     """Whether the framework's schedule depends on the training's length."""
-    refills: ClassVar[bool] = True
+    refills: bool = True
     """Whether released structures are replaced at once, in their group: by :meth:`choose`."""
     channels_last: ClassVar[bool] = True
     """Whether the framework can do with parameters that are not contiguous."""

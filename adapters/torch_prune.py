@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from dpm_core import Slice, StructureGroup
+from dpm_core.third_party.groups import structures_in
 
 from .base import Adapter, AdapterError, Structures
 from .depgraph import structure_groups
@@ -30,17 +31,21 @@ class TorchPruneOptions:
             rounded as upstream rounds it.
         n: upstream's ``n``: the order of the norm that ranks the channels.
         ignored: names of layers that are left as they are, besides those that make the output.
+        round_to: groups that lose channels keep the next lower multiple of so many (ours).
     """
 
     amount: float
     n: float = 2.0
     ignored: tuple[str, ...] = ()
+    round_to: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.amount < 1:
             raise AdapterError(f"amount is {self.amount}; give a share above 0, below 1")
         if not self.n > 0:
             raise AdapterError(f"n is {self.n}; give the order of a norm, above 0")
+        if self.round_to is not None and self.round_to < 1:
+            raise AdapterError(f"round_to is {self.round_to}; give at least 1")
 
 
 class TorchPrune(Adapter):
@@ -60,12 +65,16 @@ class TorchPrune(Adapter):
         )
 
     def selection(self) -> Structures:
-        """The structures of each group that upstream masks."""
-        o = self.options
-        return {
-            name: masked(group, o.amount, o.n, torch.ones(group.size).bool())
-            for name, group in self.grouped().items()
-        }
+        """The structures of each group that upstream masks, and those that round its width."""
+        o, chosen = self.options, {}
+        for name, group in self.grouped().items():
+            free = torch.ones(group.size).bool()
+            count = len(masked(group, o.amount, o.n, free))
+            if count:
+                unit = structures_in(o.round_to or 1, len(self.channels(name, [0])))
+                count = group.size - (group.size - count) // unit * unit
+            chosen[name] = masked(group, count, o.n, free)
+        return chosen
 
     def choose(self, group: str, count: int, free: Tensor) -> Tensor:
         """What upstream masks next in the same group."""
@@ -83,8 +92,8 @@ class TorchPrune(Adapter):
         for name, group in groups.items():
             if len(chosen[name]) == group.size:
                 raise AdapterError(
-                    f"amount {amount} is impossible: upstream rounds it to all {group.size} "
-                    f"channels of {name!r}. Lower amount, or name the layer in `ignored`"
+                    f"amount {amount} is impossible: rounding takes all {group.size} channels of "
+                    f"{name!r}. Lower amount or round_to, or name the layer in `ignored`"
                 )
         if not any(len(structures) for structures in chosen.values()):
             raise AdapterError(

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import graph
-from .groups import Plan, UnsupportedLayerError, UpstreamGroup
+from .groups import Plan, UnsupportedLayerError, UpstreamGroup, structures_in
 from .heads import Heads, conv1d, owner, weight_dims
 from .upstreams import require
 
@@ -70,7 +70,7 @@ class _Upstream(tp.pruner.GroupNormPruner):  # type: ignore[misc]
     def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
         """How many structures go, so that a multiple of ``round_to`` channels stays."""
         root, size = self._present[0].dep.target.module, self._get_channel_groups(self._present)
-        structures, unit = current_channels // size, round_to // math.gcd(round_to, size)
+        structures, unit = current_channels // size, structures_in(round_to, size)
         least = math.ceil(self.least(root) / unit) * unit
         left = (structures - n_pruned) // unit * unit
         if left < least:
@@ -200,7 +200,7 @@ class Pruner:
     def most(self, group: UpstreamGroup) -> list[int]:
         """As many channels of a group as may go at most."""
         size = len(group.members[0])
-        unit = 1 if group.heads else self._unit // math.gcd(self._unit, size)
+        unit = 1 if group.heads else structures_in(self._unit, size)
         least = math.ceil(self._least(group.root) / unit) * unit
         return group.channels_of(range(least, group.structures)) if self.ranks(group) else []
 
