@@ -339,7 +339,7 @@ def _latency(page: Page, members: Sequence[Record]) -> str:
     )
     return page.figure(
         figures.draw_latency(members, size=SIZE),
-        f"Latency: {', '.join(there[:-1])} and {there[-1]}" if there[1:] else "Latency, pruned",
+        f"Latency, {', '.join(there[:-1])} and {there[-1]}" if there[1:] else "Latency, pruned",
         "".join(looks[kind] for kind in there)
         + "Median time of a forward pass, measured side by side in each run: "
         f"{_measured(members)}. Mean and spread over seeds.{_dropped(members)}",
@@ -404,23 +404,23 @@ def _engines(members: Sequence[Record]) -> str:
             body.append(
                 [
                     NAMES[v],
-                    ENGINES[engine],
-                    str(batch),
+                    f"{ENGINES[engine]}, {batch}",
+                    _figure([100 * run.kept_promise(one) for run, one in timed], 0),
+                    _figure([one.gain for _, one in timed], 2),
+                    _figure([run.macs.dense / run.macs.pruned for run, _ in timed], 2),
                     _figure([one.dense for _, one in timed], 2),
                     _figure(masked, 2) if masked else "-",
                     _figure([one.pruned for _, one in timed], 2),
-                    _figure([one.gain for _, one in timed], 2),
-                    _figure([run.macs.dense / run.macs.pruned for run, _ in timed], 2),
-                    _figure([100 * run.kept_promise(one) for run, one in timed], 0),
                 ]
             )
     if not body:
         return ""
-    header = ["variant", "engine", "batch", "dense, ms", "masked, ms", "pruned, ms"]
-    header += ["times faster", "times fewer MACs", "share of that, %"]
+    # A narrow screen shows the first ones, and scrolls to the others.
+    header = ["variant", "engine, batch", "share kept, %", "times faster", "times fewer MACs"]
+    header += ["dense, ms", "masked, ms", "pruned, ms"]
     caption = (
-        "What of the MACs' promise arrives: how many times faster the pruned model is than the "
-        "dense one, and what share that is of how many times fewer MACs it has. Widths that are "
-        "multiples of eight (round_to = 8) are faster on many processors."
+        "What is kept of the MACs' promise: how many times faster the pruned model is than the "
+        "dense one, as a share of how many times fewer MACs it has. Widths that are multiples of "
+        "eight (round_to = 8) are faster on many processors."
     )
     return Table(header, body, caption).html()

@@ -93,7 +93,18 @@ def test_the_promise_is_the_macs_and_its_share_what_arrives(tmp_path):
     whole = Record.from_json(json.dumps(content))
     assert whole.speeds == [timed]
     page = report([(tmp_path / "record.json", whole)], tmp_path / "report.html").read_text()
-    assert "onnxruntime" in page
-    (row,) = (line for line in page.splitlines() if ">onnxruntime<" in line)
+    (row,) = (line for line in page.splitlines() if ">onnxruntime, 8<" in line)
     figures = [cell.split("<")[0] for cell in row.split(">") if cell[:1].isdigit()]
-    assert figures == ["8", "6.00", "6.00", "2.00", "3.00", "4.00", "75"]
+    assert figures == ["75", "3.00", "4.00", "6.00", "6.00", "2.00"]
+
+
+def test_a_dense_latency_of_an_earlier_release_is_kept_and_not_shown(tmp_path):
+    old = record("sp", 0, latency__dense=7.125, latency__masked=3.0, latency__pruned=2.0)
+    old = Record.from_json(json.dumps({k: v for k, v in old.content().items() if k != "speeds"}))
+    assert old.content()["latency"]["dense"] == 7.125
+    assert [old.milliseconds(of) for of in ("dense", "masked", "pruned")] == [None, 3.0, 2.0]
+    for runs, shown in ([old], False), ([old, record("base", 0, latency__dense=7.125)], True):
+        located = [(tmp_path / r.variant / "record.json", r) for r in runs]
+        page = report(located, tmp_path / "report.html").read_text()
+        assert "slower of two layouts" in page
+        assert ("7.12" in page) == shown
