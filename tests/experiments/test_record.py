@@ -13,7 +13,7 @@ from experiments.record import Record, RecordError, run_of
 from experiments.showing import lengths, results
 from tests.support.records import content, of, record
 
-KEPT = [*sorted(results.RECORDS.glob("*.jsonl")), lengths.KEPT]
+KEPT = [*sorted(results.RECORDS.glob("*.jsonl")), lengths.KEPT, lengths.BUDGETS]
 WHOLE = {
     **content("sr", 3, releases=[[4, "first", 2]], versions={"torch": "2.12"}, dense_seed=1),
     "images": "0123456789abcdef",
