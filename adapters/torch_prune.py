@@ -66,14 +66,16 @@ class TorchPrune(Adapter):
 
     def selection(self) -> Structures:
         """The structures of each group that upstream masks, and those that round its width."""
-        o, chosen = self.options, {}
+        o = self.options
+        chosen: Structures = {}
         for name, group in self.grouped().items():
             free = torch.ones(group.size).bool()
-            count = len(masked(group, o.amount, o.n, free))
-            if count:
-                unit = structures_in(o.round_to or 1, len(self.channels(name, [0])))
-                count = group.size - (group.size - count) // unit * unit
-            chosen[name] = masked(group, count, o.n, free)
+            gone = masked(group, o.amount, o.n, free)
+            unit = structures_in(o.round_to or 1, len(self.channels(name, [0])))
+            count = group.size - (group.size - len(gone)) // unit * unit
+            if len(gone) not in (0, count):
+                gone = masked(group, count, o.n, free)
+            chosen[name] = gone
         return chosen
 
     def choose(self, group: str, count: int, free: Tensor) -> Tensor:

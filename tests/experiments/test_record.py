@@ -105,7 +105,7 @@ def test_an_unknown_key_and_a_missing_one_are_named(at):
         assert "\n" not in message
         if key == "version":
             assert message == "it has no 'version'"
-        elif key in {"dense_seed", "processes", "masked"}:
+        elif key in {"dense_seed", "processes", "masked", "speeds"}:
             assert message == "its checksum is another one: it was changed"
         else:
             assert message == f"{dotted}{key}: Field required"
