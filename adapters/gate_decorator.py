@@ -111,6 +111,7 @@ class GateDecorator(Adapter):
     training: Training
     needs_training: ClassVar[bool] = True
     refills: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
 
     _method: Any = None  # from attach() to the removal
     _turn: Any = None

@@ -87,6 +87,7 @@ class OTOv2(Adapter):
     options: OTOv2Options
     training: Training
     needs_training: ClassVar[bool] = True
+    carries: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False  # upstream takes views of its parameters
 
     _graph: Any = None
