@@ -82,7 +82,7 @@ class OwnPruner:
         with_heads: roots of the groups that lose whole heads.
 
     Raises:
-        AdapterError: it is no pruner of torch-pruning.
+        AdapterError: it is no pruner of torch-pruning, or one of a compiled model.
     """
 
     def __init__(self, upstream: Any, adapt: Callable[[nn.Module], object] | None = None) -> None:
@@ -91,11 +91,14 @@ class OwnPruner:
                 f"{type(upstream).__name__} is no pruner of torch-pruning; give one derived from "
                 "torch_pruning.pruner.BasePruner, as you constructed it"
             )
-        self.upstream, self.model = upstream, running.inside(upstream.model)
+        if running.inside(upstream.model) is not upstream.model:
+            raise AdapterError(
+                f"{type(upstream).__name__} was constructed of a compiled model, in which upstream "
+                "may miss layers; construct it of the model that torch.compile was given"
+            )
+        self.upstream, self.model = upstream, upstream.model
         graph.require_plain_weights(self.model)
         self._graph: Any = upstream.DG
-        for names in (self._graph._module2name, self._graph._param_to_name):
-            names.update((thing, running.plain_name(name)) for thing, name in names.items())
         self._graph.heads = self._graph.counted = Found()  # the user's settings say which
         self._adapt = adapt
         self.refused: dict[str, str] = {}

@@ -234,10 +234,10 @@ def _why_not(model: nn.Module, thing: Any, cause: BaseException) -> str:
 def _path_to(model: nn.Module, thing: Any) -> str:
     """Where an object is kept in a model's attributes; empty if it is not found."""
     seen: set[int] = set()
-    ahead = [(n, m) for n, m in model.named_modules()]
+    ahead = list(model.named_modules())
     for name, module in ahead:
         if module is thing:
-            return name
+            return str(name)
     attributes: list[tuple[str, Any]] = [
         (f"{n}.{k}" if n else k, v)
         for n, m in ahead

@@ -97,18 +97,22 @@ def test_a_compiled_model_is_pruned_by_its_own_names(how, tmp_path):
         torch.testing.assert_close(again(EXAMPLE), plain(EXAMPLE))
 
 
-def test_a_pruner_of_a_compiled_model_goes_by_the_models_own_names():
-    model = eager(Net())
-    own = tp.pruner.BasePruner(
-        model,
-        EXAMPLE,
-        tp.importance.MagnitudeImportance(),
-        pruning_ratio=0.5,
-        ignored_layers=[model.head],
+def test_a_pruner_of_a_compiled_model_is_refused():
+    model = Net()
+    own, of_compiled = (
+        tp.pruner.BasePruner(
+            m,
+            EXAMPLE,
+            tp.importance.MagnitudeImportance(),
+            pruning_ratio=0.5,
+            ignored_layers=[model.head],
+        )
+        for m in (model, eager(model))
     )
-    run = pruned(DepGraph(own, SmoothPruning(3), example=EXAMPLE), model)
-    assert {name for name, _ in run.removed} == {"body.0", "body.2"}
-    assert model.head.in_features == 4
+    with refused(AdapterError, "BasePruner was constructed of a compiled model", model=model):
+        DepGraph(of_compiled, SmoothPruning(3), example=EXAMPLE)
+    run = pruned(DepGraph(own, SmoothPruning(3), example=EXAMPLE), eager(model))
+    assert sorted(name for name, _ in run.removed) == ["body.0", "body.2"]
 
 
 @pytest.mark.parametrize("how", WRAPPED)
@@ -174,10 +178,11 @@ def test_what_a_model_holds_besides_is_no_obstacle(what):
         assert copied.body.thing() is copied.body
     if what == "method":
         assert copied.body.thing.__self__ is copied
-    expected = pruned(DepGraph(plain, EXAMPLE, HALF, SmoothPruning(3)), plain)
-    assert pruned(DepGraph(model, EXAMPLE, HALF, SmoothPruning(3)), model).removed == (
-        expected.removed
-    )
+    torch.testing.assert_close(copied(EXAMPLE), model(EXAMPLE))
+    if what == "nested":  # one of them to the end
+        expected = pruned(DepGraph(plain, EXAMPLE, HALF, SmoothPruning(3)), plain)
+        run = pruned(DepGraph(model, EXAMPLE, HALF, SmoothPruning(3)), model)
+        assert run.removed == expected.removed
     assert model.body.thing is thing
 
 
@@ -204,3 +209,26 @@ def test_a_forward_pass_that_a_copy_would_not_have_is_refused():
 def test_groups_of_a_compiled_model_have_its_own_names():
     groups = structure_groups(eager(Net()), EXAMPLE)
     assert sorted(g.name for g in groups) == ["body.0", "body.2"]
+
+
+def test_an_average_inside_the_module_goes_through_the_same_removal():
+    module = nn.Module()
+    module.net = Net().double()
+    module.ema = torch.optim.swa_utils.AveragedModel(module.net, avg_fn=lambda a, p, n: 0.9 * a + p)
+    example = EXAMPLE.double()
+    run = DepGraph(module.net, example, HALF, SmoothPruning(3))
+    optimizer = torch.optim.SGD(module.net.parameters(), 0.05)
+    run.attach(optimizer)
+    while not run.due:
+        optimizer.zero_grad()
+        module.net(example).square().sum().backward()
+        optimizer.step()
+        module.ema.update_parameters(module.net)
+    zeroed = running.copied(module.ema.module)
+    run.dpm.zero_in(zeroed, module.net)
+    removal = run.remove()
+    with pytest.raises(RuntimeError):
+        module.ema.update_parameters(module.net)
+    removal.apply(module.ema.module, example, cut=True)
+    torch.testing.assert_close(module.ema(example), zeroed(example))
+    module.ema.update_parameters(module.net)
