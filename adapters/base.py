@@ -56,6 +56,7 @@ from dpm_core.third_party import running
 from dpm_core.third_party.errors import AdapterError as AdapterError
 from dpm_core.third_party.groups import UpstreamGroup
 
+from .optimizer_state import require_carried
 from .removal import Removal, root_channels
 
 Loss = Callable[[], Tensor]
@@ -98,7 +99,8 @@ class Adapter(ABC):
     in :meth:`restore`, when the optimizer is there.
 
     Args:
-        model: the dense model; the adapter works on it in place.
+        model: the dense model; the adapter works on it in place. One that ``torch.compile`` wraps
+            is pruned inside, and called by its own names.
         example: of its inputs, on its device: a batch of any size, several inputs in a tuple or
             list, or a mapping of arguments. The forward pass is called with these alone.
         options: the framework's own settings, an :attr:`Options`.
@@ -122,7 +124,8 @@ class Adapter(ABC):
 
     Raises:
         AdapterError: there is a rectifier and no smoothing, or no :meth:`choose` to replace what it
-            releases; the model is wrapped in DistributedDataParallel, or sharded as FSDP does it;
+            releases; the model is wrapped in DistributedDataParallel, sharded as FSDP does it, of
+            TorchScript, or ``torch.compile`` wraps a part of it;
             or the training is not one that the framework can work in.
     """
 
@@ -134,6 +137,8 @@ class Adapter(ABC):
     """Whether the framework's schedule depends on the training's length."""
     refills: bool = True
     """Whether released structures are replaced at once, in their group: by :meth:`choose`."""
+    carries: ClassVar[bool] = True
+    """Whether an optimizer goes on with its states after a removal."""
     channels_last: ClassVar[bool] = True
     """Whether the framework can do with parameters that are not contiguous."""
 
@@ -174,6 +179,7 @@ class Adapter(ABC):
             )
         if training is not None and training.sparse is not None and not self.learns_sparse:
             raise AdapterError(f"{name} has no sparse learning; leave out Training's `sparse`")
+        model = running.inside(model)
         _require_whole(model)
         self.model, self.example, self.options = model, example, options
         self.smooth, self.rectify = smooth, rectify
@@ -215,11 +221,13 @@ class Adapter(ABC):
 
         Raises:
             AdapterError: as :meth:`check`, if that was left out; or the optimizer is of another
-                model, such as the large one after a removal.
+                model, such as the large one after a removal, or keeps tensors where a removal
+                cannot divide them. Such that it has after its first steps alone are refused there.
             AttachmentError: see :meth:`dpm_core.DecayPruning.attach`.
         """
         _require_whole(self.model)  # it may have been sharded since
         optimizers = self._training(all_unwrapped(optimizer))
+        self._require_carried(optimizers)
         self._bring_example()
         if not (self.checked or self.complete):
             self.check()
@@ -544,7 +552,15 @@ class Adapter(ABC):
 
     def _after(self) -> None:
         self.clock += 1
+        if self.clock & (self.clock - 1) == 0:  # some begin to keep things after some steps
+            self._require_carried(self.optimizers)
         self.after_step()
+
+    def _require_carried(self, optimizers: Iterable[Optimizer]) -> None:
+        """Refuse what the removal would refuse, when the training would be lost."""
+        if self.carries and not self.complete:
+            for one in optimizers:
+                require_carried(one)
 
     def _bring_example(self) -> None:
         """A trainer may have moved the model to another device or another type since."""
@@ -625,6 +641,17 @@ def _require_whole(model: nn.Module) -> None:
             "the model is wrapped in DistributedDataParallel, which a removal would leave with "
             "parameters that are gone; give the model inside (.module), and wrap it anew after "
             "the removal"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise AdapterError(
+            f"the model is a {type(model).__name__}, whose layers cannot be exchanged; prune it "
+            "before torch.jit makes it one"
+        )
+    for name, _, _ in running.compiled_parts(model):
+        raise AdapterError(
+            f"torch.compile wraps the part {name!r}, whose layers it gives other names; compile it "
+            f"in place ({name}.compile() instead of torch.compile({name})), or give this part "
+            "alone to be pruned"
         )
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):

@@ -165,6 +165,7 @@ class DepGraph(Adapter):
         **settings: Any,
     ) -> None:
         super().__init__(model, example, options, smooth, rectify, **settings)
+        model = self.model  # without what compiles it
         if options.rounds > 1 and self.training is None:
             raise AdapterError(
                 "rounds start some epochs apart; give training=Training(steps, steps_per_epoch)"
@@ -214,11 +215,11 @@ class DepGraph(Adapter):
         Args:
             model: what to prune.
             gradients: whether its parameters have those that the ranking needs; without them, and
-                in sparse learning, the magnitude ranks.
+                in sparse learning, the magnitude ranks. Given, it ranks as in a decision.
         """
         o = self.options
         importance: str | int = self.seed if o.importance == "random" else o.importance
-        if o.importance != "random" and (self._learning or (o.reads and not gradients)):
+        if o.importance != "random" and (self._learning or o.reads) and not gradients:
             importance = "magnitude"
         sparse = self.training is not None and self.training.sparse is not None
         return Pruner(
@@ -325,8 +326,9 @@ class DepGraph(Adapter):
         if not groups:
             left_out = f" ({'; '.join(self.skipped.values())})" if self.skipped else ""
             raise AdapterError(f"no group of layers is left to prune{left_out}; shorten `ignored`")
-        ranked = [g for g in groups if self._learning or pruner.ranks(g)]
-        if not ranked:
+        other = self._learning or self.options.reads
+        ranking = self._new_pruner(model, gradients=True) if other else pruner
+        if not ranking.require_ranking():
             raise AdapterError(
                 f"importance {self.options.importance!r} says nothing about any group of this "
                 "network, as none has a BatchNorm; choose another one"
@@ -568,7 +570,7 @@ def structure_groups(
             is not the same as zeros.
     """
     reading, skipped = trial.exact_groups(
-        model,
+        running.inside(model),
         example,
         list(ignored),
         skip_unsupported=skip_unsupported,

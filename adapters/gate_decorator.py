@@ -118,6 +118,7 @@ class GateDecorator(Adapter):
     training: Training
     needs_training: ClassVar[bool] = True
     refills: bool = False  # but where widths are rounded
+    carries: ClassVar[bool] = False
 
     _method: Any = None  # from attach() to the removal
     _turn: Any = None

@@ -100,6 +100,7 @@ class OTOv2(Adapter):
     options: OTOv2Options
     training: Training
     needs_training: ClassVar[bool] = True
+    carries: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False  # upstream takes views of its parameters
 
     _graph: Any = None
@@ -390,9 +391,9 @@ class OTOv2(Adapter):
                 self._dhspg.exchange(event.group, [], event.structures)
         if not released:
             return
-        for name in released if self._quotas is not None else ():
-            penalised = int(self._dhspg.penalised_in(name).sum())
-            for _ in range(self._quotas[name] - penalised):
+        for name, quota in (self._quotas or {}).items():
+            lacking = quota - int(self._dhspg.penalised_in(name).sum()) if name in released else 0
+            for _ in range(lacking):
                 self._widen(dpm, [name])
         for _ in range(self._goal - self._dhspg.penalised()):
             self._widen(dpm, list(self._dhspg.scores))
@@ -515,7 +516,7 @@ class OTOv2(Adapter):
         """Whatever is zero; where widths are rounded, as many of it as leave multiples."""
         return {name: self._whole(name, zeros) for name, zeros in self.selection().items()}
 
-    def _whole(self, component: str, zeros: Tensor) -> Tensor:
+    def _whole(self, component: str, zeros: Sequence[int] | Tensor) -> Sequence[int] | Tensor:
         unit, size = self.options.unit, self.grouped()[component].size
         left = math.ceil((size - len(zeros)) / unit) * unit
         return zeros[: max(0, size - left)]
