@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import os
 import random
 import sys
@@ -283,6 +284,8 @@ def _require_own_forward(name: str, module: nn.Module, parts: set[nn.Module]) ->
 def _compiled_method(value: Any) -> MethodType | None:
     """The method that ``torch.compile`` has wrapped."""
     method = vars(value).get("_torchdynamo_orig_callable") if callable(value) else None
+    if method is not None:  # of a class of PyTorch's it is wrapped once more
+        method = inspect.unwrap(method, stop=lambda f: isinstance(f, MethodType))
     return method if isinstance(method, MethodType) else None
 
 

@@ -56,6 +56,11 @@ def method(model: Net) -> nn.Module:
     return model
 
 
+def method_of_a_part(model: Net) -> nn.Module:
+    model.body.forward = eager(model.body.forward)  # of a class of PyTorch's own
+    return model
+
+
 def part(model: Net) -> nn.Module:
     model.body = eager(model.body)
     return model
@@ -67,7 +72,7 @@ def layer(model: Net) -> nn.Module:
 
 
 SERVED = {"model": eager, "in place": in_place}
-SERVED |= {"part in place": part_in_place, "method": method}
+SERVED |= {"part in place": part_in_place, "method": method, "its method": method_of_a_part}
 WRAPPED = {"part": part, "layer": layer, "all": lambda m: eager(part(layer(m)))}
 
 
