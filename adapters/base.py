@@ -135,8 +135,6 @@ class Adapter(ABC):
     """Whether the framework can learn sparsely before it prunes."""
     needs_training: ClassVar[bool] = False
     """Whether the framework's schedule depends on the training's length."""
-    refills: bool = True
-    """Whether released structures are replaced at once, in their group: by :meth:`choose`."""
     carries: ClassVar[bool] = True
     """Whether an optimizer goes on with its states after a removal."""
     channels_last: ClassVar[bool] = True
@@ -157,6 +155,7 @@ class Adapter(ABC):
         name = type(self).__name__
         if not isinstance(options, self.Options):
             raise AdapterError(f"{name} takes a {self.Options.__name__}, not {options!r}")
+        self.options = options
         if rectify is not None and smooth is None:
             raise AdapterError(
                 "a rectifier takes back decays, and without smoothing there are none; give a "
@@ -181,7 +180,7 @@ class Adapter(ABC):
             raise AdapterError(f"{name} has no sparse learning; leave out Training's `sparse`")
         model = running.inside(model)
         _require_whole(model)
-        self.model, self.example, self.options = model, example, options
+        self.model, self.example = model, example
         self.smooth, self.rectify = smooth, rectify
         self.training, self.seed, self.progress = training, seed, progress
         self.dpm: DecayPruning | None = None
@@ -271,6 +270,11 @@ class Adapter(ABC):
                 UnfinishedWarning,
                 stacklevel=2,
             )
+
+    @property
+    def refills(self) -> bool:
+        """Whether released structures are replaced at once, in their group: by :meth:`choose`."""
+        return True
 
     @property
     def due(self) -> bool:
@@ -696,6 +700,17 @@ def counted(model: nn.Module, example: Any) -> list[tuple[int, list[int]]]:
             watched = running.Watched(counting=True)
             running.probe(model, example, watched=watched)
     return watched.counted
+
+
+def width_unit(round_to: int | None) -> int:
+    """Of how many channels the widths of layers that lose some keep a multiple, by an option.
+
+    Raises:
+        AdapterError: the option is below 1.
+    """
+    if round_to is not None and round_to < 1:
+        raise AdapterError(f"round_to is {round_to}; give at least 1")
+    return round_to or 1
 
 
 def count_parameters(model: nn.Module) -> int:

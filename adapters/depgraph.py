@@ -35,7 +35,7 @@ from dpm_core.third_party import dependency, graph, running, trial
 from dpm_core.third_party.groups import Plan, UpstreamGroup, named
 from dpm_core.third_party.pruner import Pruner
 
-from .base import Adapter, AdapterError, Structures, count_macs, structure_group
+from .base import Adapter, AdapterError, Structures, count_macs, structure_group, width_unit
 from .gradients import mean_gradients
 from .macs import MacsLeft
 from .removal import Removal
@@ -121,8 +121,7 @@ class DepGraphOptions:
             raise AdapterError("importance 'lamp' is a normalizer itself; leave normalizer out")
         if self.batches < 1 or self.rounds < 1 or self.round_epochs < 1:
             raise AdapterError("give batches, rounds and round_epochs of at least 1")
-        if self.round_to is not None and self.round_to < 1:
-            raise AdapterError(f"round_to is {self.round_to}; give at least 1")
+        width_unit(self.round_to)
         if self.isomorphic and not self.global_pruning:
             raise AdapterError("isomorphic ranks groups together; give global_pruning, too")
         if not 0 < self.max_pruning_ratio <= 1:
@@ -340,7 +339,7 @@ class DepGraph(Adapter):
             limit = self._macs / count_macs(small, example)
             if self.options.speed_up > limit:
                 o = self.options
-                bounded = (o.round_to or 1) > 1 or o.max_pruning_ratio < 1
+                bounded = width_unit(o.round_to) > 1 or o.max_pruning_ratio < 1
                 least = "as few channels as may be" if bounded else "one channel"
                 raise AdapterError(
                     f"speed_up {o.speed_up} is impossible: with {least} left in "

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dpm_core import Owner, Phase, SelfRectifying, Slice, SmoothPruning, StructureGroup
+from dpm_core import Owner, Phase, Slice, StructureGroup
 from dpm_core.third_party import gate_decorator as method
 from dpm_core.third_party import graph, running
 
-from .base import Adapter, AdapterError, Structures, Training
+from .base import Adapter, AdapterError, Structures, Training, width_unit
 from .optimizer_state import exchange
 from .removal import Removal
 
@@ -81,8 +81,7 @@ class GateDecoratorOptions:
             raise AdapterError(
                 f"{self.counted} is {self.target}; give the share to keep, above 0, below 1"
             )
-        if self.round_to is not None and self.round_to < 1:
-            raise AdapterError(f"round_to is {self.round_to}; give at least 1")
+        width_unit(self.round_to)
         if not 0 < self.fraction < 1 or not 0 <= self.keep < 1:
             raise AdapterError("give fraction above 0 and below 1, and keep in [0, 1)")
         if not (self.eta >= 0 and self.strength >= 0 and self.low_rate > 0):
@@ -117,7 +116,6 @@ class GateDecorator(Adapter):
     options: GateDecoratorOptions
     training: Training
     needs_training: ClassVar[bool] = True
-    refills: bool = False  # but where widths are rounded
     carries: ClassVar[bool] = False
 
     _method: Any = None  # from attach() to the removal
@@ -130,17 +128,10 @@ class GateDecorator(Adapter):
     _ranking: Tensor | None = None  # scores of the last selection, for refills
     _peaks: tuple[float, ...] = ()  # of the optimizer's groups, when first attached
 
-    def __init__(
-        self,
-        model: nn.Module,
-        example: Any,
-        options: GateDecoratorOptions,
-        smooth: SmoothPruning | None = None,
-        rectify: SelfRectifying | None = None,
-        **settings: Any,
-    ) -> None:
-        self.refills = (getattr(options, "round_to", None) or 1) > 1
-        super().__init__(model, example, options, smooth, rectify, **settings)
+    @property
+    def refills(self) -> bool:
+        """Only where widths are rounded; else the next selection takes more."""
+        return width_unit(self.options.round_to) > 1
 
     @property
     def _times(self) -> method.TickTock:
@@ -163,7 +154,7 @@ class GateDecorator(Adapter):
             keep=o.keep,
             strength=o.strength,
             counted=o.counted,
-            round_to=o.round_to or 1,
+            round_to=width_unit(o.round_to),
             ignored=o.ignored,
             progress=self.progress,
         )

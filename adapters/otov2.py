@@ -26,7 +26,7 @@ from dpm_core.third_party import otov2, running, trial
 from dpm_core.third_party.groups import UnsupportedLayerError
 from dpm_core.third_party.otov2 import OTO as OTO
 
-from .base import Adapter, AdapterError, Loss, Structures, Training, structure_group
+from .base import Adapter, AdapterError, Loss, Structures, Training, structure_group, width_unit
 from .removal import Removal
 
 _OWN = ("target_group_sparsity", "tolerance_group_sparsity", "warm_up_steps", "weight_decay_type")
@@ -84,13 +84,12 @@ class OTOv2Options:
             raise AdapterError(
                 f"weight_decay_type is {self.weight_decay_type!r}; give 'l1_norm' or 'l2_norm'"
             )
-        if self.round_to is not None and self.round_to < 1:
-            raise AdapterError(f"round_to is {self.round_to}; give at least 1")
+        width_unit(self.round_to)
 
     @property
     def unit(self) -> int:
         """Of how many structures a component keeps a multiple; a structure is one channel here."""
-        return self.round_to or 1
+        return width_unit(self.round_to)
 
 
 class OTOv2(Adapter):

@@ -18,7 +18,7 @@ from torch.nn.utils import prune
 from dpm_core import Slice, StructureGroup
 from dpm_core.third_party.groups import structures_in
 
-from .base import Adapter, AdapterError, Structures
+from .base import Adapter, AdapterError, Structures, width_unit
 from .depgraph import structure_groups
 
 
@@ -44,8 +44,7 @@ class TorchPruneOptions:
             raise AdapterError(f"amount is {self.amount}; give a share above 0, below 1")
         if not self.n > 0:
             raise AdapterError(f"n is {self.n}; give the order of a norm, above 0")
-        if self.round_to is not None and self.round_to < 1:
-            raise AdapterError(f"round_to is {self.round_to}; give at least 1")
+        width_unit(self.round_to)
 
 
 class TorchPrune(Adapter):
@@ -71,7 +70,7 @@ class TorchPrune(Adapter):
         for name, group in self.grouped().items():
             free = torch.ones(group.size).bool()
             gone = masked(group, o.amount, o.n, free)
-            unit = structures_in(o.round_to or 1, len(self.channels(name, [0])))
+            unit = structures_in(width_unit(o.round_to), len(self.channels(name, [0])))
             count = group.size - (group.size - len(gone)) // unit * unit
             if len(gone) not in (0, count):
                 gone = masked(group, count, o.n, free)

@@ -24,9 +24,7 @@ from typing import Any
 
 import torch
 
-from dpm_core import (
-    Phase,
-)
+from dpm_core import Phase
 from dpm_core.adapters.depgraph import DepGraph, DepGraphOptions
 from dpm_core.third_party import graph, trial
 

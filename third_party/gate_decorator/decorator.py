@@ -152,7 +152,9 @@ class GateDecorator:
             areas=self.table.areas,
             spared=spared,
             more=more,
-            least=self._least(self.table.kept(alive & spared)).to(kept.device) if rounds else None,
+            least=self._least(self.table.kept(alive & spared).cpu()).to(kept.device)
+            if rounds
+            else None,
         )
         if not len(chosen):
             raise GateError(
@@ -186,10 +188,10 @@ class GateDecorator:
         kept = protected(self.costs.sizes, self.keep) + self.units - 1
         return {g.name: n for g, n in zip(self.groups, kept.tolist(), strict=True)}
 
-    def _least(self, staying: Tensor | int = 0) -> Tensor:
-        """How many structures each group keeps at least, (G,), beside the protected some others."""
+    def _least(self, staying: Tensor) -> Tensor:
+        """How many structures each group keeps at least, (G,): the protected, and some others."""
         sizes = self.costs.sizes
-        least = protected(sizes, self.keep) + (staying.cpu() if isinstance(staying, Tensor) else 0)
+        least = protected(sizes, self.keep) + staying
         return torch.minimum((least + self.units - 1) // self.units * self.units, sizes)
 
     def prune(self, target: int | None = None) -> dict[str, list[int]]:
@@ -214,7 +216,7 @@ class GateDecorator:
 
     def least(self) -> int:
         """The cost with every group down to what is protected; no lower target can be met."""
-        return int(self.costs.of(self._least()))
+        return int(self.costs.of(self._least(torch.zeros_like(self.costs.sizes))))
 
     def melt(self, example: Any) -> Plan:
         """:func:`melt` the model; nothing else here can be used afterwards."""
