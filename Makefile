@@ -122,14 +122,14 @@ test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones
 # Another processor adds numbers up in another order. These settings make this one do so, too, each
 # differing from `make test` (this processor's own kernels, one thread) and from the others: the
 # kernels of PyTorch, of oneDNN (convolutions) and of MKL (products of matrices), and the threads.
-# Elsewhere than on x86 the kernels are the processor's own. Under the two settings that are farthest
-# from `make test`, all runs that computes: the folders and files in which numbers are compared, without
+# Elsewhere than on x86 the kernels are the processor's own. Under the setting that is farthest from
+# `make test`, all runs that computes: the folders and files in which numbers are compared, without
 # slow tests, refusals, and those of a computation with itself. There a test shows that takes for equal
-# what is rounded in different ways. Under the other two, those run that compare with a tolerance.
+# what is rounded in different ways. Under the others, those run that compare with a tolerance.
 FARTHEST := \
-  ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=SSE41,MKL_ENABLE_INSTRUCTIONS=SSE4_2,OMP_NUM_THREADS=1 \
-  ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2,MKL_ENABLE_INSTRUCTIONS=AVX2,OMP_NUM_THREADS=2
+  ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=SSE41,MKL_ENABLE_INSTRUCTIONS=SSE4_2,OMP_NUM_THREADS=1
 BETWEEN := \
+  ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2,MKL_ENABLE_INSTRUCTIONS=AVX2,OMP_NUM_THREADS=2 \
   ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=AVX2,OMP_NUM_THREADS=1 \
   OMP_NUM_THREADS=2
 NUMERIC := tests/core tests/third_party tests/adapters \

@@ -56,6 +56,7 @@ from dpm_core.third_party import running
 from dpm_core.third_party.errors import AdapterError as AdapterError
 from dpm_core.third_party.groups import UpstreamGroup
 
+from .optimizer_state import require_carried
 from .removal import Removal, root_channels
 
 Loss = Callable[[], Tensor]
@@ -98,7 +99,8 @@ class Adapter(ABC):
     in :meth:`restore`, when the optimizer is there.
 
     Args:
-        model: the dense model; the adapter works on it in place.
+        model: the dense model; the adapter works on it in place. One that ``torch.compile`` wraps
+            is pruned inside, and called by its own names.
         example: of its inputs, on its device: a batch of any size, several inputs in a tuple or
             list, or a mapping of arguments. The forward pass is called with these alone.
         options: the framework's own settings, an :attr:`Options`.
@@ -122,7 +124,8 @@ class Adapter(ABC):
 
     Raises:
         AdapterError: there is a rectifier and no smoothing, or no :meth:`choose` to replace what it
-            releases; the model is wrapped in DistributedDataParallel, or sharded as FSDP does it;
+            releases; the model is wrapped in DistributedDataParallel, sharded as FSDP does it, of
+            TorchScript, or ``torch.compile`` wraps a part of it;
             or the training is not one that the framework can work in.
     """
 
@@ -132,8 +135,8 @@ class Adapter(ABC):
     """Whether the framework can learn sparsely before it prunes."""
     needs_training: ClassVar[bool] = False
     """Whether the framework's schedule depends on the training's length."""
-    refills: ClassVar[bool] = True
-    """Whether released structures are replaced at once, in their group: by :meth:`choose`."""
+    carries: ClassVar[bool] = True
+    """Whether an optimizer goes on with its states after a removal."""
     channels_last: ClassVar[bool] = True
     """Whether the framework can do with parameters that are not contiguous."""
 
@@ -152,6 +155,7 @@ class Adapter(ABC):
         name = type(self).__name__
         if not isinstance(options, self.Options):
             raise AdapterError(f"{name} takes a {self.Options.__name__}, not {options!r}")
+        self.options = options
         if rectify is not None and smooth is None:
             raise AdapterError(
                 "a rectifier takes back decays, and without smoothing there are none; give a "
@@ -174,8 +178,9 @@ class Adapter(ABC):
             )
         if training is not None and training.sparse is not None and not self.learns_sparse:
             raise AdapterError(f"{name} has no sparse learning; leave out Training's `sparse`")
+        model = running.inside(model)
         _require_whole(model)
-        self.model, self.example, self.options = model, example, options
+        self.model, self.example = model, example
         self.smooth, self.rectify = smooth, rectify
         self.training, self.seed, self.progress = training, seed, progress
         self.dpm: DecayPruning | None = None
@@ -215,11 +220,13 @@ class Adapter(ABC):
 
         Raises:
             AdapterError: as :meth:`check`, if that was left out; or the optimizer is of another
-                model, such as the large one after a removal.
+                model, such as the large one after a removal, or keeps tensors where a removal
+                cannot divide them. Such that it has after its first steps alone are refused there.
             AttachmentError: see :meth:`dpm_core.DecayPruning.attach`.
         """
         _require_whole(self.model)  # it may have been sharded since
         optimizers = self._training(all_unwrapped(optimizer))
+        self._require_carried(optimizers)
         self._bring_example()
         if not (self.checked or self.complete):
             self.check()
@@ -263,6 +270,11 @@ class Adapter(ABC):
                 UnfinishedWarning,
                 stacklevel=2,
             )
+
+    @property
+    def refills(self) -> bool:
+        """Whether released structures are replaced at once, in their group: by :meth:`choose`."""
+        return True
 
     @property
     def due(self) -> bool:
@@ -544,7 +556,15 @@ class Adapter(ABC):
 
     def _after(self) -> None:
         self.clock += 1
+        if self.clock & (self.clock - 1) == 0:  # some begin to keep things after some steps
+            self._require_carried(self.optimizers)
         self.after_step()
+
+    def _require_carried(self, optimizers: Iterable[Optimizer]) -> None:
+        """Refuse what the removal would refuse, when the training would be lost."""
+        if self.carries and not self.complete:
+            for one in optimizers:
+                require_carried(one)
 
     def _bring_example(self) -> None:
         """A trainer may have moved the model to another device or another type since."""
@@ -626,6 +646,17 @@ def _require_whole(model: nn.Module) -> None:
             "parameters that are gone; give the model inside (.module), and wrap it anew after "
             "the removal"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise AdapterError(
+            f"the model is a {type(model).__name__}, whose layers cannot be exchanged; prune it "
+            "before torch.jit makes it one"
+        )
+    for name, _, _ in running.compiled_parts(model):
+        raise AdapterError(
+            f"torch.compile wraps the part {name!r}, whose layers it gives other names; compile it "
+            f"in place ({name}.compile() instead of torch.compile({name})), or give this part "
+            "alone to be pruned"
+        )
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
             raise AdapterError(
@@ -669,6 +700,17 @@ def counted(model: nn.Module, example: Any) -> list[tuple[int, list[int]]]:
             watched = running.Watched(counting=True)
             running.probe(model, example, watched=watched)
     return watched.counted
+
+
+def width_unit(round_to: int | None) -> int:
+    """Of how many channels the widths of layers that lose some keep a multiple, by an option.
+
+    Raises:
+        AdapterError: the option is below 1.
+    """
+    if round_to is not None and round_to < 1:
+        raise AdapterError(f"round_to is {round_to}; give at least 1")
+    return round_to or 1
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -35,7 +35,7 @@ from dpm_core.third_party import dependency, graph, running, trial
 from dpm_core.third_party.groups import Plan, UpstreamGroup, named
 from dpm_core.third_party.pruner import Pruner
 
-from .base import Adapter, AdapterError, Structures, count_macs, structure_group
+from .base import Adapter, AdapterError, Structures, count_macs, structure_group, width_unit
 from .gradients import mean_gradients
 from .macs import MacsLeft
 from .removal import Removal
@@ -121,8 +121,7 @@ class DepGraphOptions:
             raise AdapterError("importance 'lamp' is a normalizer itself; leave normalizer out")
         if self.batches < 1 or self.rounds < 1 or self.round_epochs < 1:
             raise AdapterError("give batches, rounds and round_epochs of at least 1")
-        if self.round_to is not None and self.round_to < 1:
-            raise AdapterError(f"round_to is {self.round_to}; give at least 1")
+        width_unit(self.round_to)
         if self.isomorphic and not self.global_pruning:
             raise AdapterError("isomorphic ranks groups together; give global_pruning, too")
         if not 0 < self.max_pruning_ratio <= 1:
@@ -165,6 +164,7 @@ class DepGraph(Adapter):
         **settings: Any,
     ) -> None:
         super().__init__(model, example, options, smooth, rectify, **settings)
+        model = self.model  # without what compiles it
         if options.rounds > 1 and self.training is None:
             raise AdapterError(
                 "rounds start some epochs apart; give training=Training(steps, steps_per_epoch)"
@@ -214,11 +214,11 @@ class DepGraph(Adapter):
         Args:
             model: what to prune.
             gradients: whether its parameters have those that the ranking needs; without them, and
-                in sparse learning, the magnitude ranks.
+                in sparse learning, the magnitude ranks. Given, it ranks as in a decision.
         """
         o = self.options
         importance: str | int = self.seed if o.importance == "random" else o.importance
-        if o.importance != "random" and (self._learning or (o.reads and not gradients)):
+        if o.importance != "random" and (self._learning or o.reads) and not gradients:
             importance = "magnitude"
         sparse = self.training is not None and self.training.sparse is not None
         return Pruner(
@@ -325,8 +325,9 @@ class DepGraph(Adapter):
         if not groups:
             left_out = f" ({'; '.join(self.skipped.values())})" if self.skipped else ""
             raise AdapterError(f"no group of layers is left to prune{left_out}; shorten `ignored`")
-        ranked = [g for g in groups if self._learning or pruner.ranks(g)]
-        if not ranked:
+        other = self._learning or self.options.reads
+        ranking = self._new_pruner(model, gradients=True) if other else pruner
+        if not ranking.require_ranking():
             raise AdapterError(
                 f"importance {self.options.importance!r} says nothing about any group of this "
                 "network, as none has a BatchNorm; choose another one"
@@ -338,7 +339,7 @@ class DepGraph(Adapter):
             limit = self._macs / count_macs(small, example)
             if self.options.speed_up > limit:
                 o = self.options
-                bounded = (o.round_to or 1) > 1 or o.max_pruning_ratio < 1
+                bounded = width_unit(o.round_to) > 1 or o.max_pruning_ratio < 1
                 least = "as few channels as may be" if bounded else "one channel"
                 raise AdapterError(
                     f"speed_up {o.speed_up} is impossible: with {least} left in "
@@ -568,7 +569,7 @@ def structure_groups(
             is not the same as zeros.
     """
     reading, skipped = trial.exact_groups(
-        model,
+        running.inside(model),
         example,
         list(ignored),
         skip_unsupported=skip_unsupported,

@@ -20,7 +20,7 @@ from dpm_core import Owner, Phase, Slice, StructureGroup
 from dpm_core.third_party import gate_decorator as method
 from dpm_core.third_party import graph, running
 
-from .base import Adapter, AdapterError, Structures, Training
+from .base import Adapter, AdapterError, Structures, Training, width_unit
 from .optimizer_state import exchange
 from .removal import Removal
 
@@ -47,6 +47,10 @@ class GateDecoratorOptions:
         finetune_momentum: of its optimizer.
         ignored: names of layers whose groups are left as they are.
         parameters: share of the dense model's parameters that is left, at most (ours).
+        round_to: layers that lose channels keep a multiple of so many (ours). Ticks select as
+            without it; the last one takes all groups on to their next lower multiples. What was
+            released is then replaced at once, in its group, by the scores of the last selection,
+            and no group releases more than leave it what rounding takes.
 
     Raises:
         AdapterError: a value is out of its range, or not exactly one target is given.
@@ -65,6 +69,7 @@ class GateDecoratorOptions:
     finetune_momentum: float = 0.0
     ignored: tuple[str, ...] = ()
     parameters: float | None = None
+    round_to: int | None = None
 
     def __post_init__(self) -> None:
         if (self.macs is None) == (self.parameters is None):
@@ -76,6 +81,7 @@ class GateDecoratorOptions:
             raise AdapterError(
                 f"{self.counted} is {self.target}; give the share to keep, above 0, below 1"
             )
+        width_unit(self.round_to)
         if not 0 < self.fraction < 1 or not 0 <= self.keep < 1:
             raise AdapterError("give fraction above 0 and below 1, and keep in [0, 1)")
         if not (self.eta >= 0 and self.strength >= 0 and self.low_rate > 0):
@@ -110,7 +116,7 @@ class GateDecorator(Adapter):
     options: GateDecoratorOptions
     training: Training
     needs_training: ClassVar[bool] = True
-    refills: ClassVar[bool] = False
+    carries: ClassVar[bool] = False
 
     _method: Any = None  # from attach() to the removal
     _turn: Any = None
@@ -118,7 +124,14 @@ class GateDecorator(Adapter):
     _tuned_from: int | None = None  # the step of the training at which fine-tuning began
     _released = 0  # since the last selection
     _left = 1.0  # share of what the target counts, decaying structures counted as gone
+    _met = False  # whether the target is, at widths that are rounded
+    _ranking: Tensor | None = None  # scores of the last selection, for refills
     _peaks: tuple[float, ...] = ()  # of the optimizer's groups, when first attached
+
+    @property
+    def refills(self) -> bool:
+        """Only where widths are rounded; else the next selection takes more."""
+        return width_unit(self.options.round_to) > 1
 
     @property
     def _times(self) -> method.TickTock:
@@ -141,6 +154,7 @@ class GateDecorator(Adapter):
             keep=o.keep,
             strength=o.strength,
             counted=o.counted,
+            round_to=width_unit(o.round_to),
             ignored=o.ignored,
             progress=self.progress,
         )
@@ -164,9 +178,11 @@ class GateDecorator(Adapter):
                 self.check_trainable(group.name, own)
         least, o = gated.least() / gated.costs.dense, self.options
         if o.target < least:
+            lower = "keep or round_to" if self.refills else "keep"
             raise AdapterError(
-                f"{o.counted} {o.target} is impossible: with what is protected in every group, "
-                f"{least:.4f} of the {gated.costs.word} are left. Raise {o.counted}, or lower keep"
+                f"{o.counted} {o.target} is impossible: with what has to stay in every group, "
+                f"{least:.4f} of the {gated.costs.word} are left. Raise {o.counted}, or lower "
+                f"{lower}"
             )
         super().check()
 
@@ -221,9 +237,8 @@ class GateDecorator(Adapter):
         done, low = self.clock + self.heard, self.options.low_rate
         if not self.complete:
             if done >= self._last:
-                over = self._left > self.options.target
                 left = f"{self._left:.4f} of the {self._method.costs.word} are left"
-                what = left if over else "decays go on"
+                what = "decays go on" if self._met else left
                 raise AdapterError(
                     f"{what} where fine-tuning should begin, with {self.options.target} as the "
                     "target; give the training more epochs, or raise fraction"
@@ -244,7 +259,7 @@ class GateDecorator(Adapter):
             return
         self._steps_done += 1
         self._follow_core()
-        if self._turn.kind == "tick" and self._turn.last and self._left > self.options.target:
+        if self._turn.kind == "tick" and self._turn.last and not self._met:
             self.decide()
             self._follow_core()
             self._measure()
@@ -256,7 +271,7 @@ class GateDecorator(Adapter):
             if event.kind == "prune":
                 table = self._method.table
                 table.mask(table.ids(event.group, event.structures))
-            elif event.kind == "release":
+            elif event.kind == "release" and not self.refills:
                 self._released += len(event.structures)
                 self._measure()
 
@@ -271,8 +286,16 @@ class GateDecorator(Adapter):
         """What the tick's scores select, and one more for each structure that was released."""
         assert self.dpm is not None
         alive, spared = self._alive(), self._by_structure(self.dpm.available) == 0
+        if self.refills:
+            self._ranking = self._method.scores.of_structures().cpu()
         chosen = self._method.selected(self._target, alive, spared, more=self._released)
         return dict(self._method.table.split(chosen))
+
+    def choose(self, group: str, count: int, free: Tensor) -> Tensor:
+        """What ranked lowest in the group at the last selection."""
+        assert self._ranking is not None
+        scores = self._ranking[self._method.table.ids(group)].where(free, torch.inf)
+        return scores.argsort(stable=True)[: min(count, int(free.sum()))]
 
     @property
     def _target(self) -> int:
@@ -292,13 +315,16 @@ class GateDecorator(Adapter):
 
     def _measure(self) -> None:
         """Count what is left; only selections and releases change it."""
-        self._left = self._method.cost(self._alive()) / self._method.costs.dense
+        alive = self._alive()
+        self._left = self._method.cost(alive) / self._method.costs.dense
+        self._met = self._left <= self.options.target and self._method.even(alive)
+        if self.dpm is not None and self.refills:
+            self.dpm.reserved = {} if self._met else self._method.spare()
 
     @property
     def settled(self) -> bool:
         """Whether the target is met and nothing decays any more."""
-        met = self.decided and self._left <= self.options.target
-        return self.complete or (met and self._none_decays())
+        return self.complete or (self.decided and self._met and self._none_decays())
 
     @property
     def due(self) -> bool:
@@ -331,6 +357,7 @@ class GateDecorator(Adapter):
             "steps": self._steps_done,
             "tuned_from": self._tuned_from,
             "released": self._released,
+            "ranking": self._ranking,
             "peaks": list(self._peaks),
             "scores": None if self._method is None else self._method.state_dict(),
         }
@@ -346,6 +373,7 @@ class GateDecorator(Adapter):
         super().load_state_dict(state)
         self._steps_done, self._tuned_from = state["steps"], state["tuned_from"]
         self._released, self._peaks = state["released"], tuple(state["peaks"])
+        self._ranking = state.get("ranking")
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state."""

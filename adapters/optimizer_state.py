@@ -4,19 +4,20 @@ The optimizer remains the same object, so that learning-rate schedulers, step ho
 parameter group go on as well. Which rows and columns stay of each parameter is read off the same
 removal of a copy (:func:`dpm_core.third_party.dependency.survivors`). All of this is ours.
 
-States of their parameter's shape are carried over: momentum, running means of squares. A state of
-that shape whose rows and columns mean something else, such as the factors of a square matrix's
-curvature, would be cut wrongly; attach a new optimizer before the removal if yours has such states.
+States of their parameter's shape are carried over: momentum, running means of squares. So are
+single values. Whatever else an optimizer keeps is about what is gone, too: means over rows and
+columns (Adafactor), factors of a curvature (Shampoo, SOAP, PSGD's Kron), projections (GaLore),
+blocks of eight bits, lists of such. Where a parameter loses something, its state then begins anew,
+as in a new optimizer. A state as large as its parameter counts as such a factor, too, if the state
+of the same name is one elsewhere: the factors of a square matrix are as large as the matrix.
 
-Means over rows and columns, as Adafactor keeps them, are about what is gone, too, and whether it
-keeps them may depend on a parameter's size. Where a parameter loses something, its state begins
-anew, as in a new optimizer. What is kept in an optimizer inside of this one, as Lookahead does, is
-treated in the same way.
+What is kept in optimizers inside of this one, as Lookahead does, is treated in the same way. An
+optimizer that keeps tensors beside ``state`` is refused, by :func:`require_carried`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 from dpm_core.third_party.errors import AdapterError
 
 _KNOWN = ("params", "param_groups", "state")
-_ANOTHER = "Take another optimizer, or attach a new one before the removal"
 
 
 class CarryOverError(AdapterError):
@@ -40,34 +40,16 @@ class CarryOver:
         optimizer: of its parameters; it may hold others as well, which are left alone.
 
     Raises:
-        CarryOverError: the optimizer has state that cannot be divided by structure, or keeps
-            parameters in places of its own. Nothing has changed.
+        CarryOverError: as of :func:`require_carried`. Nothing has changed.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        require_carried(optimizer)
         self._model = model
-        inside = [v for v in vars(optimizer).values() if isinstance(v, torch.optim.Optimizer)]
-        self._optimizers = [optimizer, *inside]
+        self._optimizers = list(_with_those_inside(optimizer))
         self._names: dict[Tensor, str] = {}
         for name, parameter in model.named_parameters():
             self._names[parameter] = name
-        for one in self._optimizers:
-            self._require_divisible(one)
-
-    def _require_divisible(self, optimizer: torch.optim.Optimizer) -> None:
-        optimized: set[Tensor] = {p for group in optimizer.param_groups for p in group["params"]}
-        own = [(k, v) for group in optimizer.param_groups for k, v in group.items()]
-        own = [kv for kv in [*own, *vars(optimizer).items()] if kv[0] not in _KNOWN]
-        hidden = {k for k, v in own if any(t in optimized or t.dim() for t in _tensors(v))}
-        if hidden:
-            raise CarryOverError(
-                f"{type(optimizer).__name__} keeps tensors of its own in {sorted(hidden)}, which "
-                f"would stay as large as they are. {_ANOTHER}"
-            )
-        for own_one, name in self._names.items():
-            for key, value in optimizer.state.get(own_one, {}).items():
-                what = f"{type(optimizer).__name__}'s state {key!r} of {name!r}"
-                _require_single_or_shaped(what, value, own_one.shape)
 
     def finish(self, stays: Mapping[str, list[Tensor]]) -> None:
         """The model is small: let the optimizer go on with its parameters, and cut its states.
@@ -83,13 +65,20 @@ class CarryOver:
         fresh = {p: now[name] for p, name in self._names.items() if p in optimized}
         for optimizer in self._optimizers:
             states: dict[Tensor, dict[str, Any]] = {}
+            foreign = {
+                key
+                for parameter, state in optimizer.state.items()
+                for key, value in state.items()
+                if not (_single(value) or _shaped(value, parameter) or _is_mean(value, parameter))
+            }
             for old, new in fresh.items():
                 state = optimizer.state.get(old, {})
-                if new is old or not state or (new.shape != old.shape and _factored(state, old)):
+                factored = any(k in foreign or _is_mean(v, old) for k, v in state.items())
+                if new is old or not state or (factored and new.shape != old.shape):
                     continue
                 states[new] = {
                     key: _cut(value, stays[self._names[old]], new)
-                    if isinstance(value, Tensor) and value.shape == old.shape
+                    if key not in foreign and _shaped(value, old)
                     else value
                     for key, value in state.items()
                 }
@@ -97,30 +86,61 @@ class CarryOver:
             optimizer.state.update(states)
 
 
-def _require_single_or_shaped(what: str, value: object, shape: torch.Size) -> None:
-    if value is None or isinstance(value, bool | int | float | complex | str):
-        return
-    if isinstance(value, Tensor) and (value.shape == shape or value.dim() == 0):
-        return
-    if isinstance(value, Tensor) and _is_mean(value.shape, shape):
-        return
-    is_ = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else "is no tensor"
-    raise CarryOverError(
-        f"{what} {is_}; only states of the parameter's own shape, here {tuple(shape)}, means over "
-        f"one of its dimensions, and single values can be carried over. {_ANOTHER}"
-    )
+def require_carried(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that keeps tensors where a removal cannot exchange or divide them.
+
+    Raises:
+        CarryOverError: naming the optimizer, where it keeps them, and the remedy.
+    """
+    for one in _with_those_inside(optimizer):
+        optimized: set[Tensor] = {p for group in one.param_groups for p in group["params"]}
+        own = [(k, v) for group in one.param_groups for k, v in group.items()]
+        own = [kv for kv in [*own, *vars(one).items()] if kv[0] not in _KNOWN]
+        hidden = {k for k, v in own if any(t in optimized or t.dim() for t in _tensors(v))}
+        if hidden:
+            raise CarryOverError(
+                f"{type(one).__name__} keeps tensors of its own in {sorted(hidden)}, which would "
+                "stay as large as they are. Take another optimizer, or attach a new one before the "
+                "removal"
+            )
 
 
-def _is_mean(mean: torch.Size, shape: torch.Size) -> bool:
+def _with_those_inside(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
+    """An optimizer, and all that it holds in its attributes, each once."""
+    seen: set[int] = set()
+    ahead: list[Any] = [optimizer]
+    while ahead:
+        one = ahead.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.optim.Optimizer):
+            yield one
+            ahead += [v for k, v in vars(one).items() if k not in _KNOWN]
+        elif isinstance(one, Mapping):
+            ahead += one.values()
+        elif isinstance(one, list | tuple):
+            ahead += one
+
+
+def _single(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() == 0 or value.shape == (1,)
+    return value is None or isinstance(value, bool | int | float | complex | str)
+
+
+def _shaped(value: object, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape
+
+
+def _is_mean(value: object, parameter: Tensor) -> bool:
     """Whether a state's shape is its parameter's with one dimension of size 1, or without it."""
+    if not isinstance(value, Tensor) or parameter.dim() < 2 or _shaped(value, parameter):
+        return False
+    shape = parameter.shape
     shorter = [(*shape[:d], *shape[d + 1 :]) for d in range(len(shape))]
     kept = [(*shape[:d], 1, *shape[d + 1 :]) for d in range(len(shape))]
-    return len(shape) > 1 and tuple(mean) in (*shorter, *kept)
-
-
-def _factored(state: Mapping[str, Any], parameter: Tensor) -> bool:
-    values = [v for v in state.values() if isinstance(v, Tensor) and v.shape != parameter.shape]
-    return any(_is_mean(v.shape, parameter.shape) for v in values)
+    return tuple(value.shape) in (*shorter, *kept)
 
 
 def exchange(optimizer: torch.optim.Optimizer, fresh: Mapping[Tensor, Tensor]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -26,7 +26,7 @@ from dpm_core.third_party import otov2, running, trial
 from dpm_core.third_party.groups import UnsupportedLayerError
 from dpm_core.third_party.otov2 import OTO as OTO
 
-from .base import Adapter, AdapterError, Loss, Structures, Training, structure_group
+from .base import Adapter, AdapterError, Loss, Structures, Training, structure_group, width_unit
 from .removal import Removal
 
 _OWN = ("target_group_sparsity", "tolerance_group_sparsity", "warm_up_steps", "weight_decay_type")
@@ -50,6 +50,11 @@ class OTOv2Options:
         epsilon: of the half-space, in [0, 1); higher zeroes earlier.
         lmbda, lmbda_amplify, hat_lmbda_coeff: of the penalty; ``None`` takes upstream's default.
         weight_decay_type: ``l1_norm`` or ``l2_norm``; upstream heeds it for AdamW alone.
+        round_to: layers that lose channels keep a multiple of so many (ours; upstream's
+            ``group_divisible`` rounds either way, and may miss the target). G_p is chosen in
+            whole blocks, by the mean of upstream's score; all of it goes in every variant, so that
+            ``tolerance_group_sparsity`` has no effect; and a released structure is replaced in its
+            own layer, or not released where all others are in G_p.
     """
 
     target_group_sparsity: float
@@ -61,6 +66,7 @@ class OTOv2Options:
     lmbda_amplify: float | None = None
     hat_lmbda_coeff: float | None = None
     weight_decay_type: Literal["l1_norm", "l2_norm"] = "l2_norm"
+    round_to: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.target_group_sparsity < 1:
@@ -78,6 +84,12 @@ class OTOv2Options:
             raise AdapterError(
                 f"weight_decay_type is {self.weight_decay_type!r}; give 'l1_norm' or 'l2_norm'"
             )
+        width_unit(self.round_to)
+
+    @property
+    def unit(self) -> int:
+        """Of how many structures a component keeps a multiple; a structure is one channel here."""
+        return width_unit(self.round_to)
 
 
 class OTOv2(Adapter):
@@ -87,12 +99,14 @@ class OTOv2(Adapter):
     options: OTOv2Options
     training: Training
     needs_training: ClassVar[bool] = True
+    carries: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False  # upstream takes views of its parameters
 
     _graph: Any = None
     _endless = False  # the user says when the training is over
     _over = False
     _goal = 0  # structures to remove; known once G_p is chosen
+    _quotas: Mapping[str, int] | None = None  # by component, where widths are rounded
     _round: int | None = None  # when decays were last started
 
     @property
@@ -125,7 +139,8 @@ class OTOv2(Adapter):
 
         Args:
             oto: upstream's, as imported here.
-            optimizer: what its ``dhspg`` gave, before it has chosen what goes; it is attached.
+            optimizer: what its ``dhspg`` gave, before it has chosen what goes; it is attached. Its
+                ``group_divisible`` is ``round_to`` here.
             smooth: the decay. ``None``: upstream zeroes structures by itself.
             rectify: how decisions are taken back. ``None``: they are not.
             training: how long it is, so that what the target lacks decays in time. ``None``: the
@@ -145,7 +160,9 @@ class OTOv2(Adapter):
             )
         own = {name: getattr(optimizer, name) for name in _OWN}
         first = optimizer.param_groups[0]
-        options = cls.Options(**own, epsilon=float(first["epsilon"]))
+        options = cls.Options(
+            **own, epsilon=float(first["epsilon"]), round_to=int(first["group_divisible"])
+        )
         endless = Training(sys.maxsize) if training is None else training
         run = cls(oto._model, oto._dummy_input, options, smooth, rectify, training=endless)
         run.progress, run._endless, run._graph = progress, training is None, oto
@@ -156,6 +173,7 @@ class OTOv2(Adapter):
                 otov2.DeferringDHSPG.of(optimizer)
         except UnsupportedLayerError as why:
             raise AdapterError(str(why)) from why
+        optimizer.round_to = options.unit
         return run.attach(optimizer, loss)
 
     _partition: int | None = None
@@ -198,12 +216,13 @@ class OTOv2(Adapter):
             raise AdapterError(f"upstream cannot read this model: {reason}") from cause
         if not groups:
             raise AdapterError(f"upstream finds nothing to prune: {otov2.unpruned(read)}")
-        total = sum(g.structures for g in groups)
-        most = (total - len(groups)) / total
+        total, unit = sum(g.structures for g in groups), self.options.unit
+        most = sum(otov2.most(g.structures, unit) for g in groups) / total
         if self.options.target_group_sparsity > most:
+            left = "one structure" if unit == 1 else f"{unit} structures (round_to)"
             raise AdapterError(
                 f"target_group_sparsity {self.options.target_group_sparsity} is impossible: with "
-                f"one structure left in every group it is {most:.3f}. Lower it"
+                f"{left} left in every group it is {most:.3f}. Lower it"
             )
         own = dict(self.model.named_parameters())
         for group in groups:
@@ -250,7 +269,7 @@ class OTOv2(Adapter):
             self.check()
         self._graph, o = otov2.graph(self.model, self.example), self.options
         kind = otov2.DHSPG if self.smooth is None else otov2.DeferringDHSPG
-        return kind(
+        optimizer = kind(
             self._graph,
             weight_decay_type=o.weight_decay_type,
             target_group_sparsity=o.target_group_sparsity,
@@ -263,6 +282,8 @@ class OTOv2(Adapter):
             hat_lmbda_coeff=o.hat_lmbda_coeff,
             **settings,
         )
+        optimizer.round_to = o.unit
+        return optimizer
 
     @property
     def _dhspg(self) -> Any:
@@ -313,14 +334,34 @@ class OTOv2(Adapter):
             wanted = self.options.target_group_sparsity * self._dhspg.structures()
             # Upstream spares a structure of every component, so G_p may be smaller.
             self._goal = min(math.ceil(wanted - 1e-9), self._dhspg.penalised())
+            self._round_goal()
             self._limit_releases()
         if self.dpm is not None and self.decided:
+            past = len(self.dpm.events)
             self._exchange(self.dpm)
             self._decay_wanted(self.dpm)
+            if len(self.dpm.events) != past:
+                self._reserve(self.dpm)
+
+    def _round_goal(self) -> None:
+        """Where widths are rounded, all of G_p goes, and of each component as many as are in it."""
+        if self.options.unit > 1:
+            self._goal = self._dhspg.penalised()
+            groups = self._dhspg.zero_invariant
+            self._quotas = {name: g["num_groups_g_p"] for name, g in groups.items()}
+
+    def _reserve(self, dpm: DecayPruning) -> None:
+        """Where widths are rounded, what waits in G_p cannot replace anything: it goes itself."""
+        if self._quotas is not None:
+            dpm.reserved = {
+                name: int((self._dhspg.penalised_in(name) & dpm.available(name)).sum())
+                for name in self._quotas
+            }
 
     def _limit_releases(self) -> None:
         """Allow no more releases than leave enough structures to meet the target."""
         if self.dpm is not None and self.decided:
+            self._reserve(self.dpm)
             # What was released never goes, and one structure of every component stays anyway.
             spare = self._dhspg.structures() - self._goal - len(self.dpm.groups)
             self.dpm.release_limit = max(0, spare)
@@ -340,24 +381,31 @@ class OTOv2(Adapter):
 
     def _exchange(self, dpm: DecayPruning) -> None:
         """What was released leaves G_p, and what decays in its place enters."""
-        released = False
+        released: dict[str, None] = {}
         for event in self.new_events():
             if event.kind == "release":
                 self._dhspg.exchange(event.group, event.structures, [])
-                released = True
+                released[event.group] = None
             elif event.kind == "decay" and event.wave:
                 self._dhspg.exchange(event.group, [], event.structures)
-        for _ in range(self._goal - self._dhspg.penalised() if released else 0):
-            self._widen(dpm)
+        if not released:
+            return
+        for name, quota in (self._quotas or {}).items():
+            lacking = quota - int(self._dhspg.penalised_in(name).sum()) if name in released else 0
+            for _ in range(lacking):
+                self._widen(dpm, [name])
+        for _ in range(self._goal - self._dhspg.penalised()):
+            self._widen(dpm, list(self._dhspg.scores))
 
-    def _widen(self, dpm: DecayPruning) -> None:
-        """The best-ranked structure anywhere enters G_p, and waits there for its turn.
+    def _widen(self, dpm: DecayPruning, components: Sequence[str]) -> None:
+        """The best-ranked structure of some components enters G_p, and waits there for its turn.
 
-        Where a component had nothing outside of G_p to replace a released structure with, G_p has
-        become too small for the target.
+        Where a component had nothing outside of G_p to replace a released structure with, or an
+        exchange took what waited in G_p, G_p has become too small for the target.
         """
         ranked = []
-        for name, scores in self._dhspg.scores.items():
+        for name in components:
+            scores = self._dhspg.scores[name]
             stays = ~self._dhspg.penalised_in(name) & (dpm.phases(name) == Phase.ACTIVE)
             free = (stays & dpm.available(name)).nonzero()[:, 0]
             if len(free) and int(stays.sum()) > 1:  # every component keeps one
@@ -406,7 +454,8 @@ class OTOv2(Adapter):
         if self.dpm is not None:
             return self.dpm.count(Phase.PRUNED) >= self._goal
         zeros, dhspg = self._dhspg.zeros(), self._dhspg
-        return bool(dhspg.reach_target_group_sparsity() or zeros >= dhspg.penalised())
+        reached: bool = dhspg.reach_target_group_sparsity()
+        return reached or (self.options.unit == 1 and zeros >= dhspg.penalised())
 
     @property
     def due(self) -> bool:
@@ -445,10 +494,11 @@ class OTOv2(Adapter):
                     f"{self.decay_steps()} steps: train on, or give `training`, so that the last "
                     "decays start in time"
                 )
-            zeros = sum(len(k) for k in self.selection().values())
+            zeros = sum(len(k) for k in self.going().values())
             if not zeros:
+                few = "no structure is" if self.options.unit == 1 else "too few structures are"
                 raise AdapterError(
-                    "no structure is zero yet, so there is nothing to remove: train on, start "
+                    f"{few} zero yet, so there is nothing to remove: train on, start "
                     "pruning earlier, or raise lmbda or epsilon"
                 )
             share = zeros / self._dhspg.structures()
@@ -462,8 +512,13 @@ class OTOv2(Adapter):
         return super().remove()
 
     def going(self) -> Structures:
-        """Whatever is zero."""
-        return self.selection()
+        """Whatever is zero; where widths are rounded, as many of it as leave multiples."""
+        return {name: self._whole(name, zeros) for name, zeros in self.selection().items()}
+
+    def _whole(self, component: str, zeros: Sequence[int] | Tensor) -> Sequence[int] | Tensor:
+        unit, size = self.options.unit, self.grouped()[component].size
+        left = math.ceil((size - len(zeros)) / unit) * unit
+        return zeros[: max(0, size - left)]
 
     def take_out(self, going: Structures) -> Removal:
         """By the dependency graph. DHSPG is of the full size: another optimizer has to follow."""
@@ -487,4 +542,6 @@ class OTOv2(Adapter):
         """Go on from a saved state."""
         super().restore(state)
         if not self.complete:
+            if self.decided:
+                self._round_goal()
             self._limit_releases()

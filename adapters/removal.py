@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from dpm_core import DecayPruning, Phase, StructureGroup
 from dpm_core.attachment import unwrapped
+from dpm_core.third_party import running
 from dpm_core.third_party.errors import AdapterError
 
 from .optimizer_state import CarryOver
@@ -38,7 +39,8 @@ class Removal:
     as in the model that the earlier ones leave. An occurrence without channels does nothing else.
 
     Attributes:
-        items: (layer's name, its output channels), as modules are named in the dense model. Any
+        items: (layer's name, its output channels), as modules are named in the dense model, before
+            ``torch.compile``. Any
             such pairs are taken; channels are kept in ascending order, and items without any are
             left out where they say nothing.
 
@@ -50,7 +52,7 @@ class Removal:
 
     def __init__(self, items: Iterable[tuple[str, Iterable[int]]] = ()) -> None:
         try:
-            kept = tuple((name, tuple(sorted(map(_position, c)))) for name, c in items)
+            kept = tuple((_plain(name), tuple(sorted(map(_position, c)))) for name, c in items)
         except (TypeError, ValueError) as cause:
             raise AdapterError(
                 f"a removal is pairs of a layer's name and its output channels ({cause})"
@@ -120,13 +122,25 @@ class Removal:
             CarryOverError: the optimizer's state cannot be divided by structure. In all cases model
                 and optimizer are as they were.
         """
-        from dpm_core.third_party import dependency, graph  # only now: it loads torch-pruning
+        from dpm_core.third_party import graph  # only now: it loads torch-pruning
+
+        with running.uncompiled(model) as plain:
+            self._apply(plain, example, optimizer, cut, graph.build if build is None else build)
+
+    def _apply(
+        self,
+        model: nn.Module,
+        example: Any,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
+        cut: bool,
+        by: Build,
+    ) -> None:
+        from dpm_core.third_party import dependency
 
         plan = list(self)
         several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         optimizers = [unwrapped(one) for one in several if one is not None]
         carried = [CarryOver(model, one) for one in optimizers]
-        by = graph.build if build is None else build
         stays = dependency.survivors(model, example, plan, by) if carried else {}
         (dependency.cut if cut else dependency.remove)(model, example, plan, by)
         for one in carried:
@@ -168,6 +182,10 @@ def _telling(
             kept.append((name, channels))
             over = False
     return tuple(kept)
+
+
+def _plain(name: Any) -> Any:
+    return running.plain_name(name) if isinstance(name, str) else name
 
 
 def _position(value: Any) -> int:

@@ -75,6 +75,11 @@ class Saved:
 
     def load_into(self, model: nn.Module, example: Tensor) -> nn.Module:
         """Make a dense model the saved one, in place; see :func:`load_pruned`."""
+        with running.uncompiled(model) as plain:
+            self._load_into(plain, example)
+        return model
+
+    def _load_into(self, model: nn.Module, example: Tensor) -> None:
         from dpm_core.third_party import dependency  # only now: it loads torch-pruning
 
         self._check_names(model.state_dict())
@@ -105,7 +110,6 @@ class Saved:
                 )
         dependency.take_out(model, example, list(self.removal))  # as was tried on the copy
         model.load_state_dict(self.tensors)
-        return model
 
     def _check_names(self, dense: Mapping[str, Any]) -> None:
         missing, extra = sorted(dense.keys() - self.tensors), sorted(self.tensors.keys() - dense)
@@ -144,14 +148,15 @@ def save_pruned(
             or the removal or the facts are not what they should be; nothing was written.
         OSError: the file cannot be written; nothing was.
     """
-    layers = dict(model.named_modules())
+    with running.uncompiled(model) as plain:
+        layers, state = dict(plain.named_modules()), plain.state_dict()
     for name, _ in removal:
         if name not in layers:
             raise SavedModelError(f"the removal names {name!r}, which is no layer of the model")
     tensors: dict[str, Tensor] = {}
     same: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             raise SavedModelError(
                 f"{name!r} is no tensor with values of its own that a file can hold; only such "
@@ -203,6 +208,7 @@ def read(path: Path) -> Saved:
             described = json.loads(metadata["description"])
             for name, other in described["same"].items():
                 tensors[name] = tensors[other]
+            tensors = {running.plain_name(n): t for n, t in tensors.items()}  # of earlier releases
             removal = Removal(described["plan"])
             return Saved(removal, described["facts"], dict(sorted(tensors.items())))
     except Exception as cause:  # damage shows in many ways

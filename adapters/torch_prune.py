@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from dpm_core import Slice, StructureGroup
+from dpm_core.third_party.groups import structures_in
 
-from .base import Adapter, AdapterError, Structures
+from .base import Adapter, AdapterError, Structures, width_unit
 from .depgraph import structure_groups
 
 
@@ -30,17 +31,20 @@ class TorchPruneOptions:
             rounded as upstream rounds it.
         n: upstream's ``n``: the order of the norm that ranks the channels.
         ignored: names of layers that are left as they are, besides those that make the output.
+        round_to: groups that lose channels keep the next lower multiple of so many (ours).
     """
 
     amount: float
     n: float = 2.0
     ignored: tuple[str, ...] = ()
+    round_to: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.amount < 1:
             raise AdapterError(f"amount is {self.amount}; give a share above 0, below 1")
         if not self.n > 0:
             raise AdapterError(f"n is {self.n}; give the order of a norm, above 0")
+        width_unit(self.round_to)
 
 
 class TorchPrune(Adapter):
@@ -60,12 +64,18 @@ class TorchPrune(Adapter):
         )
 
     def selection(self) -> Structures:
-        """The structures of each group that upstream masks."""
+        """The structures of each group that upstream masks, and those that round its width."""
         o = self.options
-        return {
-            name: masked(group, o.amount, o.n, torch.ones(group.size).bool())
-            for name, group in self.grouped().items()
-        }
+        chosen: Structures = {}
+        for name, group in self.grouped().items():
+            free = torch.ones(group.size).bool()
+            gone = masked(group, o.amount, o.n, free)
+            unit = structures_in(width_unit(o.round_to), len(self.channels(name, [0])))
+            count = group.size - (group.size - len(gone)) // unit * unit
+            if len(gone) not in (0, count):
+                gone = masked(group, count, o.n, free)
+            chosen[name] = gone
+        return chosen
 
     def choose(self, group: str, count: int, free: Tensor) -> Tensor:
         """What upstream masks next in the same group."""
@@ -83,8 +93,8 @@ class TorchPrune(Adapter):
         for name, group in groups.items():
             if len(chosen[name]) == group.size:
                 raise AdapterError(
-                    f"amount {amount} is impossible: upstream rounds it to all {group.size} "
-                    f"channels of {name!r}. Lower amount, or name the layer in `ignored`"
+                    f"amount {amount} is impossible: rounding takes all {group.size} channels of "
+                    f"{name!r}. Lower amount or round_to, or name the layer in `ignored`"
                 )
         if not any(len(structures) for structures in chosen.values()):
             raise AdapterError(

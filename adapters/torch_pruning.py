@@ -154,6 +154,7 @@ class TorchPruning(Adapter):
         for root, why in odd.items():
             also = root in self._own.with_heads and self.options.adapt is None
             raise AdapterError(remedy(root, why) + (f", or {COUNTED}" if also else ""))
+        self._own.require_ranking()
         super().check()
 
     def groups(self) -> list[StructureGroup]:

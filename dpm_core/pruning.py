@@ -96,6 +96,12 @@ class DecayPruning:
 
         ``None``: as many as others of their groups can replace. Not saved with the state.
         """
+        self.reserved: dict[str, int] = {}
+        """By group, how many :meth:`available` structures releases must leave there.
+
+        For a framework that has other plans for them than to replace what was released. Groups that
+        are not named keep none. Not saved with the state.
+        """
 
         self._ledger = Ledger.blank(self._structures.size)
         self._attachment: Attachment | None = None
@@ -378,7 +384,7 @@ class DecayPruning:
         sums, choice = stepping.sums(reading), None
         if sums is not None and releases is not None and maximised is not None:
             processes, limit = self._agreement.processes, self.release_limit
-            choice = releases.choose(sums, self.clock, limit, maximised, processes)
+            choice = releases.choose(sums, self.clock, limit, self.reserved, maximised, processes)
             if choice is not None:
                 self._agreement.require_same_release(self.clock, sums.numbers[choice.released])
                 self.heard += choice.batches

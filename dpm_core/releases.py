@@ -7,7 +7,7 @@ ledger, and a hearing is run for the criteria that need one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +120,7 @@ class Releases:
         sums: Sums,
         clock: int,
         limit: int | None,
+        reserved: Mapping[str, int],
         maximised: set[int],
         processes: Processes | None,
     ) -> Choice | None:
@@ -129,6 +130,7 @@ class Releases:
             sums: of the decaying structures.
             clock: optimizer steps so far.
             limit: how many structures may be released in the whole run; ``None``: any number.
+            reserved: by group, how many available structures have to be left.
             maximised: ``id`` of the parameters whose objective is maximised.
             processes: of the run, if there are several.
 
@@ -149,7 +151,7 @@ class Releases:
             return None
         numbers, criterion = every[due], self._rectify.criterion
         groups, cohort = self._structures.group_of[numbers].unique(return_inverse=True)
-        limits = self._limits(numbers, groups, limit)
+        limits = self._limits(numbers, groups, limit, reserved)
         derivative = fisher = worth = free_worth = None
         if criterion.batches:
             if not bool((limits > 0).any()):
@@ -200,19 +202,25 @@ class Releases:
         chosen = refill(release.group, count, free.clone())
         return _require_refill(release.group, chosen, count, free)
 
-    def _limits(self, numbers: Tensor, groups: Tensor, limit: int | None) -> Tensor:
+    def _limits(
+        self, numbers: Tensor, groups: Tensor, limit: int | None, reserved: Mapping[str, int]
+    ) -> Tensor:
         """How many structures of each group may be released now; (G,) int64.
 
         Args:
             numbers: of the structures whose decision falls now.
             groups: (G,), the groups that they are of.
             limit: how many may be released in the whole run.
+            reserved: by group, how many available structures have to be left.
         """
         immune, per_group = self._ledger.immune, self._structures.per_group
         decided = per_group(self._decided().index_fill(0, numbers, True))
         allowed = (self._rectify.max_share * decided + 1e-9).long()
         # A released structure must be replaceable, or the target could not be met.
-        limits = torch.minimum(allowed - per_group(immune), per_group(self._ledger.available))
+        spare = per_group(self._ledger.available)
+        if reserved:
+            spare = spare - torch.tensor([reserved.get(n, 0) for n in self._structures.names])
+        limits = torch.minimum(allowed - per_group(immune), spare)
         limits = limits[groups].clamp(min=0)
         if limit is not None:
             left = max(0, limit - int(immune.sum()))

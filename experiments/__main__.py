@@ -96,9 +96,15 @@ def parser() -> argparse.ArgumentParser:
         )
         known.add_argument("--out", type=folder, default=Path("runs"), help="where runs are kept")
     commands.add_parser("results", help="RESULTS.md and its plots from the kept records")
-    tried = commands.add_parser("lengths", help="table of the decay lengths that were tried")
-    tried.add_argument("paths", type=folder, nargs="*", help="runs to keep first; none to render")
-    tried.add_argument("--out", type=Path, help="the kept records (default: the project's)")
+    for name, what in (
+        ("lengths", "table of the decay lengths that were tried, on validation images"),
+        ("budgets", "table of what a decay is worth with so many steps, on test images"),
+    ):
+        tried = commands.add_parser(name, help=what)
+        tried.add_argument(
+            "paths", type=folder, nargs="*", help="runs to keep first; none to render"
+        )
+        tried.add_argument("--out", type=Path, help="the kept records (default: the project's)")
     for name, what in MEASURING.items():
         commands.add_parser(name, help=what, add_help=False)
     return top
@@ -190,12 +196,13 @@ def _show(command: str, runs: list[Run], out: Path) -> None:
             print(path)
 
 
-def _lengths(paths: list[Path], out: Path | None) -> None:
+def _lengths(paths: list[Path], out: Path | None, *, chosen: bool) -> None:
     from .showing import lengths
 
-    out = lengths.KEPT if out is None else out
+    if out is None:
+        out = lengths.KEPT if chosen else lengths.BUDGETS
     if paths:
-        lengths.keep(kept.read(paths), out)
+        lengths.keep(kept.read(paths), out, chosen=chosen)
     print(lengths.table(kept.read([out])).markdown())
 
 
@@ -276,8 +283,8 @@ def _carry_out(args: argparse.Namespace) -> None:
 
         for path in results.renew():
             print(path)
-    elif args.command == "lengths":
-        _lengths(args.paths, args.out)
+    elif args.command in ("lengths", "budgets"):
+        _lengths(args.paths, args.out, chosen=args.command == "lengths")
     else:
         _show(args.command, kept.located(args.paths or [args.out]), args.out)
 

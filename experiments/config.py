@@ -62,6 +62,7 @@ LATER: tuple[tuple[str, str, Any], ...] = (
     ("", "draw_by_seed", False),
     ("data", "augmentation", "shift"),
     ("rectify", "gate", None),
+    ("", "latency", {"batches": [1, 128], "onnxruntime": True}),
 )
 """Keys that earlier releases did not know: their table, and the value that they have unless given.
 
@@ -308,6 +309,15 @@ class Curve(_Table):
     until: Annotated[int, Field(ge=0)] = 100
 
 
+class Timing(_Table):
+    """What is timed of the dense, the masked and the small model in the end."""
+
+    batches: Annotated[list[Annotated[int, Field(ge=1, le=10**6)]], Field(min_length=1)] = [1, 128]
+    """Sizes of batches. Tables and plots show the largest, in PyTorch."""
+    onnxruntime: bool = True
+    """Whether onnxruntime is timed beside PyTorch, where runs are on a CPU."""
+
+
 class Settings(_Table):
     """What a configuration says, whether or not this machine could run it, as records keep it."""
 
@@ -334,6 +344,7 @@ class Settings(_Table):
     rectify: Rectify = Rectify()
     curve: Curve = Curve()
     compute: Compute = Compute()
+    latency: Timing = Timing()
 
     def hash(self) -> str:
         """A hash of the configuration's content: 16 hex digits."""

@@ -19,6 +19,8 @@ from .files import save_text, vouched, vouches
 from .names import Seed, Text, one_line
 
 Variant = Literal["base", "sp", "sr", "random", "least-resistant"]
+Timed = Literal["dense", "masked", "pruned"]
+"""The models whose passes are timed."""
 VARIANTS: tuple[Variant, ...] = ("base", "sp", "sr")
 CONTROLS: tuple[Control, ...] = ("random", "least-resistant")
 """``sr`` with the releases of a control: as many on the same schedule, but other ones."""
@@ -112,6 +114,21 @@ class Latency(Part):
     pruned: Duration
 
 
+class Speed(Part):
+    """Median milliseconds of a forward pass of a batch, measured side by side, in one engine."""
+
+    engine: Literal["torch", "onnxruntime"]
+    batch: Whole
+    dense: Duration
+    masked: Duration | None = None
+    pruned: Duration
+
+    @property
+    def gain(self) -> float:
+        """How many times faster than the dense model the small one is."""
+        return self.dense / self.pruned
+
+
 class Channels(NamedTuple):
     """Output channels of one layer."""
 
@@ -174,6 +191,9 @@ class Record(Part):
     """Accuracy around the removal."""
     steps: Steps
     latency: Latency
+    speeds: Annotated[list[Speed], Field(max_length=1000)] | None = None
+    """By engine and batch; ``latency`` is PyTorch's of the largest. Not in records of earlier
+    releases."""
     seconds: Amount
     """Of the framework's stages."""
     loading: Amount
@@ -213,6 +233,21 @@ class Record(Part):
     def run(self) -> dict[str, Any]:
         """What the model and the trace beside the record have to name as their run."""
         return run_of(self.config_hash, self.variant, self.seed, self.images)
+
+    def milliseconds(self, of: Timed) -> float | None:
+        """A model's ``latency``, ``None`` where there is none.
+
+        None of the dense model in records without ``speeds``: it was measured in the slower of two
+        layouts there, unless its run had trained it, which the record does not say.
+        """
+        if of == "dense" and self.speeds is None:
+            return None
+        value: float | None = getattr(self.latency, of)
+        return value
+
+    def kept_promise(self, speed: Speed) -> float:
+        """What share of the saving in MACs arrives as a saving of time."""
+        return speed.gain * self.macs.pruned / self.macs.dense
 
     # ------------------------------------------------------------------ reading and writing
 

@@ -20,7 +20,6 @@ What this file works around, all of it in that version:
 from __future__ import annotations
 
 import contextlib
-import copy
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -470,7 +469,8 @@ class Tracing:
         for layer in layers:
             layer.forward = _in_one_piece(layer.forward)
         try:
-            with running.same_draws(), running.untouched(model), running.Watched():
+            eager = running.as_written()
+            with running.same_draws(), running.untouched(model), eager, running.Watched():
                 return running.call(model, example)
         finally:
             for layer, forward in own.items():
@@ -994,7 +994,7 @@ def _probed(built: Any, node: Any, index: list[list[int]], name: str) -> list[Sh
     number = {p: i + 1 for i, p in enumerate(sorted(p for places in index for p in places))}
     codes = {n: [torch.zeros(size, dtype=torch.int64) for size in p.shape] for n, p in own.items()}
     for bit in range(len(number).bit_length()):
-        trial = copy.deepcopy(layer)
+        trial = running.copied(layer)
         for parameter in trial.parameters():
             parameter.grad = None
             parameter.data = torch.arange(parameter.numel()).view(parameter.shape).double()

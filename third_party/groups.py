@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -95,6 +96,11 @@ class UpstreamGroup:
                 "Give whole structures (a structure group's `index` lists their channels)"
             )
         return structures
+
+
+def structures_in(channels: int, size: int) -> int:
+    """The fewest structures of ``size`` channels each that have a multiple of some ``channels``."""
+    return channels // math.gcd(channels, size)
 
 
 def named(root: str, why: str) -> str:

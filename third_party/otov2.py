@@ -27,6 +27,7 @@ import importlib.util
 import inspect
 import io
 import logging
+import math
 import sys
 import types
 import warnings
@@ -386,6 +387,47 @@ def unpruned(oto: Any) -> dict[str, str]:
     return reasons
 
 
+def most(size: int, unit: int) -> int:
+    """How many of a component's structures may go, so that a multiple of ``unit`` is left."""
+    return size - unit if size > unit else 0
+
+
+def blocks(scores: Mapping[str, Tensor], unit: int, wanted: int) -> dict[str, Tensor]:
+    """Choose structures to go, so that every component keeps a multiple of them (ours).
+
+    A component loses none, or as many as lead to a multiple, and then block after block, each of
+    the structures that rank highest. Of all components' next blocks that with the highest mean
+    score is taken, until enough structures are.
+
+    Args:
+        scores: by component, (K,); the highest go first.
+        unit: what a component that loses structures keeps a multiple of, and that many at least.
+        wanted: how many are to go at least; all that may, where that is fewer.
+
+    Returns:
+        By component, which go, (K,) bool: fewer than ``unit`` beyond ``wanted``.
+    """
+    order = {name: s.argsort(descending=True, stable=True) for name, s in scores.items()}
+    ranked: list[tuple[float, str, int]] = []
+    for name, s in scores.items():
+        start, going, score = 0, most(len(s), unit), math.inf
+        while start < going:
+            end = start + (len(s) % unit or unit if start == 0 else unit)
+            # No block goes before those that it stands behind, however their means are rounded.
+            score = min(score, float(s[order[name][start:end]].mean()))
+            ranked.append((score, name, end))
+            start = end
+    counts = dict.fromkeys(scores, 0)
+    for _, name, end in sorted(ranked, key=lambda block: -block[0]):  # of equal ones the first
+        if sum(counts.values()) >= wanted:
+            break
+        counts[name] = end
+    return {
+        name: torch.zeros_like(s, dtype=torch.bool).index_fill(0, order[name][: counts[name]], True)
+        for name, s in scores.items()
+    }
+
+
 # ---------------------------------------------------------------------- the optimizer
 
 
@@ -395,7 +437,17 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
     Args:
         oto: what :func:`graph` returned.
         settings: upstream's own, by upstream's own names.
+
+    Attributes:
+        round_to: components of which structures go keep a multiple of so many. Ours: upstream's
+            ``group_divisible`` rounds what stays either way, so that its target may be missed, and
+            ends the penalty where enough structures are zero, whatever the widths. Set it before
+            G_p is chosen.
+        pending: with that, how many structures of G_p were not zero after the last step.
     """
+
+    round_to: int = 1
+    pending: int = 0
 
     def __init__(self, oto: Any, **settings: Any) -> None:
         given = oto._graph.params_groups(epsilon=settings.get("epsilon", 0.0))
@@ -410,8 +462,52 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
 
     def compute_group_sparsity_omega(self) -> Any:
         """Upstream's share of structures at zero, and the sum of all norms."""
+        if self.round_to > 1 and self.partitioned:
+            self.pending = self._pending()
         with running(self.device):
             return super().compute_group_sparsity_omega()
+
+    def _pending(self) -> int:
+        left = torch.zeros((), dtype=torch.int64, device=self.device)
+        for group in self.zero_invariant.values():
+            x = torch.cat(self.get_xs_grads(group, require_grad=False)[0], dim=1)
+            left += (x[group["magnitude_penalize_bool"]] != 0).any(1).sum()
+        return int(left)
+
+    def reach_target_group_sparsity(self) -> bool:
+        """Whether enough structures are zero: upstream asks this before it penalises."""
+        if self.round_to > 1 and self.partitioned:
+            return self.pending == 0
+        return bool(super().reach_target_group_sparsity())
+
+    def partition_groups(self) -> None:
+        """Upstream's choice of G_p; where widths are rounded, in whole blocks by its scores."""
+        super().partition_groups()
+        if self.round_to > 1:
+            share = self.target_group_sparsity * self.structures()
+            chosen = blocks(self.saliency(), self.round_to, math.ceil(share - 1e-9))
+            for name, group in self.zero_invariant.items():
+                self._set_mask(group, chosen[name])
+            self.pending = self._pending()
+
+    def saliency(self) -> dict[str, Tensor]:
+        """What upstream ranks structures by in :meth:`partition_groups`; the highest go first.
+
+        Source: OTOv2, arXiv 2303.06862, saliency score: half the cosine between weights and
+        gradient, half the inverse of the mean magnitude, each normalised over all structures.
+
+        Returns:
+            (K,) by component.
+        """
+        cosines, magnitudes = [], []
+        for group in self.zero_invariant.values():
+            x, gradient = (torch.cat(t, dim=1) for t in self.get_xs_grads(group))
+            cosines.append(functional.cosine_similarity(-x, -gradient))
+            magnitudes.append(torch.norm(x, dim=1) / x.shape[1])
+        scores = functional.normalize(torch.cat(cosines), dim=0)
+        scores = scores + functional.normalize(1 / (torch.cat(magnitudes) + 1e-6), dim=0)
+        sizes = [len(c) for c in cosines]
+        return dict(zip(self.zero_invariant, (scores / 2).split(sizes), strict=True))
 
     def compute_norm_group_partitions(self) -> Any:
         """Upstream's sums of norms, and counts, in G_p and outside."""
@@ -447,6 +543,8 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, by the names of parameters."""
         saved: dict[str, Any] = {"sparsity": float(self.curr_group_sparsity), "groups": {}}
+        if self.round_to > 1:
+            saved["pending"] = self.pending
         for i, group in enumerate(self.param_groups):
             entry: dict[str, Any] = {name: group[name] for name in (*self._COUNTS, "lr")}
             entry["mask"] = group.get("magnitude_penalize_bool")
@@ -475,6 +573,7 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
                 "variant and the model it was saved for"
             )
         self.curr_group_sparsity = np.asarray(state["sparsity"], dtype=np.float32)
+        self.pending = state.get("pending", 0)
         for i, group in enumerate(self.param_groups):
             entry = state["groups"][group["root"]]
             group.update({name: entry[name] for name in (*self._COUNTS, "lr")})
@@ -496,6 +595,8 @@ class DHSPG(_DHSPG):  # type: ignore[misc]
         return (
             entries.keys() == groups.keys()
             and isinstance(state["sparsity"], float)
+            and (self.round_to == 1) == ("pending" not in state)
+            and isinstance(state.get("pending", 0), int)
             and all(
                 set(entry) == {*self._COUNTS, *self._BUFFERS, "lr", "mask"}
                 and all(isinstance(entry[name], int) for name in self._COUNTS)
@@ -581,6 +682,9 @@ class DeferringDHSPG(DHSPG):
         """Upstream asks this before it penalises."""
         return self.reached
 
+    def _pending(self) -> int:
+        return 0  # nothing here asks
+
     def half_space_project(
         self, hat_x: Tensor, x: Tensor, epsilon: float, upper_group_sparsity: float
     ) -> Tensor:
@@ -596,8 +700,8 @@ class DeferringDHSPG(DHSPG):
         projected = super().half_space_project(
             short, norm.unsqueeze(1), epsilon, upper_group_sparsity
         )
-        zeroed = (projected[:, 0] == 0) & there
-        self._projected = zeroed, torch.where(there, along / norm, torch.inf)
+        # What is zero from the start goes first: it counts towards the target as any other.
+        self._projected = projected[:, 0] == 0, torch.where(there, along / norm, -torch.inf)
         return hat_x
 
     def update_xs(self, group: dict[str, Any], xs: list[Tensor], new: Tensor) -> None:
@@ -612,21 +716,9 @@ class DeferringDHSPG(DHSPG):
         super().update_xs(group, xs, new)
 
     def partition_groups(self) -> None:
-        """Upstream's choice of G_p; the scores that it ranked by are kept for refills.
-
-        Source: OTOv2, arXiv 2303.06862, saliency score: half the cosine between weights and
-        gradient, half the inverse of the mean magnitude, each normalised over all structures.
-        """
+        """The base class's choice of G_p; the scores that it ranked by are kept for refills."""
         super().partition_groups()
-        cosines, magnitudes = [], []
-        for group in self.zero_invariant.values():
-            x, gradient = (torch.cat(t, dim=1) for t in self.get_xs_grads(group))
-            cosines.append(functional.cosine_similarity(-x, -gradient))
-            magnitudes.append(torch.norm(x, dim=1) / x.shape[1])
-        scores = functional.normalize(torch.cat(cosines), dim=0)
-        scores = scores + functional.normalize(1 / (torch.cat(magnitudes) + 1e-6), dim=0)
-        sizes = [len(c) for c in cosines]
-        self.scores = dict(zip(self.zero_invariant, (scores / 2).split(sizes), strict=True))
+        self.scores = self.saliency()
 
     def penalised_in(self, component: str) -> Tensor:
         """Which structures of a component are in G_p, (K,) bool on the host."""

@@ -82,7 +82,7 @@ class OwnPruner:
         with_heads: roots of the groups that lose whole heads.
 
     Raises:
-        AdapterError: it is no pruner of torch-pruning.
+        AdapterError: it is no pruner of torch-pruning, or one of a compiled model.
     """
 
     def __init__(self, upstream: Any, adapt: Callable[[nn.Module], object] | None = None) -> None:
@@ -90,6 +90,11 @@ class OwnPruner:
             raise AdapterError(
                 f"{type(upstream).__name__} is no pruner of torch-pruning; give one derived from "
                 "torch_pruning.pruner.BasePruner, as you constructed it"
+            )
+        if running.inside(upstream.model) is not upstream.model:
+            raise AdapterError(
+                f"{type(upstream).__name__} was constructed of a compiled model, in which upstream "
+                "may miss layers; construct it of the model that torch.compile was given"
             )
         self.upstream, self.model = upstream, upstream.model
         graph.require_plain_weights(self.model)
@@ -136,9 +141,7 @@ class OwnPruner:
         self.refused, self.with_heads, self._tables = {}, set(), {}
         with self._at_work():
             for group in self._all():
-                ranked = group
-                if up._is_atten_group(group)[0]:
-                    ranked = up._downstream_node_as_root_if_attention(group)
+                ranked = self._as_ranked(group)
                 if ranked is None or not self._may_prune(ranked):
                     continue
                 root = names[group[0].dep.target.module]
@@ -249,6 +252,53 @@ class OwnPruner:
             return at.tolist(), [(places % (count // together), channels)]
         return at.tolist(), []
 
+    def require_ranking(self) -> None:
+        """Refuse groups that an importance of upstream's fails on, before a step asks it.
+
+        One by gradients is asked with gradients of its own where the model has none yet. What an
+        importance gathers in the training (``OBDCImportance``, ``ActivationImportance``) may be to
+        come, and one that is no class of upstream's is asked in its step alone.
+
+        Raises:
+            AdapterError: naming a group, the importance, and the remedy.
+        """
+        up, importance = self.upstream, self.upstream.importance
+        if not isinstance(importance, tp.importance.Importance) or (
+            isinstance(importance, _OBDC) and not importance.steps
+        ):
+            return
+        kept, ranked = [(p, p.grad) for p in self.model.parameters()], 0
+        for parameter, gradient in kept:
+            if gradient is None:
+                parameter.grad = parameter.new_ones(()).expand_as(parameter)
+        try:
+            with self._at_work(), running.same_draws(), torch.no_grad():
+                for group in map(self._as_ranked, self._all()):
+                    if group is None or self._key(group) not in self._tables:
+                        continue
+                    root = self._graph._module2name[group[0].dep.target.module]
+                    try:
+                        ranked += up.estimate_importance(group) is not None
+                    except Exception as cause:
+                        raise AdapterError(
+                            f"{self._importance} fails at the group of {root!r} "
+                            f"({type(cause).__name__}: {_line(cause)}); give {self.name} another "
+                            "importance, or put the layer into its ignored_layers"
+                        ) from cause
+        finally:
+            for parameter, gradient in kept:
+                parameter.grad = gradient
+        if not ranked and isinstance(importance, tp.importance.BNScaleImportance):
+            raise AdapterError(
+                f"{self._importance} ranks no group of layers; give {self.name} another importance"
+            )
+
+    def _as_ranked(self, group: Any) -> Any:
+        """A group as upstream ranks it: by the layer behind, where attention is involved."""
+        if self.upstream._is_atten_group(group)[0]:
+            group = self.upstream._downstream_node_as_root_if_attention(group)
+        return group
+
     # ------------------------------------------------------------------ the decision
 
     def decide(self) -> Decision:
@@ -344,6 +394,12 @@ class OwnPruner:
         return getattr(importance, "__name__", type(importance).__name__)
 
     def _hint(self) -> str:
+        importance = self.upstream.importance
+        if isinstance(importance, _OBDC) and not importance.steps:
+            return (
+                "; it has no sums of gradients yet: run its _prepare_model(model, pruner), "
+                "backward passes and its step() before, as torch-pruning's examples do"
+            )
         if any(p.grad is not None for p in self.model.parameters()):
             return ""
         return (

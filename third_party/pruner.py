@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import graph
-from .groups import Plan, UnsupportedLayerError, UpstreamGroup
+from .groups import Plan, UnsupportedLayerError, UpstreamGroup, structures_in
 from .heads import Heads, conv1d, owner, weight_dims
 from .upstreams import require
 
@@ -70,7 +70,7 @@ class _Upstream(tp.pruner.GroupNormPruner):  # type: ignore[misc]
     def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
         """How many structures go, so that a multiple of ``round_to`` channels stays."""
         root, size = self._present[0].dep.target.module, self._get_channel_groups(self._present)
-        structures, unit = current_channels // size, round_to // math.gcd(round_to, size)
+        structures, unit = current_channels // size, structures_in(round_to, size)
         least = math.ceil(self.least(root) / unit) * unit
         left = (structures - n_pruned) // unit * unit
         if left < least:
@@ -127,6 +127,7 @@ class Pruner:
             if isinstance(importance, int)
             else IMPORTANCES[importance](normalizer)
         )
+        self._ranking = "random" if isinstance(importance, int) else importance
         self._sorting = importance in ("taylor", "hessian")
         self._share, self._unit = 1 - max_pruning_ratio, round_to or 1
         graph.require_plain_weights(model)
@@ -200,7 +201,7 @@ class Pruner:
     def most(self, group: UpstreamGroup) -> list[int]:
         """As many channels of a group as may go at most."""
         size = len(group.members[0])
-        unit = 1 if group.heads else self._unit // math.gcd(self._unit, size)
+        unit = 1 if group.heads else structures_in(self._unit, size)
         least = math.ceil(self._least(group.root) / unit) * unit
         return group.channels_of(range(least, group.structures)) if self.ranks(group) else []
 
@@ -212,8 +213,49 @@ class Pruner:
         """Upstream's importance, in which all channels of a structure get their mean."""
         return self._wholes.scores(group, self._scores_by_structure)
 
+    def _ask(self, group: Any) -> Tensor | None:
+        """Upstream's importance of each channel of a group; ``None``: it says nothing about it.
+
+        Raises:
+            UnsupportedLayerError: it fails on the group, or gives what is no number.
+        """
+        try:
+            scores: Tensor | None = self._importance(self._rankable(group))
+        except Exception as cause:  # of whatever kind: no importance knows all layers
+            line = (str(cause).splitlines() or [""])[0]
+            what = f"fails on its layers ({type(cause).__name__}: {line})"
+        else:
+            if scores is None or len(scores) < 2 or not bool(scores.isnan().any()):
+                return scores
+            what = "gives NaN, as for weights or gradients that are no numbers"
+        root = group[0].dep.target.module
+        names = {m: n for n, m in self._model.named_modules()}
+        name = names[root.of[0] if isinstance(root, _AsLinear) else root]
+        raise UnsupportedLayerError(
+            f"the group of {name!r} cannot be ranked: importance {self._ranking!r} {what}. Choose "
+            f"another importance, or name {name!r} in `ignored` to leave it unpruned"
+        )
+
+    def require_ranking(self) -> list[UpstreamGroup]:
+        """The groups that the importance says anything about, all of which it can rank.
+
+        An importance by gradients is asked with gradients of its own, which are not kept.
+
+        Raises:
+            UnsupportedLayerError: naming a group that it cannot rank, the importance, the remedy.
+        """
+        kept = [(p, p.grad) for p in self._model.parameters()]
+        for parameter, gradient in kept:
+            if gradient is None:
+                parameter.grad = parameter.new_ones(()).expand_as(parameter)
+        try:
+            return [g for g in self.groups if self.ranks(g)]
+        finally:
+            for parameter, gradient in kept:
+                parameter.grad = gradient
+
     def _scores_by_structure(self, group: Any) -> Any:
-        scores = self._importance(self._rankable(group))
+        scores = self._ask(group)
         if scores is None:
             return None
         if isinstance(group, _HeadGroup):
@@ -251,7 +293,7 @@ class Pruner:
         layer = self._model.get_submodule(group.root)
         with graph.upstream(self._model), torch.no_grad():
             whole = graph.whole(self._graph, layer, range(group.channels))
-            scores: Tensor | None = self._importance(self._rankable(whole))
+            scores = self._ask(whole)
         return None if scores is None else scores[torch.tensor(group.members)].mean(1)
 
     def _rankable(self, group: Any) -> Any:
@@ -332,7 +374,7 @@ class Pruner:
         """Upstream's importance of each head of an attention, (K,)."""
         group = _HeadGroup(heads, self._model)
         with torch.no_grad():
-            scores: Tensor | None = self._importance(self._rankable(group))
+            scores = self._ask(group)
         return None if scores is None else group.by_head(scores)
 
     def _heads_gone(self) -> dict[str, list[int]]:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import os
 import random
 import sys
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import CellType, MethodType, ModuleType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from .errors import AdapterError
 
 TIMES = 10.0
 """Outputs may differ by this times the measured rounding: a removal regroups sums. Ours."""
@@ -116,7 +121,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     elif isinstance(value, float):
         yield torch.tensor(value, dtype=torch.float64)
     elif (
-        isinstance(value, int | complex | str | bytes | type(None))
+        isinstance(value, int | complex | str | bytes | ModuleType | type(None))
         or id(value) in seen
         or _is_cache(value)
     ):
@@ -152,27 +157,197 @@ def probe(
 ) -> Any:
     """:func:`call` without a trace: modes, buffers, attributes and draws are what they were."""
     watching = watched or Watched()
-    with in_mode(model, training), same_draws(), fast_path_off(), untouched(model), watching:
+    quiet = in_mode(model, training), same_draws(), fast_path_off(), untouched(model), as_written()
+    with ExitStack() as stack:
+        for context in (*quiet, watching):
+            stack.enter_context(context)
         return call(model, example)
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy of a model; tensors kept from a forward pass are copied without their history.
 
+    What cannot be copied, such as locks, generators and open files, the copy shares. Weak
+    references to parts of the model are to the copy's. What is compiled is not so in the copy.
+
     Args:
         model: of any kind.
         memo: as for :func:`copy.deepcopy`; it is filled with the copies, by the originals' ids.
+
+    Raises:
+        UncopyableError: a module, or an object with tensors, cannot be copied.
     """
     memo = {} if memo is None else memo
-    for module in model.modules():
+    kept: list[Any] = []  # ids in the memo are of objects that live
+    own = set(model.modules())
+    for name, module in model.named_modules():
+        _require_own_forward(name, module, own)
         # What is copied: of a LightningModule, say, not its trainer; some have no such state.
         stateless = isinstance(module, torch.jit.ScriptModule) or is_parametrized(module)
         for tensor in tensors(vars(module) if stateless else module.__getstate__()):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
-    another = copy.deepcopy(model, memo)
+                kept.append(tensor)
+    while True:
+        trial = dict(memo)
+        try:
+            another = copy.deepcopy(model, trial)
+        except Exception as cause:
+            shared = _uncopied(cause)
+            whole = isinstance(shared, nn.Module | type(None)) or id(shared) in memo
+            if whole or (not isinstance(shared, Tensor) and tensors([shared])):
+                raise UncopyableError(_why_not(model, shared, cause)) from cause
+            memo[id(shared)] = shared.detach().clone() if isinstance(shared, Tensor) else shared
+            kept.append(shared)
+            continue
+        break
+    memo.update(trial)
+    for module in another.modules():
+        _turn_to_copies(module, memo)
     _REMEMBERED[another] = remembered(model)
     return another
+
+
+class UncopyableError(AdapterError):
+    """A model holds something that cannot be copied, so that nothing can be tried on a copy."""
+
+
+def _uncopied(cause: BaseException) -> Any:
+    """The innermost object that :func:`copy.deepcopy` was called with when it failed."""
+    found = None
+    for frame, _ in traceback.walk_tb(cause.__traceback__):
+        if frame.f_code is copy.deepcopy.__code__:
+            found = frame.f_locals["x"]
+    return found
+
+
+def _why_not(model: nn.Module, thing: Any, cause: BaseException) -> str:
+    line = (str(cause).splitlines() or [""])[0]
+    place = _path_to(model, thing)
+    what = f"its {place!r} ({type(thing).__name__})" if place else f"a {type(thing).__name__} in it"
+    return (
+        f"the model cannot be copied, as every trial of a removal has to: {what} does not bear "
+        f"copy.deepcopy ({type(cause).__name__}: {line}). Keep it outside of the model, or give "
+        "its class a __deepcopy__ method"
+    )
+
+
+def _path_to(model: nn.Module, thing: Any) -> str:
+    """Where an object is kept in a model's attributes; empty if it is not found."""
+    seen: set[int] = set()
+    ahead = list(model.named_modules())
+    for name, module in ahead:
+        if module is thing:
+            return str(name)
+    attributes: list[tuple[str, Any]] = [
+        (f"{n}.{k}" if n else k, v)
+        for n, m in ahead
+        for k, v in vars(m).items()
+        if k not in ("_modules", "_parameters", "_buffers")
+    ]
+    while attributes:
+        path, value = attributes.pop(0)
+        if value is thing:
+            return path
+        if id(value) in seen or isinstance(value, Tensor | nn.Module | type | str | bytes | int):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            attributes += [(f"{path}[{k!r}]", v) for k, v in value.items()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            attributes += [(f"{path}[{i}]", v) for i, v in enumerate(value)]
+        else:
+            attributes += [(f"{path}.{k}", v) for k, v in getattr(value, "__dict__", {}).items()]
+    return ""
+
+
+def _require_own_forward(name: str, module: nn.Module, parts: set[nn.Module]) -> None:
+    """Refuse a forward pass in a closure that holds on to the model: a copy's runs the original.
+
+    Raises:
+        UncopyableError: with the module's name.
+    """
+    forward = vars(module).get("forward")
+    if _compiled_method(forward) is not None:
+        return
+    cells = getattr(forward, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells if cell != CellType()]
+    held += [getattr(h, "__self__", None) for h in held]
+    if any(isinstance(h, nn.Module) and h in parts for h in held):
+        raise UncopyableError(
+            f"{name or type(module).__name__!r} has a forward function that holds on to the model, "
+            "so a copy, on which a removal is tried, would run the original; make it a method of "
+            "the class, or give it to the module after the removal"
+        )
+
+
+def _compiled_method(value: Any) -> MethodType | None:
+    """The method that ``torch.compile`` has wrapped."""
+    method = vars(value).get("_torchdynamo_orig_callable") if callable(value) else None
+    if method is not None:  # of a class of PyTorch's it is wrapped once more
+        method = inspect.unwrap(method, stop=lambda f: isinstance(f, MethodType))
+    return method if isinstance(method, MethodType) else None
+
+
+def _turn_to_copies(module: nn.Module, copies: Mapping[int, Any]) -> None:
+    """Let weak references and compiled methods of a copied module be of the copy's parts."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, ReferenceType) and id(value()) in copies:
+            vars(module)[name] = ref(copies[id(value())])
+        method = _compiled_method(value) if hasattr(value, "__dict__") else None
+        if method is not None and id(method.__self__) in copies:
+            vars(module)[name] = MethodType(method.__func__, copies[id(method.__self__)])
+
+
+# ---------------------------------------------------------------------- what is compiled
+
+
+def _wrapper() -> type | tuple[()]:
+    """What ``torch.compile`` puts around a module; nothing where nothing was compiled."""
+    return getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+
+
+def as_written() -> AbstractContextManager[object]:
+    """While open, what was compiled runs as it was written: it would be compiled for each trial."""
+    if "torch._dynamo" not in sys.modules:  # nothing was; the import would take seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """A model without what ``torch.compile`` puts around it."""
+    while isinstance(model, _wrapper()):
+        model = model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def compiled_parts(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Parts that ``torch.compile`` has wrapped: their names, what has them, and as what."""
+    return [
+        (f"{n}.{k}" if n else k, m, k)
+        for n, m in model.named_modules()
+        for k, part in m._modules.items()
+        if isinstance(part, _wrapper()) and not isinstance(m, _wrapper())
+    ]
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[nn.Module]:
+    """A model while nothing is wrapped by ``torch.compile``, so that its names are its own."""
+    model = inside(model)
+    places = [(m, k, m._modules[k]) for _, m, k in compiled_parts(model)]
+    for module, name, part in places:
+        module._modules[name] = inside(part)  # type: ignore[arg-type]
+    try:
+        yield model
+    finally:
+        for module, name, part in places:
+            module._modules[name] = part
+
+
+def plain_name(name: str) -> str:
+    """A name without the parts that ``torch.compile`` puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def remembered(model: nn.Module) -> dict[Any, Any]:

@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from typing import BinaryIO
 
 import onnxruntime
 import torch
@@ -18,8 +19,33 @@ from ..files import write
 from .rebuild import load_model
 from .training import outputs
 
+INPUT = "images"
+"""The name of the input."""
 TOLERANCE = 1e-4
 """How far outputs may be from the model's, as a share of its largest one, or of 1 below that."""
+
+
+def write_onnx(model: nn.Module, example: Tensor, file: BinaryIO) -> None:
+    """Write a model as ONNX, for a batch of any size; it is not compared.
+
+    Raises:
+        RunError: the model has an operation that cannot be exported.
+    """
+    try:
+        with evaluating(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                model,
+                (example,),
+                file,  # type: ignore[arg-type]  # a file-like object will do
+                dynamo=False,  # the other exporter needs one more package
+                input_names=[INPUT],
+                output_names=["logits"],
+                dynamic_axes={INPUT: {0: "batch"}, "logits": {0: "batch"}},
+            )
+    except torch.onnx.errors.OnnxExporterError as cause:
+        reason = str(cause).splitlines()[0]
+        raise RunError(f"PyTorch cannot write this model as ONNX: {reason}") from cause
 
 
 def onnx(model: nn.Module, example: Tensor, path: Path) -> float:
@@ -39,23 +65,9 @@ def onnx(model: nn.Module, example: Tensor, path: Path) -> float:
     """
     buffer = io.BytesIO()
     expected = outputs(model, example).cpu()
-    try:
-        with evaluating(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                model,
-                (example,),
-                buffer,  # type: ignore[arg-type]  # a file-like object will do
-                dynamo=False,  # the other exporter needs one more package
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
-            )
-    except torch.onnx.errors.OnnxExporterError as cause:
-        reason = str(cause).splitlines()[0]
-        raise RunError(f"PyTorch cannot write this model as ONNX: {reason}") from cause
+    write_onnx(model, example, buffer)
     session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {"images": example.cpu().numpy()})
+    (logits,) = session.run(None, {INPUT: example.cpu().numpy()})
     difference = _difference("ONNX", torch.from_numpy(logits), expected, path)
     write(path, lambda file: file.write(buffer.getvalue()))
     return difference

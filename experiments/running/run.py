@@ -44,10 +44,9 @@ from . import checkpoint, machine
 from .finished import FORCED, finished, start_anew, to_be_replaced
 from .progress import Bar, Spinner
 from .request import CHECKPOINT, DENSE_CHECKPOINT, Request
+from .speed import speeds
 from .stopping import asked_to_stop
-from .training import Loop, Stopped, accuracy, latency, steps
-
-LATENCY_BATCH = 128
+from .training import Loop, Stopped, accuracy, steps
 
 
 def run(request: Request) -> Path:
@@ -401,6 +400,10 @@ def _record(
     assert zero is not None
     assert removal is not None
     kept = _widths(model)
+    timed = speeds(
+        {"dense": dense, "masked": loop.masked, "pruned": model}, example[:1], config.latency
+    )
+    largest = [one for one in timed if one.engine == "torch"][-1]
     return Record(
         version=VERSION,
         config=config.model_dump(mode="json"),
@@ -443,13 +446,8 @@ def _record(
             heard=p.heard,
             dense=0 if config.dense is None else steps([("dense", config.dense)], images),
         ),
-        latency=Latency(
-            batch=LATENCY_BATCH,
-            **latency(
-                {"dense": dense, "masked": loop.masked, "pruned": model},
-                images.normalize(images.test[:LATENCY_BATCH]),
-            ),
-        ),
+        latency=Latency(**largest.model_dump(exclude={"engine"}, exclude_unset=True)),
+        speeds=timed,
         seconds=p.seconds,
         loading=loop.seconds_loading / max(loop.seconds_training, 1e-9),
     )

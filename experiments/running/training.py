@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -427,24 +426,3 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
     with evaluating(model):
         out: Tensor = model(images)
     return out
-
-
-def latency(
-    models: Mapping[str, nn.Module | None], images: Tensor, rounds: int = 15
-) -> dict[str, float]:
-    """Median time of a forward pass in milliseconds, by model, without those that are ``None``.
-
-    Each gets its fastest layout (:func:`laid_out`). They take turns, so that a busy machine slows
-    all alike: their ratio is the figure to trust.
-    """
-    there = {name: laid_out(model) for name, model in models.items() if model is not None}
-    spent: dict[str, list[float]] = {name: [] for name in there}
-    for turn in range(rounds + 2):
-        for name, model in there.items():
-            started = time.perf_counter()
-            outputs(model, images)
-            if images.is_cuda:
-                torch.cuda.synchronize(images.device)
-            if turn >= 2:  # the first passes allocate, and choose algorithms
-                spent[name].append(1000 * (time.perf_counter() - started))
-    return {name: statistics.median(times) for name, times in spent.items()}

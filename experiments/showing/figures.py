@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from ..record import CONTROLS, ORDER, Record, Variant
+from ..record import CONTROLS, ORDER, Record, Timed, Variant
+from .lengths import Row
 from .norms import Kind, Sample
+from .pairs import Difference
 from .sections import NAMES, by_variant, dense, minus, summary
 
 Samples = Mapping[Variant, Sample]
@@ -315,9 +317,12 @@ def draw_releases_by_group(
     return figure
 
 
-def masked_latencies(runs: Sequence[Record]) -> list[float]:
-    """Latencies of the masked models, of the runs whose records have one."""
-    return [ms for r in runs if (ms := r.latency.masked) is not None]
+MODELS: tuple[Timed, ...] = get_args(Timed)
+
+
+def latencies(runs: Sequence[Record], of: Timed) -> list[float]:
+    """Milliseconds of a model's pass, of the runs whose records have them."""
+    return [ms for r in runs if (ms := r.milliseconds(of)) is not None]
 
 
 def draw_latency(
@@ -325,18 +330,18 @@ def draw_latency(
 ) -> Figure:
     """Milliseconds of a forward pass, side by side; mean and spread.
 
-    Dense, masked (hatched) where a record has it, and pruned.
+    Dense, masked (hatched) and pruned, each where all of a variant's records have it.
     """
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     grouped = by_variant(members)
-    kinds = ["dense", *["masked"] * bool(masked_latencies(members)), "pruned"]
+    kinds = [kind for kind in MODELS if latencies(members, kind)]
     height = 0.76 / len(kinds)
     for k, kind in enumerate(kinds):
         rows = [
-            (i, v, [getattr(r.latency, kind) for r in runs])
+            (i, v, values)
             for i, (v, runs) in enumerate(grouped.items())
-            if kind != "masked" or len(masked_latencies(runs)) == len(runs)
+            if len(values := latencies(runs, kind)) == len(runs)
         ]
         axis.barh(
             [i + (k - (len(kinds) - 1) / 2) * height for i, _, _ in rows],
@@ -403,6 +408,58 @@ def draw_differences(
         for i, (one, other) in enumerate(DIFFERENCES)
     ]
     figure.legend(handles=handles, frameon=False, loc="outside upper center", ncols=3)
+    return figure
+
+
+def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Figure:
+    """What a decay gains or costs at the end, by the training steps that there are in all.
+
+    Decays of at least half of the steps, which leave few or none after the removal, are drawn
+    apart from shorter ones. Beyond one point the scale is logarithmic; intervals that reach the
+    edge go on beyond it.
+
+    Args:
+        rows: as :func:`.lengths.rows`.
+        size: in inches.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    allowed = sorted({row.allowed for row in rows})
+    kinds: dict[tuple[bool, Variant], list[tuple[Row, Difference]]] = {}
+    for row in sorted(rows, key=lambda row: row.allowed):
+        if row.difference is not None and row.share is not None:
+            kinds.setdefault((row.share >= 0.5, row.variant), []).append((row, row.difference))
+    for i, ((long, variant), members) in enumerate(sorted(kinds.items())):
+        aside = (i - (len(kinds) - 1) / 2) * 0.1
+        places = [allowed.index(row.allowed) + aside for row, _ in members]
+        for place, (_, found) in zip(places, members, strict=True):
+            if found.low is not None and found.high is not None:
+                ends = [found.low, found.high]
+                axis.plot([place] * 2, ends, color=COLOURS[variant], linewidth=1.5)
+        shares = sorted({round(100 * (row.share or 0)) for row, _ in members})
+        axis.plot(
+            places,
+            [found.mean for _, found in members],
+            MARKERS[i],
+            color=COLOURS[variant],
+            linestyle=":" if long else "-",
+            fillstyle="none" if long else "full",
+            label=f"{NAMES[variant]}, decay of {' or '.join(map(str, shares))}% of the steps",
+        )
+    axis.axhline(0, color=COLOURS["base"], linewidth=1, zorder=0)
+    means = [abs(found.mean) for members in kinds.values() for _, found in members]
+    reach = 1.5 * max(means, default=0.0) + 1
+    axis.set_yscale("symlog", linthresh=1)
+    ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50) if t <= reach]
+    axis.set_yticks([*(-t for t in ticks), 0, *ticks])
+    axis.yaxis.set_major_formatter("{x:+g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_ylim(-reach, reach)
+    axis.set_xlim(-0.5, len(allowed) - 0.5)
+    axis.set_xticks(range(len(allowed)), [f"{steps:,}" for steps in allowed])
+    axis.set_xlabel("training steps allowed, the decay's among them")
+    axis.set_ylabel("final accuracy minus base's, points")
+    _legend_above(figure, 2)
     return figure
 
 

@@ -1,8 +1,11 @@
-"""How long a decay should take: a table of runs on validation images that differ in it alone.
+"""How long a decay should take: tables of runs that differ in it, and in the steps they have.
 
-``python -m experiments lengths RUNS...`` adds their records to the kept ones in
-``experiments/results/lengths.jsonl`` and prints the table. Their configurations are in the records
-alone: each is one of ``experiments/configs`` with another stage ``prune`` and another ``[smooth]``.
+``python -m experiments lengths RUNS...`` adds records of runs on validation images, by which a
+length is chosen, to the kept ones in ``experiments/results/lengths.jsonl`` and prints their table.
+``python -m experiments budgets RUNS...`` does the same with runs on test images, which say what a
+decay is worth with so many steps, in ``experiments/results/budgets.jsonl``. Their configurations
+are in the records alone: each is one of ``experiments/configs`` with another stage ``prune`` and
+another ``[smooth]``.
 """
 
 from __future__ import annotations
@@ -16,16 +19,18 @@ from typing import Any
 from ..config import as_before
 from ..errors import RunError
 from ..files import save_text
-from ..record import Record
+from ..record import Record, Variant
 from .grid import Table
 from .kept import as_lines, read
 from .pairs import Difference, difference
-from .sections import Summary, summary
+from .sections import NAMES, Summary, summary
 
 KEPT = Path(__file__).parents[1] / "results" / "lengths.jsonl"
+BUDGETS = KEPT.with_name("budgets.jsonl")
 HEADER = (
-    "epochs",
+    "steps",
     "learning rate",
+    "variant",
     "decay, steps",
     "decay, %",
     "top-1, %",
@@ -35,12 +40,14 @@ HEADER = (
 )
 
 
-def keep(records: Sequence[Record], path: Path = KEPT) -> None:
+def keep(records: Sequence[Record], path: Path = KEPT, *, chosen: bool = True) -> None:
     """Add records to the kept ones, in a fixed order; a run that is there is replaced.
 
     Args:
-        records: of ``base`` and ``sp``, on validation images.
+        records: of ``base`` and ``sp``, on validation images; or, unless ``chosen``, of ``sr`` as
+            well, and on test images.
         path: the file, with one record per line.
+        chosen: whether a length is chosen by them.
 
     Raises:
         RunError: before anything is written; a record is not of such a run, or the file is damaged.
@@ -48,10 +55,16 @@ def keep(records: Sequence[Record], path: Path = KEPT) -> None:
     there = read([path]) if path.exists() else []
     for record in records:
         name = f"{record.name}, {record.variant}, seed {record.seed}"
-        if record.variant not in ("base", "sp"):
+        if chosen and record.variant not in ("base", "sp"):
             raise RunError(f"{name} is neither base nor sp; the decay's length is chosen by those")
-        if record.settings.data.validation is None:
+        if record.variant not in ("base", "sp", "sr"):
+            raise RunError(f"{name} is none of base, sp and sr, which are compared here")
+        if "prune" not in record.settings.stages:
+            raise RunError(f"{name} has no stage 'prune', whose steps are compared here")
+        if chosen and record.settings.data.validation is None:
             raise RunError(f"{name} is measured on test images; choose with --validation")
+        if not chosen and record.settings.data.validation is not None:
+            raise RunError(f"{name} is measured on validation images; `lengths` takes those")
     runs = {(r.config_hash, r.variant, r.seed): r for r in [*there, *records]}
     ordered = sorted(runs.values(), key=lambda r: (_order(r), r.variant, r.seed))
     save_text(path, as_lines(ordered))
@@ -62,46 +75,52 @@ class Row:
     """One fine-tuning and decay.
 
     Attributes:
-        epochs, learning_rate: of the stage ``prune``.
+        allowed: training steps of the stage ``prune``, the decay's among them.
+        learning_rate: of the stage ``prune``.
+        variant: of the runs.
         steps: of the decay, ``None`` for base.
-        share: ``steps`` as a share of the fine-tuning's.
         final: accuracy over the seeds, in percent.
         seeds: in order.
         difference: to the base of the same fine-tuning over the seeds that both have, in points;
             ``None`` without any.
     """
 
-    epochs: int
+    allowed: int
     learning_rate: float
+    variant: Variant
     steps: int | None
-    share: float | None
     final: Summary
     seeds: list[int]
     difference: Difference | None
 
+    @property
+    def share(self) -> float | None:
+        """The decay's steps as a share of all; ``None`` for base."""
+        return None if self.steps is None else self.steps / self.allowed
+
 
 def rows(records: Sequence[Record]) -> list[Row]:
-    """One row per fine-tuning and decay, base before the decays."""
-    cells: dict[str, dict[int | None, list[Record]]] = {}
+    """One row per fine-tuning, decay and variant, base before the decays."""
+    cells: dict[str, dict[tuple[int, Variant], list[Record]]] = {}
     for record in sorted(records, key=_order):
-        steps = None if record.variant == "base" else record.settings.smooth.steps
-        cells.setdefault(_fine_tuning(record), {}).setdefault(steps, []).append(record)
+        steps = 0 if record.variant == "base" else record.settings.smooth.steps
+        tried = cells.setdefault(_fine_tuning(record), {})
+        tried.setdefault((steps, record.variant), []).append(record)
     listed = []
     for tried in cells.values():
-        base = _finals(tried.get(None, []))
-        for steps in sorted(tried, key=lambda s: s or 0):
-            members, final = tried[steps], _finals(tried[steps])
-            stage = members[0].settings.stages["prune"]
+        base = _finals(tried.get((0, "base"), []))
+        for (steps, variant), members in sorted(tried.items()):
+            final = _finals(members)
             start = {r.seed: r.network for r in members}
             listed.append(
                 Row(
-                    stage.epochs,
-                    stage.learning_rate,
-                    steps,
-                    None if steps is None else steps / members[0].steps.total,
+                    members[0].steps.total,
+                    members[0].settings.stages["prune"].learning_rate,
+                    variant,
+                    steps or None,
                     summary(list(final.values())),
                     sorted(final),
-                    None if steps is None else difference(final, base, start),
+                    None if variant == "base" else difference(final, base, start),
                 )
             )
     return listed
@@ -111,13 +130,14 @@ def table(records: Sequence[Record]) -> Table:
     """The table of :func:`rows`."""
     lines = []
     for row in rows(records):
-        versus = row.difference
+        versus, share = row.difference, row.share
         lines.append(
             [
-                str(row.epochs),
+                f"{row.allowed:,}",
                 f"{row.learning_rate:g}",
+                NAMES[row.variant],
                 "-" if row.steps is None else f"{row.steps:,}",
-                "-" if row.share is None else f"{100 * row.share:.0f}",
+                "-" if share is None else f"{100 * share:.0f}",
                 row.final.text(2),
                 versus.interval if versus else "-",
                 str(versus.pairs if versus else len(row.seeds)),

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from ..files import save_text
-from ..record import ORDER, Record, Variant
+from ..record import ORDER, Record, Speed, Variant
 from . import figures
 from .figures import COLOURS
 from .grid import Table, text
@@ -39,6 +39,8 @@ VARIANT_NOTES: dict[Variant, str] = {
     "random": "a control: as +SR, but the structures that are released are drawn by chance.",
     "least-resistant": "a control: as +SR, but those that resist least are released.",
 }
+
+ENGINES = {"torch": "PyTorch", "onnxruntime": "onnxruntime"}
 
 
 def report(runs: Sequence[Run], out: Path) -> Path:
@@ -184,6 +186,7 @@ def _section(
         "</div>",
         "<h3>Speed</h3>",
         _speed(members),
+        _engines(members),
         "<h3>Channels per layer</h3>",
         _channel_table(members),
         "</section>",
@@ -318,35 +321,54 @@ def _measured(members: Sequence[Record]) -> str:
 
 
 def _latency(page: Page, members: Sequence[Record]) -> str:
-    shown = _ends(members, lambda r: r.latency.pruned, 2)
-    before = _figure([r.latency.dense for r in members], 2)
-    masked = figures.masked_latencies(members)
-    shares = "; ".join(
-        f"{NAMES[v]} {_figure(figures.masked_latencies(runs), 2)}"
-        for v, runs in by_variant(members).items()
-        if figures.masked_latencies(runs)
+    looks = {
+        "dense": "Pale: dense. ",
+        "masked": "Hatched: masked, the model right before the removal, with its structures at "
+        "zero. ",
+        "pruned": "Coloured: pruned. ",
+    }
+    there = [kind for kind in figures.MODELS if figures.latencies(members, kind)]
+    shown = (
+        f"{kind.capitalize()}: "
+        + "; ".join(
+            f"{NAMES[v]} {_figure(values, 2)}"
+            for v, runs in by_variant(members).items()
+            if (values := figures.latencies(runs, kind))
+        )
+        for kind in there
     )
-    between = f" Masked: {shares};" * bool(masked)
     return page.figure(
         figures.draw_latency(members, size=SIZE),
-        "Latency, dense, masked and pruned" if masked else "Latency, dense and pruned",
-        "Pale: dense; "
-        + "hatched: masked, the model right before the removal, with its structures at zero; "
-        * bool(masked)
-        + "coloured: pruned. Median time of a forward pass, measured side by side in each run: "
-        f"{_measured(members)}. Mean and spread over seeds.",
-        f"Bar chart of milliseconds per forward pass. Dense {before};{between} pruned: {shown}.",
+        f"Latency, {', '.join(there[:-1])} and {there[-1]}" if there[1:] else "Latency, pruned",
+        "".join(looks[kind] for kind in there)
+        + "Median time of a forward pass, measured side by side in each run: "
+        f"{_measured(members)}. Mean and spread over seeds.{_dropped(members)}",
+        f"Bar chart of milliseconds per forward pass. {'. '.join(shown)}.",
+    )
+
+
+def _dropped(members: Sequence[Record]) -> str:
+    """Why some dense latencies are not shown."""
+    if all(r.speeds is not None for r in members):
+        return ""
+    return (
+        " The dense latency of runs of earlier releases is left out: it was measured in the slower "
+        "of two layouts."
     )
 
 
 def _speed(members: Sequence[Record]) -> str:
+    def faster(runs: Sequence[Record]) -> list[float]:
+        return [ms / r.latency.pruned for r in runs if (ms := r.milliseconds("dense")) is not None]
+
+    def shown(values: Sequence[float]) -> str:
+        return _figure(values, 2) if values else "-"
+
     body = [
         [
             NAMES[v],
-            _figure([r.latency.dense for r in runs], 2),
-            _figure(masked, 2) if (masked := figures.masked_latencies(runs)) else "-",
-            _figure([r.latency.pruned for r in runs], 2),
-            _figure([r.latency.dense / r.latency.pruned for r in runs], 2),
+            *(shown(figures.latencies(runs, kind)) for kind in figures.MODELS),
+            shown(faster(runs)),
             _figure([100 * r.loading for r in runs], 1),
             str(len(runs)),
         ]
@@ -364,5 +386,41 @@ def _speed(members: Sequence[Record]) -> str:
     caption = (
         f"Time of a forward pass: {_measured(members)}. Masked: the model right before the "
         "removal, with its structures at zero. Loading: making batches in training."
+        f"{_dropped(members)}"
+    )
+    return Table(header, body, caption).html()
+
+
+def _engines(members: Sequence[Record]) -> str:
+    """What of the MACs' promise arrives, by engine and batch, of the runs that measured it."""
+    body = []
+    for v, runs in by_variant([m for m in members if m.speeds]).items():
+        grouped: dict[tuple[str, int], list[tuple[Record, Speed]]] = {}
+        for run in runs:
+            for one in run.speeds or []:
+                grouped.setdefault((one.engine, one.batch), []).append((run, one))
+        for (engine, batch), timed in grouped.items():
+            masked = [one.masked for _, one in timed if one.masked is not None]
+            body.append(
+                [
+                    NAMES[v],
+                    f"{ENGINES[engine]}, {batch}",
+                    _figure([100 * run.kept_promise(one) for run, one in timed], 0),
+                    _figure([one.gain for _, one in timed], 2),
+                    _figure([run.macs.dense / run.macs.pruned for run, _ in timed], 2),
+                    _figure([one.dense for _, one in timed], 2),
+                    _figure(masked, 2) if masked else "-",
+                    _figure([one.pruned for _, one in timed], 2),
+                ]
+            )
+    if not body:
+        return ""
+    # A narrow screen shows the first ones, and scrolls to the others.
+    header = ["variant", "engine, batch", "share kept, %", "times faster", "times fewer MACs"]
+    header += ["dense, ms", "masked, ms", "pruned, ms"]
+    caption = (
+        "What is kept of the MACs' promise: how many times faster the pruned model is than the "
+        "dense one, as a share of how many times fewer MACs it has. Widths that are multiples of "
+        "eight (round_to = 8) are faster on many processors."
     )
     return Table(header, body, caption).html()

@@ -10,7 +10,7 @@ from ..files import save_text
 from ..places import check, clean
 from ..record import Record
 from . import kept, lengths, published, search
-from .figures import draw_differences
+from .figures import draw_budgets, draw_differences
 from .grid import Table
 from .kept import Run
 from .norms import find_norms, keep_norms
@@ -72,7 +72,11 @@ def renew(root: Path = ROOT) -> list[Path]:
     }
     links = {t: [p.relative_to(root).as_posix() for p in paths] for t, paths in pictures.items()}
     plan, tried = texts / "search.md", search.read(texts / "search.jsonl")
-    decays = texts / "lengths.jsonl"
+    decays, allowed = texts / "lengths.jsonl", texts / "budgets.jsonl"
+    budgets = records / "plots" / "budgets.png"
+    steps = kept.read([allowed]) if allowed.exists() else []
+    if steps:
+        save(draw_budgets(lengths.rows(steps)), budgets)
     text = results(
         [record for _, record in runs],
         (texts / "protocol.md").read_text(encoding="utf-8"),
@@ -81,11 +85,13 @@ def renew(root: Path = ROOT) -> list[Path]:
         f"{plan.read_text(encoding='utf-8').strip()}\n\n{search.table(tried).markdown()}",
         lengths.table(kept.read([decays])).markdown() if decays.exists() else "",
         differences.relative_to(root).as_posix() if found else "",
+        _allowed(steps, budgets.relative_to(root).as_posix()) if steps else "",
     )
     save_text(root / "RESULTS.md", text)
     return [
         root / "RESULTS.md",
         *[differences] * bool(found),
+        *[budgets] * bool(steps),
         *(p for paths in pictures.values() for p in paths),
     ]
 
@@ -98,6 +104,7 @@ def results(
     search_text: str = "",
     lengths_text: str = "",
     picture: str = "",
+    budgets_text: str = "",
 ) -> str:
     """The whole text of RESULTS.md.
 
@@ -110,6 +117,7 @@ def results(
         picture: a link to that of all differences.
         search_text: Markdown: the plan of the search for a rectifier, and what was tried.
         lengths_text: Markdown: the decay lengths that were tried on validation images.
+        budgets_text: Markdown: what a decay is worth with so many training steps.
 
     Raises:
         RunError: records do not fit together, or the published figures are damaged.
@@ -124,6 +132,8 @@ def results(
         first = members[0]
         parts += [f"### {first.name}, {first.data}", compared(title, members).markdown()]
         parts += [f"![{title}]({link})" for link in plots.get(title, ())]
+    if budgets_text:
+        parts += ["## The steps allowed", budgets_text]
     if lengths_text:
         parts += ["## The length of the decay", lengths_text]
     if search_text:
@@ -131,6 +141,11 @@ def results(
     parts += ["## Published", published_tables(published.load())]
     parts += ["## Machines and versions", machines(records)]
     return "\n\n".join(parts) + "\n"
+
+
+def _allowed(records: Sequence[Record], picture: str) -> str:
+    link = f"![What a decay is worth, by the training steps allowed]({picture})"
+    return f"{link}\n\n{lengths.table(records).markdown()}"
 
 
 def published_tables(figures: Published) -> str:

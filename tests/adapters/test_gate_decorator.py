@@ -19,7 +19,7 @@ from dpm_core.third_party.gate_decorator import gated
 from tests.support.frameworks import CASES, EAGER, EXAMPLE, Drive
 from tests.support.snapshot import difference, refused
 
-(CASE,) = (c for c in CASES if c.framework == "gate-decorator")
+CASE = next(c for c in CASES if c.framework == "gate-decorator")
 SETTINGS = {k: v for k, v in CASE.options.items() if k != "macs"}
 OF_PARAMETERS = replace(CASE, options={**SETTINGS, "parameters": 0.75})
 # Three steps an epoch: a tock is over at step 3, the first ticks at 6 and 9, a tock at 12, ...

@@ -8,6 +8,8 @@ import itertools
 import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from torch.nn import functional
 from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
+from dpm_core import SmoothPruning
+from dpm_core.adapters.depgraph import DepGraph, DepGraphOptions
 from dpm_core.adapters.optimizer_state import CarryOver, CarryOverError
 from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import dependency, graph
@@ -568,15 +572,113 @@ class Odd(Optimizer):
     [
         lambda p: torch.zeros(len(p)) if p.dim() > 1 else p.clone(),  # as of a factored state
         lambda p: torch.zeros(p.numel()) if p.dim() > 1 else p.clone(),
-        lambda p: [p.clone()],
+        lambda p: [torch.eye(k) for k in p.shape],  # SOAP, Kron
+        lambda p: torch.eye(len(p)),  # of a square matrix as large as itself
         lambda p: {"of": p.clone()},
+        lambda p: SimpleNamespace(projection=p.clone()),  # GaLore
     ],
 )
-def test_states_that_structures_cannot_be_taken_out_of_are_refused(made):
+def test_states_that_structures_cannot_be_taken_out_of_begin_anew(made):
     model = build("resnet20", 3, 10, seed=0)
     optimizer = Odd(model.parameters(), made)
-    with refused(CarryOverError, "'odd'", "'conv1.weight'", model=model, optimizer=optimizer):
-        Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer)
+    before = {n: (p.shape, optimizer.state[p]["odd"]) for n, p in model.named_parameters()}
+    Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer, cut=True)
+    kept = 0
+    for name, p in model.named_parameters():
+        shape, odd = before[name]
+        if p.shape == shape:
+            assert optimizer.state[p]["odd"] is odd or torch.equal(optimizer.state[p]["odd"], odd)
+            kept += 1
+        elif len(shape) > 1:
+            assert p not in optimizer.state
+    assert 0 < kept < len(before)
+
+
+class Curved(Optimizer):
+    """Shampoo's factors of the curvature, without its roots."""
+
+    def __init__(self, params) -> None:
+        super().__init__(params, {"lr": 1e-2})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            for d, size in enumerate(p.shape):
+                factor = state.setdefault(f"factor_{d}", torch.eye(size, dtype=p.dtype))
+                rows = p.grad.movedim(d, 0).flatten(1) if p.dim() > 1 else p.grad[:, None]
+                factor.addmm_(rows, rows.T)
+                shape = p.grad.movedim(d, 0).shape
+                move = torch.linalg.solve(factor, rows).reshape(shape).movedim(0, d)
+                p.sub_(move, alpha=1e-2)
+
+
+def test_factors_of_square_matrices_begin_anew_though_they_have_their_shape():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    optimizer, x = Curved(model.parameters()), torch.randn(4, 6)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    stays = optimizer.state[model[4].bias]
+    Removal([("0", [1, 4])]).apply(model, x, optimizer, cut=True)
+    assert model[0].weight not in optimizer.state
+    assert model[2].weight not in optimizer.state
+    assert optimizer.state[model[4].bias] is stays
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["factor_0"].shape == (4, 4)
+
+
+class Hiding(torch.optim.SGD):
+    """Keeps copies of all parameters beside its state, from some step on."""
+
+    def __init__(self, params, since: int, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        self.left = since
+        self._hide()
+
+    def _hide(self) -> None:
+        if self.left == 0:
+            self.averages = [p.detach().clone() for p in self.param_groups[0]["params"]]
+        self.left -= 1
+
+    def step(self, closure=None):
+        super().step()
+        self._hide()
+
+
+@pytest.mark.parametrize("since", [0, 1, 2])
+def test_what_a_removal_would_refuse_is_refused_at_the_start(since):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6)
+    run = DepGraph(model, x, DepGraphOptions(ratio=0.5), SmoothPruning(8))
+    optimizer = Hiding(model.parameters(), since, lr=0.01)
+
+    def trained_by_it() -> None:
+        run.attach(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+
+    with pytest.raises(CarryOverError, match=r"Hiding keeps tensors of its own in \['averages'\]"):
+        trained_by_it()
+    assert run.clock == since
+
+
+def test_optimizers_in_a_list_are_inside_as_well():
+    model = build("resnet20", 3, 10, seed=0)
+    both = Lookahead(torch.optim.Adam(model.parameters()))
+    inside = both._inside
+    both._inside = None
+    both.several = {"first": [inside]}
+    train(model, inside, range(1))
+    Removal(PLANS["resnet20"]).apply(model, EXAMPLE, both, cut=True)
+    own = set(model.parameters())
+    assert own == {p for g in inside.param_groups for p in g["params"]} == set(inside.state)
 
 
 def test_single_values_are_kept():

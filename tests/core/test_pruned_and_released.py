@@ -223,25 +223,31 @@ def test_only_so_many_waves_are_heard(waves: int) -> None:
     assert [e.wave for e in dpm.events] == [0, 0, 1, 1, 2, 2]
 
 
+def released_in_each_group(**settings: object) -> list[int]:
+    """How many are released where all that decays may be, under some settings of the core."""
+    toy = make("conv")
+    optimizer = OPTIMIZERS["sgd"](toy.model.parameters())
+    dpm = DecayPruning(toy.groups, SmoothPruning(4), SelfRectifying(EVERYONE, max_share=1.0))
+    dpm.attach(optimizer)
+    for name, value in settings.items():
+        assert hasattr(dpm, name)
+        setattr(dpm, name, value)
+    dpm.decay({"conv1": [0, 1, 2, 3], "conv2": [0, 1, 2]})
+    for step in range(4):
+        toy.train_step(optimizer, step)
+    return [
+        sum(len(e.structures) for e in dpm.events if (e.kind, e.group) == ("release", name))
+        for name in ("conv1", "conv2")
+    ]
+
+
 @pytest.mark.parametrize(
     ("limit", "released"), [(None, [2, 2]), (4, [2, 2]), (3, [1, 1]), (1, [0, 0]), (0, [0, 0])]
 )
 def test_a_limit_on_all_releases_is_shared_out_over_the_groups(
     limit: int | None, released: list[int]
 ) -> None:
-    toy = make("conv")
-    optimizer = OPTIMIZERS["sgd"](toy.model.parameters())
-    dpm = DecayPruning(toy.groups, SmoothPruning(4), SelfRectifying(EVERYONE, max_share=1.0))
-    dpm.attach(optimizer)
-    dpm.release_limit = limit
-    dpm.decay({"conv1": [0, 1, 2, 3], "conv2": [0, 1, 2]})
-    for step in range(4):
-        toy.train_step(optimizer, step)
-    found = [
-        sum(len(e.structures) for e in dpm.events if (e.kind, e.group) == ("release", name))
-        for name in ("conv1", "conv2")
-    ]
-    assert found == released
+    assert released_in_each_group(release_limit=limit) == released
 
 
 def test_a_limit_on_all_releases_counts_those_of_before() -> None:
@@ -255,6 +261,21 @@ def test_a_limit_on_all_releases_counts_those_of_before() -> None:
         for step in range(4):
             toy.train_step(optimizer, 4 * round_ + step)
     assert [e.structures for e in dpm.events if e.kind == "release"] == [(0,)]
+
+
+@pytest.mark.parametrize(
+    ("reserved", "released"),
+    [
+        ({}, [2, 2]),
+        ({"conv1": 1}, [1, 2]),
+        ({"conv1": 2, "conv2": 1}, [0, 1]),
+        ({"conv2": 9}, [2, 0]),
+    ],
+)
+def test_releases_leave_what_is_reserved_in_a_group(
+    reserved: dict[str, int], released: list[int]
+) -> None:
+    assert released_in_each_group(reserved=reserved) == released
 
 
 def test_shares_count_what_was_decayed_one_by_one() -> None:

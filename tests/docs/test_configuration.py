@@ -10,12 +10,14 @@ import pytest
 
 from dpm_core import SelfRectifying, SmoothPruning
 from dpm_core.adapters.depgraph import DepGraphOptions
-from experiments.config import CRITERIA, Compute, Config, Curve, Data, Dense, Stage, load
+from experiments.config import CRITERIA, Compute, Config, Curve, Data, Dense, Stage, Timing, load
 from experiments.inputs.models import MODELS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
 KEYS = {
-    key for kind in (Config, Data, Stage, Dense, Curve, Compute) for key in kind.model_fields
+    key
+    for kind in (Config, Data, Stage, Dense, Curve, Compute, Timing)
+    for key in kind.model_fields
 } | {
     f.name
     for kind in (DepGraphOptions, SmoothPruning, SelfRectifying, *CRITERIA.values())

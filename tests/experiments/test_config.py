@@ -358,6 +358,8 @@ OTHERS = {
     "data.validation": 100,
     "compute.precision": "bfloat16",
     "compute.compile": True,
+    "latency.batches": [1, 32],
+    "latency.onnxruntime": True,
 }
 HEARING_OTHERS = {"rectify.batches": 3, "rectify.threshold": 0.3, "rectify.gate": 0.01}
 IN_DENSE_HASH = {k for k in OTHERS if k.startswith("dense.") and k != "dense.seeds"} | {

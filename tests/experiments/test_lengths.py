@@ -25,7 +25,7 @@ def tried(variant, seed, final, steps=10, rate=0.02, epochs=6, validation=100):
         seed,
         config=config,
         accuracy__final=final,
-        steps__total=200,
+        steps__total=100 * epochs,
         config_hash=f"{epochs}{rate}{steps}",
         dense_seed=seed % 2,
     )
@@ -42,13 +42,13 @@ RUNS = [
 
 def test_a_decay_is_paired_with_the_base_of_its_own_fine_tuning():
     rows = lengths.rows(RUNS[::-1])
-    shown = [(r.epochs, r.learning_rate, r.steps, r.share) for r in rows]
+    shown = [(r.allowed, r.learning_rate, r.variant, r.steps, r.share) for r in rows]
     assert shown == [
-        (6, 0.02, None, None),
-        (6, 0.02, 10, 0.05),
-        (6, 0.02, 40, 0.2),
-        (6, 0.002, 10, 0.05),
-        (12, 0.02, None, None),
+        (600, 0.02, "base", None, None),
+        (600, 0.02, "sp", 10, 1 / 60),
+        (600, 0.02, "sp", 40, 1 / 15),
+        (600, 0.002, "sp", 10, 1 / 60),
+        (1200, 0.02, "base", None, None),
     ]
     assert [r.final.mean for r in rows] == [81.5, 84.0, 81.5, 70.0, 85.0]
     # Seeds 0 and 2 are of network 0, 1 and 3 of network 1: +1 and +3, +2 and +4 points.
@@ -75,11 +75,40 @@ def test_the_table_says_what_there_is():
     lines = lengths.table(RUNS).markdown().splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
     assert cells[0] == list(lengths.HEADER)
-    assert cells[2] == ["6", "0.02", "-", "-", "81.50 ± 1.29", "-", "4", "-"]
+    assert cells[2] == ["600", "0.02", "base", "-", "-", "81.50 ± 1.29", "-", "4", "-"]
     assert cells[4] == [
-        *("6", "0.02", "40", "20", "81.50 ± 1.00", "+0.50 [+0.50, +0.50]", "3", "2")
+        *("600", "0.02", "+SP", "40", "7", "81.50 ± 1.00", "+0.50 [+0.50, +0.50]", "3", "2")
     ]
-    assert cells[5][5:] == ["-", "2", "-"]
+    assert cells[5][6:] == ["-", "2", "-"]
+    assert cells[6][0] == "1,200"
+
+
+def allowed(*arguments, **more):
+    return tried(*arguments, **more, validation=None)
+
+
+BUDGETS = [
+    *(allowed("base", s, 60.0 + s, epochs=e) for s in range(2) for e in (1, 4)),
+    *(allowed("sp", s, 61.0 + s, epochs=1, steps=5) for s in range(2)),
+    *(allowed("sr", s, 62.0 + 2 * s, epochs=1, steps=5) for s in range(2)),
+    *(allowed("sp", s, 40.0 + s, epochs=e, steps=100 * e) for s in range(2) for e in (1, 4)),
+]
+
+
+def test_a_decays_worth_is_told_by_the_steps_there_are_from_test_images(tmp_path, capsys):
+    kept = tmp_path / "budgets.jsonl"
+    runs = [save(tmp_path / str(i), r) for i, r in enumerate(BUDGETS)]
+    assert main(["budgets", *map(str, runs), "--out", str(kept)]) == 0
+    assert capsys.readouterr().out == lengths.table(BUDGETS).markdown() + "\n"
+    assert len(kept.read_text().splitlines()) == len(BUDGETS)
+    found = [
+        (r.allowed, r.variant, r.steps, r.difference and r.difference.mean)
+        for r in lengths.rows(BUDGETS[::-1])
+    ]
+    assert found == [
+        *((100, "base", None, None), (100, "sp", 5, 1.0), (100, "sr", 5, 2.5)),
+        *((100, "sp", 100, -20.0), (400, "base", None, None), (400, "sp", 400, -20.0)),
+    ]
 
 
 def test_runs_are_kept_once_and_the_table_is_printed_from_them(tmp_path, capsys):
@@ -98,20 +127,36 @@ def test_runs_are_kept_once_and_the_table_is_printed_from_them(tmp_path, capsys)
     assert kept.read_bytes() != before
 
 
+def without_fine_tuning(variant, validation):
+    return changed(
+        tried(variant, 0, 80.0, validation=validation),
+        config={
+            **tried(variant, 0, 80.0, validation=validation).config,
+            "stages": {"train": {"epochs": 6, "learning_rate": 0.02}},
+        },
+    )
+
+
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("command", "wrong", "message"),
     [
-        (tried("sr", 0, 80.0), "seed 0 is neither base nor sp"),
-        (tried("sp", 0, 80.0, validation=None), "measured on test images"),
+        ("lengths", tried("sr", 0, 80.0), "seed 0 is neither base nor sp"),
+        ("lengths", tried("sp", 0, 80.0, validation=None), "measured on test images"),
+        ("lengths", without_fine_tuning("sp", 100), "no stage 'prune'"),
+        ("budgets", tried("sp", 0, 80.0), "measured on validation images"),
+        ("budgets", allowed("random", 0, 80.0), "none of base, sp and sr"),
+        ("budgets", without_fine_tuning("sr", None), "no stage 'prune'"),
     ],
 )
-def test_other_runs_are_refused_and_nothing_is_written(tmp_path, wrong, message, capsys):
+def test_other_runs_are_refused_and_nothing_is_written(tmp_path, command, wrong, message, capsys):
     kept = tmp_path / "lengths.jsonl"
-    lengths.keep(RUNS, kept)
+    chosen = command == "lengths"
+    right = RUNS if chosen else BUDGETS
+    lengths.keep(right, kept, chosen=chosen)
     before = kept.read_bytes()
     with pytest.raises(RunError, match=message):
-        lengths.keep([tried("sp", 9, 1.0), wrong], kept)
-    assert main(["lengths", str(save(tmp_path, wrong)), "--out", str(kept)]) == 2
+        lengths.keep([changed(right[0], seed=9), wrong], kept, chosen=chosen)
+    assert main([command, str(save(tmp_path, wrong)), "--out", str(kept)]) == 2
     assert message in capsys.readouterr().err
     assert kept.read_bytes() == before
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from dpm_core import Phase, StructureGroup
-from experiments.measuring import overhead
+from experiments.measuring import kirigami, overhead, timing
+from experiments.measuring.arms import FRAMEWORKS, Settings, decaying_slices, make_arms
 from tests.support import rounding
 
 
@@ -72,8 +73,8 @@ def exact_norms(group: StructureGroup) -> torch.Tensor:
 
 
 @pytest.fixture
-def tiny() -> overhead.Settings:
-    return overhead.Settings("vgg-digits", 4, 1, 8, 2, torch.device("cpu"))
+def tiny() -> Settings:
+    return Settings("vgg-digits", 4, 1, 8, 2, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +98,7 @@ def test_writes_every_figure_and_prints_the_path_last(
     assert content["machine"]["threads"] == 1
     ((model, by_framework),) = content["models"].items()
     assert model == "vgg-digits"
-    assert list(by_framework) == list(overhead.FRAMEWORKS)
+    assert list(by_framework) == list(FRAMEWORKS)
     for framework, result in by_framework.items():
         assert f"{model} in {framework}" in printed
         assert set(result["figures"]) >= STEPS
@@ -122,9 +123,11 @@ def test_writes_every_figure_and_prints_the_path_last(
     assert result["figures"]["decay_norm_difference"]["median"] <= 1e-5
 
 
-def test_arms_are_what_they_say(tiny: overhead.Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overhead, "DECAY_STEPS", 100)  # three of a million are hard to see
-    arms = overhead.make_arms(tiny)
+def test_arms_are_what_they_say(tiny: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "experiments.measuring.arms.DECAY_STEPS", 100
+    )  # three of a million are hard to see
+    arms = make_arms(tiny)
     decaying, idle = arms["decaying"].dpm, arms["idle"].dpm
     assert arms["plain"].dpm is None
     assert decaying is not None
@@ -151,10 +154,8 @@ def test_arms_are_what_they_say(tiny: overhead.Settings, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("framework", ["otov2", "gate-decorator"])
-def test_the_other_frameworks_arms_take_their_own_step(
-    tiny: overhead.Settings, framework: str
-) -> None:
-    arms = overhead.make_arms(replace(tiny, framework=framework))
+def test_the_other_frameworks_arms_take_their_own_step(tiny: Settings, framework: str) -> None:
+    arms = make_arms(replace(tiny, framework=framework))
     for _ in range(3):
         for arm in arms.values():
             arm.step()
@@ -171,10 +172,10 @@ def test_the_other_frameworks_arms_take_their_own_step(
     assert decaying.count(Phase.DECAYING) == 224
 
 
-def test_floor_covers_what_decays(tiny: overhead.Settings) -> None:
-    arm = overhead.make_arms(tiny)["decaying"]
+def test_floor_covers_what_decays(tiny: Settings) -> None:
+    arm = make_arms(tiny)["decaying"]
     arm.step()
-    slices, gradients = overhead.decaying_slices(arm)
+    slices, gradients = decaying_slices(arm)
     assert arm.dpm is not None
     squares = 0.0
     for name, group in arm.dpm.groups.items():
@@ -184,12 +185,12 @@ def test_floor_covers_what_decays(tiny: overhead.Settings) -> None:
     assert all(t.is_contiguous() for t in [*slices, *gradients])
 
 
-def test_kirigami_sets_the_norms_that_were_asked_for(tiny: overhead.Settings) -> None:
+def test_kirigami_sets_the_norms_that_were_asked_for(tiny: Settings) -> None:
     pytest.importorskip("torch_kirigami")
     (model, (group, *_)), example = tiny.build(), tiny.images()[:2]
     factors, exact, single = torch.linspace(0.1, 2, group.size), exact_norms(group), group.norms()
     targets = factors * single
-    decay = overhead.kirigami_decay(model, group, example, targets.tolist())
+    decay = kirigami.kirigami_decay(model, group, example, targets.tolist())
     assert decay is not None
     decay()
     norms = exact_norms(group).float()
@@ -199,7 +200,7 @@ def test_kirigami_sets_the_norms_that_were_asked_for(tiny: overhead.Settings) ->
 def test_other_norms_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(overhead, "kirigami_decay", lambda *_: lambda: None)
+    monkeypatch.setattr(kirigami, "kirigami_decay", lambda *_: lambda: None)
     out = tmp_path / "overhead.json"
     assert overhead.main([*TINY, "--out", str(out)]) == 2
     assert "do not compare" in capsys.readouterr().err
@@ -214,7 +215,7 @@ def test_without_kirigami_its_figures_are_null(
     assert overhead.main([*TINY, "--frameworks", "depgraph", "--out", str(out)]) == 0
     assert ".[dev]" in capsys.readouterr().out
     figures = json.loads(out.read_text())["models"]["vgg-digits"]["depgraph"]["figures"]
-    assert [name for name, f in figures.items() if f is None] == [*overhead.KIRIGAMI_FIGURES]
+    assert [name for name, f in figures.items() if f is None] == [*kirigami.KIRIGAMI_FIGURES]
 
 
 @pytest.mark.parametrize(
@@ -229,17 +230,17 @@ def test_without_kirigami_its_figures_are_null(
 def test_a_target_is_met_by_the_median(
     values: list[float], target: float, sign: int, met: bool
 ) -> None:
-    assert overhead.figure(values, target, sign)["met"] is met
+    assert timing.figure(values, target, sign)["met"] is met
 
 
 def test_works_take_turns() -> None:
     calls: list[str] = []
     work = {name: (lambda name=name: calls.append(name)) for name in "aAbc"}
     turns = [{"a": work["a"], "A": work["A"]}, {"b": work["b"]}, {"c": work["c"]}]
-    measured = overhead.interleave(turns, 3, torch.device("cpu"), "test")
+    measured = timing.interleave(turns, 3, torch.device("cpu"), "test")
     assert {name: len(times) for name, times in measured.items()} == dict.fromkeys("aAbc", 3)
     rounds = ["".join(calls[i : i + 4]) for i in range(0, len(calls), 4)]
-    assert len(rounds) == overhead.WARM_UP + 3
+    assert len(rounds) == timing.WARM_UP + 3
     assert sorted(rounds[-3:]) == ["aAbc", "bcaA", "caAb"]
 
 

@@ -15,7 +15,9 @@ from experiments.__main__ import main
 from experiments.errors import RunError
 from experiments.record import CONTROLS, VARIANTS
 from experiments.showing import figures, kept, norms, plot, sections
+from experiments.showing.lengths import Row
 from experiments.showing.norms import Sample
+from experiments.showing.pairs import Difference
 from tests.support.records import changed, record, save, save_trace
 
 
@@ -595,3 +597,39 @@ def test_differences_are_those_of_the_pairs_and_hollow_without_an_interval():
     left, right = axis.get_xlim()
     assert left == -right
     assert right == pytest.approx(1.2 * 2.2)
+
+
+def test_budgets_are_drawn_at_their_steps_and_long_decays_apart():
+    def row(allowed, variant, steps, mean, low=None, high=None):
+        versus = None if steps is None else Difference(4, 4, mean, 1.0, low, high, 1.0)
+        final = sections.Summary(80.0, 1.0)
+        return Row(allowed, 0.02, variant, steps, final, [0, 1, 2, 3], versus)
+
+    rows = [
+        row(1404, "base", None, 0.0),
+        *(row(1404, "sp", 70, 0.1), row(1404, "sp", 1403, -3.0, -4.0, -2.0)),
+        row(351, "base", None, 0.0),
+        *(row(351, "sp", 18, 0.6, -5.0, 6.0), row(351, "sr", 18, 0.4)),
+        row(351, "sp", 350, -8.0, -16.0, -0.5),
+    ]
+    (axis,) = figures.draw_budgets(rows).axes
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["351", "1,404"]
+    marks = {line.get_label(): line for line in axis.lines if line.get_marker() in list("os^D")}
+    assert {k: list(line.get_ydata()) for k, line in marks.items()} == {
+        "+SP, decay of 5% of the steps": [0.6, 0.1],
+        "+SR, decay of 5% of the steps": [0.4],
+        "+SP, decay of 100% of the steps": [-8.0, -3.0],
+    }
+    for line in marks.values():
+        assert [round(x) for x in line.get_xdata()] == [0, 1][: len(line.get_xdata())]
+    hollow = [k for k, line in marks.items() if line.get_fillstyle() == "none"]
+    assert hollow == ["+SP, decay of 100% of the steps"]
+    spans = [
+        tuple(line.get_ydata())
+        for line in axis.lines
+        if line not in marks.values() and line.get_xdata()[0] == line.get_xdata()[1]
+    ]
+    assert sorted(spans) == [(-16.0, -0.5), (-5.0, 6.0), (-4.0, -2.0)]
+    low, high = axis.get_ylim()
+    assert low == -high
+    assert high > 8

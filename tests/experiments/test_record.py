@@ -13,7 +13,7 @@ from experiments.record import Record, RecordError, run_of
 from experiments.showing import lengths, results
 from tests.support.records import content, of, record
 
-KEPT = [*sorted(results.RECORDS.glob("*.jsonl")), lengths.KEPT]
+KEPT = [*sorted(results.RECORDS.glob("*.jsonl")), lengths.KEPT, lengths.BUDGETS]
 WHOLE = {
     **content("sr", 3, releases=[[4, "first", 2]], versions={"torch": "2.12"}, dense_seed=1),
     "images": "0123456789abcdef",
@@ -105,7 +105,7 @@ def test_an_unknown_key_and_a_missing_one_are_named(at):
         assert "\n" not in message
         if key == "version":
             assert message == "it has no 'version'"
-        elif key in {"dense_seed", "processes", "masked"}:
+        elif key in {"dense_seed", "processes", "masked", "speeds"}:
             assert message == "its checksum is another one: it was changed"
         else:
             assert message == f"{dotted}{key}: Field required"

@@ -170,7 +170,7 @@ def test_tables_have_heads_and_scroll_within_themselves(content):
     heads = page.all("th")
     assert {h.get("scope") for h in heads} == {"col", "row"}
     tables = len(page.all("table"))
-    assert tables == 1 + 2 * 3
+    assert tables == 1 + 2 * 4
     scrolling = re.findall(
         r'<div class="scroll" tabindex="0" role="region"[^>]*>\s*<(\w+)', content
     )

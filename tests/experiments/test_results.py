@@ -215,6 +215,24 @@ def test_decay_lengths_are_shown_where_some_are_kept(root):
     assert shown in (root / "RESULTS.md").read_text()
 
 
+def test_budgets_are_drawn_and_shown_where_some_are_kept(root):
+    tried = root / results.TEXTS.relative_to(results.ROOT) / "budgets.jsonl"
+    tried.unlink(missing_ok=True)
+    results.renew(root)
+    assert "The steps allowed" not in (root / "RESULTS.md").read_text()
+    stages = {"prune": {"epochs": 6, "learning_rate": 0.02}}
+    config = {"name": "p", "stages": stages, "smooth": {"steps": 2}}
+    one = [record(variant, 0, config=config) for variant in ("base", "sp", "sr")]
+    lengths.keep(one, tried, chosen=False)
+    written = results.renew(root)
+    text = (root / "RESULTS.md").read_text()
+    (picture,) = [path for path in written if path.name == "budgets.png"]
+    assert picture.stat().st_size > 0
+    link = f"]({picture.relative_to(root).as_posix()})\n\n"
+    assert f"{link}{lengths.table(one).markdown()}\n\n" in text
+    assert text.index("## The steps allowed") < text.index(link)
+
+
 def test_records_are_kept_beside_those_that_are_kept_already(root):
     folder = root / results.RECORDS.relative_to(results.ROOT)
     save(root / "more", record("sr", 0, **OF[0]))

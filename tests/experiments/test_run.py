@@ -70,6 +70,7 @@ FIELDS = {
         "dense": int,
     },
     "latency": {"batch": int, "dense": float, "pruned": float},
+    "speeds": list,
     "seconds": float,
     "loading": float,
     "sha256": str,
@@ -108,6 +109,7 @@ def test_a_record_has_all_its_fields(tiny_runs, variant):
     assert (record["data"], record["threads"]) == ("digits, 360 training images", 1)
     assert record["versions"]["torch-pruning"] == "1.6.1"
     assert record["seconds"] > 0
+    assert record["speeds"] == [{"engine": "torch", **record["latency"]}]
     assert 0 < record["loading"] < 1
     assert sum(n for _, _, n in record["releases"]) == record["structures"]["released"]
     assert all(0 <= value <= 100 for value in record["accuracy"].values())

@@ -14,6 +14,7 @@ from experiments.inputs import models
 from experiments.inputs.images import Images, mixing
 from experiments.running import training
 from experiments.running.ranks import Ranks
+from experiments.running.speed import latency
 from experiments.running.training import (
     EVALUATION_BATCH,
     DivergedError,
@@ -21,7 +22,6 @@ from experiments.running.training import (
     accuracy,
     evaluating,
     laid_out,
-    latency,
     learning_rate,
     outputs,
     reestimated,
@@ -349,14 +349,14 @@ def test_latency_is_measured_in_the_fastest_layout():
     """A dense model from a file is contiguous, a masked one from training channels-last."""
     model = models.VGG((8, 0, 16), 3, 10)
     assert not model.features[0].weight.is_contiguous(memory_format=torch.channels_last)
-    latency({"dense": model}, torch.zeros(2, 3, 8, 8), rounds=1)
+    latency({"dense": model}, torch.zeros(2, 3, 8, 8))
     assert model.features[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_latency_is_a_positive_time_of_every_model_and_changes_nothing():
     small, large = network(), models.VGG((64, 64, 64), 1, 10)
     before = state(small)
-    times = latency({"small": small, "large": large}, torch.zeros(64, 1, 8, 8), rounds=3)
+    times = latency({"small": small, "large": large}, torch.zeros(64, 1, 8, 8))
     assert 0 < times["small"] < times["large"]
     assert same(before, state(small))
     assert small.training

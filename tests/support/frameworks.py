@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -264,6 +264,13 @@ CASES = [
     ),
     Case("torch-prune", "torch-prune", {"amount": 0.4}, {"prune": 16}, 0.5, {"amount": 0.99}),
 ]
+ROUNDED = [
+    replace(case, name=f"{case.name}-rounded", options={**case.options, "round_to": 4})
+    for case in CASES
+    if case.name in ("otov2", "gate-decorator", "torch-prune")
+]
+"""Widths that are multiples; DepGraph's are in a case above."""
+CASES += ROUNDED
 
 
 def batch(number: int) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,7 @@ CONTENT: dict[str, Any] = {
     "steps": {"total": 10, "decision": 0, "zero": 0, "removal": 0, "heard": 0, "dense": 40},
     "releases": [],
     "latency": {"batch": 128, "dense": 2.0, "pruned": 1.0},
+    "speeds": [{"engine": "torch", "batch": 128, "dense": 2.0, "pruned": 1.0}],
     "seconds": 1.0,
     "loading": 0.1,
 }

@@ -8,7 +8,6 @@ import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from experiments.inputs.data import load as load_data  # kept: miniature() puts 
 from experiments.inputs.images import Images
 from experiments.record import MODEL
 from experiments.running import run as run_module
+from experiments.running import speed
 from experiments.running.request import Request
 from experiments.running.run import run
 from experiments.running.training import Stopped
@@ -131,7 +131,7 @@ def miniature(patch: pytest.MonkeyPatch) -> None:
         lambda channels, classes: models.VGG((8, 8, 0, 16), channels, classes),
     )
     patch.setattr(run_module.data, "load", lambda name, root, **settings: images)
-    patch.setattr(run_module, "latency", partial(run_module.latency, rounds=3))
+    patch.setattr(speed, "ROUNDS", 1)
 
 
 def request(out: Path, variant: str, changes: Changes | None = None, **settings: Any) -> Request:
@@ -181,7 +181,7 @@ def run_with_stops(wanted: Request, stops: Collection[int]) -> Path:
 def results(record: Path) -> dict[str, Any]:
     """All that a run leaves behind, but for what depends on when and how fast it ran."""
     figures = json.loads(record.read_text(encoding="utf-8"))
-    for key in ("seconds", "loading", "latency", "revision", "sha256"):
+    for key in ("seconds", "loading", "latency", "speeds", "revision", "sha256"):
         del figures[key]
     return {
         "record": figures,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from dpm_core.third_party import otov2
+from dpm_core.third_party import otov2, running
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = "dpm_core", "adapters", "third_party", "experiments"
@@ -103,6 +103,17 @@ def start_method() -> object:
     return strategy
 
 
+def compiled() -> object:
+    """What torch.compile wraps, a module and a method."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    layer = nn.Identity()
+    wrapped = torch.compile(layer)
+    assert isinstance(wrapped, OptimizedModule)
+    method = running._compiled_method(torch.compile(layer.forward))
+    return wrapped._orig_mod is layer and method.__self__ is layer
+
+
 USED: dict[str, Callable[[], object]] = {
     "_optimizer_step_pre_hooks": step_hooks,
     "_patch_step_function": lambda: callable(torch.optim.Optimizer._patch_step_function),
@@ -125,6 +136,7 @@ USED: dict[str, Callable[[], object]] = {
     "_saved_groups": lambda: saved("_saved_groups"),
     "_input_metadata": put_out,
     "_start_method": start_method,
+    "_orig_mod": compiled,
 }
 """Names beginning with an underscore, and what tries them."""
 

@@ -123,14 +123,14 @@ class CostModel:
         return gone
 
     def along(self, kept: Tensor, order: Tensor) -> Tensor:
-        """The cost that is counted, after each of several removals, one after the other.
+        """What is left after each of several removals, one after the other.
 
         Args:
             kept: int64 (G,), what each group has before.
             order: int64 (n,), the group of each structure that goes, in order.
 
         Returns:
-            int64 (n,), on the host.
+            int64 (n, G), on the host: structures left in each group, for :meth:`of`.
         """
         steps = nn.functional.one_hot(order.cpu(), len(self.sizes)).cumsum(0)
-        return self.of(kept.cpu() - steps)
+        return kept.cpu() - steps

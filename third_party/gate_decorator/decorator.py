@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..groups import Plan
+from ..groups import Plan, structures_in
 from .costs import CostModel, Counted
 from .gates import (
     GateError,
@@ -19,7 +20,7 @@ from .gates import (
 )
 from .groups import GateTable, melt, tied_gates
 from .schedule import Turn
-from .selection import KEEP, GateScores, protected, select
+from .selection import KEEP, GateScores, highest, places, protected, select
 
 
 class GateDecorator:
@@ -47,10 +48,12 @@ class GateDecorator:
         eta, keep: as in :func:`select`.
         strength: of the sparsity penalty.
         counted: what the cost is that targets are given in, as in :class:`CostModel`.
+        round_to: layers that lose channels keep a multiple of so many in the end (ours).
         ignored, progress: as in :func:`tied_gates`.
 
     Attributes:
         groups, costs, gates, table, scores: the parts, as their classes describe them.
+        units: int64 (G,), of how many structures each group keeps a multiple, on the host.
 
     Raises:
         GateError: as :func:`tied_gates`, :class:`CostModel` and :func:`decorate`; the model is
@@ -67,9 +70,12 @@ class GateDecorator:
         keep: float = KEEP,
         strength: float = 1e-3,
         counted: Counted = "macs",
+        round_to: int = 1,
         ignored: Sequence[str] = (),
         progress: Callable[[str], object] = str,
     ) -> None:
+        if round_to < 1:
+            raise GateError(f"round_to is {round_to}; give at least 1")
         if not 0 < fraction <= 1 or not 0 <= keep <= 1 or eta < 0 or strength < 0:
             raise GateError(
                 "give 0 < fraction <= 1, 0 <= keep <= 1, eta and strength of at least 0"
@@ -80,6 +86,7 @@ class GateDecorator:
         self.fraction, self.eta, self.keep, self.strength = fraction, eta, keep, strength
         self.groups = tied_gates(model, example, ignored=ignored, progress=progress)
         self.costs = CostModel(model, example, self.groups, counted)
+        self.units = torch.tensor([structures_in(round_to, len(g.tied[0])) for g in self.groups])
         self.gates = decorate(model, [n for g in self.groups for n in g.members])
         self.table = GateTable(self.groups, self.gates)
         self.scores = GateScores(self.table)
@@ -115,6 +122,9 @@ class GateDecorator:
     ) -> Tensor:
         """The structures that the scores select; nothing is masked.
 
+        Where widths are rounded, the selection with which all groups at their next lower multiple
+        would meet the target takes them there: of each group what ranks lowest (ours).
+
         Args:
             target: cost at which to stop (ours: the original may fall a little below its target).
             alive: bool (S,), the structures that count as left; ``None``: those not masked.
@@ -128,10 +138,13 @@ class GateDecorator:
             GateError: nothing may go any more.
         """
         alive = self.table.alive() if alive is None else alive
+        spared = torch.zeros_like(alive) if spared is None else spared
+        scores, group, kept = self.scores.of_structures(), self.table.group, self.table.kept(alive)
+        rounds = bool((self.units > 1).any())
         chosen = select(
-            self.scores.of_structures(),
+            scores,
             alive,
-            self.table.group,
+            group,
             self.fraction,
             filters=self.table.filters,
             keep=self.keep,
@@ -139,16 +152,47 @@ class GateDecorator:
             areas=self.table.areas,
             spared=spared,
             more=more,
+            least=self._least(self.table.kept(alive & spared).cpu()).to(kept.device)
+            if rounds
+            else None,
         )
         if not len(chosen):
             raise GateError(
                 f"nothing is left to select at {self.cost(alive)} {self.costs.word}, and "
                 f"{self.least()} is the least there can be; raise the target or lower keep"
             )
-        if target is not None:
-            after = self.costs.along(self.table.kept(alive), self.table.group[chosen])
-            chosen = chosen[: int((after > target).sum()) + 1]
-        return chosen
+        if target is None:
+            return chosen
+        lefts = self.costs.along(kept, group[chosen])
+        count = int((self.costs.of(self.rounded(lefts)) > target).sum())
+        if count == len(chosen) or not rounds:
+            return chosen[: count + 1]
+        chosen, left = chosen[: count + 1], lefts[count]
+        safe = highest(scores, alive, group, protected(self.table.sizes, self.keep))
+        free = (alive & ~safe & ~spared).index_fill(0, chosen, False)
+        going = (left - self.rounded(left)).to(kept.device)
+        place = places(scores.where(free, torch.inf), group)
+        return torch.cat([chosen, (free & (place < going[group])).nonzero()[:, 0]])
+
+    def rounded(self, kept: Tensor) -> Tensor:
+        """Structures of each group, (..., G), at the next lower multiple; whole groups stay."""
+        return torch.where(kept == self.costs.sizes, kept, kept // self.units * self.units)
+
+    def even(self, alive: Tensor) -> bool:
+        """Whether all groups that have lost structures are at multiples."""
+        kept = self.table.kept(alive).cpu()
+        return bool((self.rounded(kept) == kept).all())
+
+    def spare(self) -> dict[str, int]:
+        """By group, how many structures have to be free so that any width can be rounded."""
+        kept = protected(self.costs.sizes, self.keep) + self.units - 1
+        return {g.name: n for g, n in zip(self.groups, kept.tolist(), strict=True)}
+
+    def _least(self, staying: Tensor) -> Tensor:
+        """How many structures each group keeps at least, (G,): the protected, and some others."""
+        sizes = self.costs.sizes
+        least = protected(sizes, self.keep) + staying
+        return torch.minimum((least + self.units - 1) // self.units * self.units, sizes)
 
     def prune(self, target: int | None = None) -> dict[str, list[int]]:
         """Mask the :meth:`selected` structures, for good.
@@ -172,7 +216,7 @@ class GateDecorator:
 
     def least(self) -> int:
         """The cost with every group down to what is protected; no lower target can be met."""
-        return int(self.costs.of(protected(self.costs.sizes, self.keep)))
+        return int(self.costs.of(self._least(torch.zeros_like(self.costs.sizes))))
 
     def melt(self, example: Any) -> Plan:
         """:func:`melt` the model; nothing else here can be used afterwards."""

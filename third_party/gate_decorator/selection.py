@@ -80,6 +80,36 @@ def protected(sizes: Tensor, keep: float = KEEP) -> Tensor:
     return torch.tensor([max(1, int(keep * n)) for n in sizes.tolist()], device=sizes.device)
 
 
+def places(values: Tensor, group: Tensor) -> Tensor:
+    """Each structure's place in its group, from the lowest value on: int64 (S,).
+
+    Args:
+        values: (S,); of equal ones the lower number comes first.
+        group: int64 (S,), 0 .. G - 1.
+    """
+    order = values.argsort(stable=True)
+    order = order[group[order].argsort(stable=True)]
+    counts = group.bincount()
+    starts = counts.cumsum(0) - counts
+    place = torch.empty_like(group)
+    place[order] = torch.arange(len(order), device=order.device) - starts[group[order]]
+    return place
+
+
+def highest(scores: Tensor, alive: Tensor, group: Tensor, count: Tensor) -> Tensor:
+    """The structures with the highest scores of the living in each group: bool (S,).
+
+    Args:
+        scores: (S,), not negative.
+        alive: bool (S,).
+        group: int64 (S,), 0 .. G - 1.
+        count: int64 (G,), how many of each.
+    """
+    # The dead come first, so a group's last are its best.
+    from_top = group.bincount()[group] - 1 - places(scores.where(alive, -1.0), group)
+    return from_top < count[group]
+
+
 def select(
     scores: Tensor,
     alive: Tensor,
@@ -92,6 +122,7 @@ def select(
     areas: Tensor | None = None,
     spared: Tensor | None = None,
     more: int = 0,
+    least: Tensor | None = None,
 ) -> Tensor:
     """The structures that a tick takes out: the lowest of all groups together.
 
@@ -115,6 +146,8 @@ def select(
         areas: (G,), feature-map area over the smallest; needed where eta is not 0.
         spared: bool (S,), living structures that are not to be selected (ours, for releases).
         more: structures to select beyond n (ours, to make up for releases).
+        least: int64 (G,), how many of each group have to be left (ours, for widths); ``None``: as
+            many as are protected.
 
     Returns:
         int64 (n,), numbers of structures, the first to go first.
@@ -136,18 +169,13 @@ def select(
     if eta and (areas is None or areas.shape != sizes.shape):
         raise GateError(f"eta is {eta}; give areas of shape ({len(sizes)},)")
 
-    # Sorted by group, and by score within it; the dead come first, so a group's last are its best.
-    order = scores.where(alive, -1.0).argsort(stable=True)
-    order = order[group[order].argsort(stable=True)]
-    from_top = sizes.cumsum(0)[group[order]] - 1 - torch.arange(len(order), device=order.device)
-    safe = torch.empty_like(alive)
-    safe[order] = from_top < protected(sizes, keep)[group[order]]
-
-    worth = scores
+    safe = highest(scores, alive, group, protected(sizes, keep))
+    worth, left = scores, group[alive].bincount(minlength=len(sizes))
     if eta and areas is not None:
-        left = group[alive].bincount(minlength=len(sizes))
         worth = scores - eta * (areas * left)[group]
     free = alive & ~safe & ~spared & (scores != 0)
+    if least is not None:
+        free &= places(worth.where(free, torch.inf), group) < (left - least)[group]
     count = max(1, int(fraction * int(filters[alive].sum())))
     lowest = worth.where(free, torch.inf).argsort(stable=True)
     return lowest[: min(count + more, int(free.sum()))]
