@@ -220,10 +220,10 @@ class _Reached:
     def item(self) -> Any:
         """An item of upstream's group, in which a position that came twice is the first's."""
         places, channels = (t.tolist() for t in self.all())
-        if len(self._seen) > 1:
-            once = dict(zip(reversed(places), reversed(channels), strict=True))
-            order = list(dict.fromkeys(places))
-            places, channels = order, [once[p] for p in order]
+        once: dict[int, int] = {}
+        for place, channel in zip(places, channels, strict=True):
+            once.setdefault(place, channel)
+        places, channels = list(once), list(once.values())
         item = tp._helpers.GroupItem(self._dep, places)
         item.root_idxs = [None if c < 0 else c for c in channels]
         return item
