@@ -185,13 +185,8 @@ class DepGraph(Adapter):
                 options.ignored,
                 skip_unsupported=True,
                 progress=self.progress,
+                unfit=self._unfit,
             )
-            for group in reading.groups:
-                why = self.frozen((s.name, s.parameter) for s in group.shares)
-                if group.structures == 1 < group.channels:
-                    why = f"is one structure: its {group.channels} channels only go together"
-                if why is not None:
-                    self.skipped[group.root] = f"the group of {group.root!r} {why}"
             for why in self.skipped.values():
                 self.progress(f"left out: {why}")
         else:
@@ -207,6 +202,11 @@ class DepGraph(Adapter):
             self._sizes = {g.root: g.structures for g in self._new_pruner(model).groups}
         if options.ratio is not None and options.rounds > 1:
             self._counts = self._new_pruner(model).counts()
+
+    def _unfit(self, group: UpstreamGroup) -> str | None:
+        if group.structures == 1 < group.channels:
+            return f"is one structure: its {group.channels} channels only go together"
+        return self.frozen((s.name, s.parameter) for s in group.shares)
 
     # ------------------------------------------------------------------ the target
 

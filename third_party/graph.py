@@ -685,9 +685,18 @@ def read(model: nn.Module, example: Any, ignored: Collection[str | nn.Module] = 
     Raises:
         UnsupportedLayerError: the network cannot be traced at all, or an ignored name is unknown.
     """
+    left = inside(model, ignored)
+    return read_built(build(model, example), model, left)
+
+
+def inside(model: nn.Module, ignored: Collection[str | nn.Module]) -> set[nn.Module]:
+    """The layers to ignore, which are given as names or as layers, with all that is in them.
+
+    Raises:
+        UnsupportedLayerError: one is no layer of the model.
+    """
     left = known_layers(model, ignored)
-    inside = {m for name in left for m in model.get_submodule(name).modules()}
-    return read_built(build(model, example), model, inside)
+    return {m for name in left for m in model.get_submodule(name).modules()}
 
 
 def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> Reading:

@@ -38,8 +38,12 @@ def exact_groups(
     skip_unsupported: bool = False,
     tried: bool = False,
     progress: Callable[[str], object] = str,
+    unfit: Callable[[UpstreamGroup], str | None] = lambda _: None,
 ) -> tuple[graph.Reading, dict[str, str]]:
     """A network's groups, all tried out, and why the others are left out, by their root.
+
+    Where a group is left out, its other layers are asked anew, without the root: what upstream then
+    takes for a group has been tried as well.
 
     Args:
         model: stays as it is, in its mode.
@@ -48,6 +52,8 @@ def exact_groups(
         skip_unsupported: leave out groups that would be refused.
         tried: whether they were tried out before, and none was at fault.
         progress: called now and then with what is going on.
+        unfit: another reason to leave a group out, in words that follow its name, or ``None``; asked
+            with ``skip_unsupported``.
 
     Raises:
         UnsupportedLayerError: naming a group that is not the same at zero and removed, and why.
@@ -56,11 +62,26 @@ def exact_groups(
     if not skip_unsupported:
         for why in reading.refused.values():
             raise UnsupportedLayerError(why)
-    odd = {} if tried else inexact(model, example, reading.groups, progress)
-    if not skip_unsupported:
-        require_exact(odd)
-    reading.groups = [g for g in reading.groups if g.root not in odd]
-    return reading, reading.refused | {root: named(root, why) for root, why in odd.items()}
+        require_exact({} if tried else inexact(model, example, reading.groups, progress))
+        return reading, {}
+    left_out: dict[str, str] = {}
+    exact: list[Any] = []
+    while True:
+        fresh = [g for g in reading.groups if _facts(g) not in exact]
+        odd = {g.root: why for g in fresh if (why := unfit(g)) is not None}
+        if not tried:
+            odd |= inexact(model, example, [g for g in fresh if g.root not in odd], progress)
+        exact += [_facts(g) for g in fresh if g.root not in odd]
+        refused = reading.refused | {root: named(root, why) for root, why in odd.items()}
+        if not refused:
+            return reading, left_out
+        left_out |= refused
+        reading = graph.read_built(reading.graph, model, graph.inside(model, [*ignored, *left_out]))
+
+
+def _facts(group: UpstreamGroup) -> Any:
+    """What tells a group from another one of the same network."""
+    return group.root, [(s.name, s.dim, s.index) for s in group.shares]
 
 
 def require_exact(odd: dict[str, str]) -> None:

@@ -413,6 +413,38 @@ def test_a_removal_that_would_not_equal_the_zeros_is_refused_by_group(between):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_a_group_that_is_one_structure_is_left_out_by_name():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1), nn.ReLU()
+    )
+    head = nn.Linear(1, 5)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = model, head
+
+        def forward(self, x):
+            x = self.body(x).mean((2, 3))
+            one, two, three = x.unflatten(1, (3, 2)).unbind(1)
+            left, right = (one * two * three).chunk(2, 1)
+            return self.head(left * right)
+
+    adapter = depgraph(Net(), ratio=0.5, skip_unsupported=True)
+    assert set(adapter.skipped) == {"body.2"}
+    adapter.check()
+
+
+@pytest.mark.slow
+def test_what_upstream_takes_for_a_group_where_another_is_left_out_is_tried_as_well():
+    shufflenets = pytest.importorskip("torchvision.models.shufflenetv2")
+    torch.manual_seed(0)
+    model = shufflenets.ShuffleNetV2([4, 8, 4], [8, 16, 32, 64, 16], num_classes=5)
+    example = torch.randn(2, 3, 32, 32)
+    options = DepGraphOptions(ratio=0.3, skip_unsupported=True)
+    DepGraph(model, example, options, SMOOTH).check()
+
+
 def test_a_plain_flatten_passes_whatever_the_weights_are():
     model = Between(lambda x: x.flatten(1))
     assert {g.name for g in structure_groups(model, EXAMPLE)} == {"conv", "hidden"}
