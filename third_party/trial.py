@@ -52,8 +52,8 @@ def exact_groups(
         skip_unsupported: leave out groups that would be refused.
         tried: whether they were tried out before, and none was at fault.
         progress: called now and then with what is going on.
-        unfit: another reason to leave a group out, in words that follow its name, or ``None``; asked
-            with ``skip_unsupported``.
+        unfit: another reason to leave a group out, in words that follow its name, or ``None``;
+            asked with ``skip_unsupported``.
 
     Raises:
         UnsupportedLayerError: naming a group that is not the same at zero and removed, and why.
@@ -68,12 +68,13 @@ def exact_groups(
     exact: list[Any] = []
     while True:
         fresh = [g for g in reading.groups if _facts(g) not in exact]
-        odd = {g.root: why for g in fresh if (why := unfit(g)) is not None}
+        reasons = {g.root: unfit(g) for g in fresh}
+        odd = {root: why for root, why in reasons.items() if why is not None}
         if not tried:
             odd |= inexact(model, example, [g for g in fresh if g.root not in odd], progress)
         exact += [_facts(g) for g in fresh if g.root not in odd]
         refused = reading.refused | {root: named(root, why) for root, why in odd.items()}
-        if not refused:
+        if refused.keys() <= left_out.keys():
             return reading, left_out
         left_out |= refused
         reading = graph.read_built(reading.graph, model, graph.inside(model, [*ignored, *left_out]))
