@@ -189,7 +189,7 @@ class DepGraph(Adapter):
             for group in reading.groups:
                 why = self.frozen((s.name, s.parameter) for s in group.shares)
                 if group.structures == 1 < group.channels:
-                    why = f"is one structure: its {group.channels} channels only go together"
+                    why = graph.why_one(reading, model, group)
                 if why is not None:
                     self.skipped[group.root] = f"the group of {group.root!r} {why}"
             for why in self.skipped.values():

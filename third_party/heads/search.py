@@ -267,7 +267,7 @@ class _Search:
         return {f: along for f, along in touched.items() if (by_head[f] != by_head[f][:1]).any()}
 
     def _gradients(
-        self, call: _Call, columns: Sequence[int], of: Sequence[Tensor | GradientEdge]
+        self, call: _Call, columns: Sequence[int], of: Sequence[Tensor] | Sequence[GradientEdge]
     ) -> tuple[Tensor | None, ...]:
         """Gradients from some columns of a layer's input, with drawn weights."""
         draw = torch.Generator().manual_seed(0)
