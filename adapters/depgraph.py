@@ -203,9 +203,9 @@ class DepGraph(Adapter):
         if options.ratio is not None and options.rounds > 1:
             self._counts = self._new_pruner(model).counts()
 
-    def _unfit(self, group: UpstreamGroup) -> str | None:
+    def _unfit(self, reading: graph.Reading, group: UpstreamGroup) -> str | None:
         if group.structures == 1 < group.channels:
-            return f"is one structure: its {group.channels} channels only go together"
+            return graph.why_one(reading, self.model, group)
         return self.frozen((s.name, s.parameter) for s in group.shares)
 
     # ------------------------------------------------------------------ the target

@@ -66,6 +66,18 @@ def roots() -> tuple[Any, ...]:
     return (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, *heads.conv1d())
 
 
+class EndlessWalkError(OverflowError):
+    """A walk from layer to layer would not end.
+
+    Attributes:
+        met: see :attr:`_Group.met`, so far.
+    """
+
+    def __init__(self, met: dict[tuple[Any, Any], Meeting]) -> None:
+        super().__init__("the walk from layer to layer does not end")
+        self.met = met
+
+
 class TraceError(UnsupportedLayerError):
     """Upstream cannot follow the channels through a network."""
 
@@ -120,7 +132,8 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> _Group:
     that wait there.
 
     Raises:
-        OverflowError: the walk does not end within a bound, see :data:`WALK` and :data:`PAIRS`.
+        EndlessWalkError: it does not end within a bound, see :data:`WALK` and :data:`PAIRS`.
+        OverflowError: a reshape would make more positions than any layer has.
         ValueError: the layer is not in the graph.
     """
     if layer not in built.module2node:
@@ -158,7 +171,7 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> _Group:
             # done, other reasons may be plainer.
             much = max(steps / WALK, pairs / (PAIRS * built.widest)) / max(10, built.edges)
             if much > 1 or (astray and much > 1 / WALK):
-                raise OverflowError("the walk from layer to layer does not end")
+                raise EndlessWalkError({at: there.all() for at, there in reached.items()})
     group = _Group()
     group._DG = built
     for at, arrived in reached.items():
@@ -905,15 +918,60 @@ def _table(
                 _add(table, _share(name, parameter, dim, norm, index))
         source = isinstance(module, roots()) and not _depthwise(node.module)
         if source and sum(map(len, index)) != _width(module):
-            raise UnsupportedLayerError(
-                f"ties {_width(module)} channels of {names[node.module]!r} to "
-                f"{sum(map(len, index))}, as where one channel is multiplied with all of another "
-                "layer's"
-            )
+            raise UnsupportedLayerError(_partly(built, module, sum(map(len, index)), names))
         last = isinstance(module, (nn.Linear, nn.Embedding, *heads.conv1d()))
         (norms if norm else producers).append((module, -1 if last else 1, index))
     table.owners = norms or producers
     return table
+
+
+def _partly(built: Any, layer: Any, tied: int, names: Mapping[nn.Module, str]) -> str:
+    """Why a group has only some of a layer's channels, told by a walk from all of them."""
+    width, what = _width(layer), names[layer]
+    ties = f"ties {width} channels of {what!r} to {tied}"
+    try:
+        met = whole(built, layer, range(width)).met
+    except EndlessWalkError as endless:
+        met = endless.met
+    except Exception:  # whatever upstream stumbles over from there
+        met = {}
+    for (node, handler), (places, _) in met.items():
+        other, last = node.module, int(places.max())
+        if not isinstance(other, roots()) or other not in names or last <= 0:
+            continue
+        out = built.is_out_channel_pruning_fn(handler)
+        pruner = built.get_pruner_of_module(other)
+        size = pruner.get_out_channels(other) if out else pruner.get_in_channels(other)
+        if last < size:
+            continue
+        if size == 1:
+            return f"{ties}, as where one channel is multiplied with all of another layer's"
+        return (
+            f"{ties}: {names[other]!r} has {size} {'outputs' if out else 'inputs'}, not "
+            f"{last + 1}, so what it mixes lies along another axis than those channels, as "
+            "positions do"
+        )
+    return (
+        f"{ties}: the others go elsewhere, as where a layer's outputs are split in unequal parts, "
+        "so its structures would be of several kinds"
+    )
+
+
+def why_one(reading: Reading, model: nn.Module, group: UpstreamGroup) -> str:
+    """Why a group is one structure, in words that follow its name."""
+    names, why = _names(model), f"is one structure: its {group.channels} channels only go together"
+    with upstream(model):
+        met = whole(reading.graph, model.get_submodule(group.root), range(group.channels)).met
+        for node, handler in met:
+            parts, size = _parts(reading.graph, node, handler)
+            if parts == size > 1:
+                what = "outputs" if reading.graph.is_out_channel_pruning_fn(handler) else "inputs"
+                return (
+                    f"{why}, as each of the {parts} parts of {names[node.module]!r} "
+                    f"({type(node.module).__name__}) has one of its {what}, and torch-pruning "
+                    "takes as many from every part"
+                )
+    return why
 
 
 def members(built: Any, group: Any, ties: Sequence[Meeting] = ()) -> list[list[int]]:

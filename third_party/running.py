@@ -723,8 +723,8 @@ def size(tensor: Tensor) -> float:
     return float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def draw_values(model: nn.Module, example: Any) -> None:
-    """Draw a model's weights by He's rule and its vectors from 0.5 to 1.5.
+def draw_values(model: nn.Module, example: Any, scale: float = 1.0) -> None:
+    """Draw a model's weights by He's rule, times ``scale``, and its vectors from 0.5 to 1.5.
 
     Norms with running statistics get those of the example, but lower means: a norm that reads
     zeros then puts out positive values, which no ReLU hides.
@@ -735,7 +735,8 @@ def draw_values(model: nn.Module, example: Any) -> None:
             if not tensor.is_floating_point() or not tensor.numel():
                 continue
             if tensor.dim() > 1:
-                drawn = torch.randn(tensor.shape, generator=draw) * (2 / tensor[0].numel()) ** 0.5
+                size = scale * (2 / tensor[0].numel()) ** 0.5
+                drawn = size * torch.randn(tensor.shape, generator=draw)
             else:
                 drawn = torch.rand(tensor.shape, generator=draw) + 0.5
             tensor.copy_(drawn)

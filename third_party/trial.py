@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import dependency, graph, running
+from . import dependency, graph, parting, running
 from .groups import UnsupportedLayerError, UpstreamGroup, named
 
 ROWS = 2
@@ -38,7 +38,7 @@ def exact_groups(
     skip_unsupported: bool = False,
     tried: bool = False,
     progress: Callable[[str], object] = str,
-    unfit: Callable[[UpstreamGroup], str | None] = lambda _: None,
+    unfit: Callable[[graph.Reading, UpstreamGroup], str | None] = lambda *_: None,
 ) -> tuple[graph.Reading, dict[str, str]]:
     """A network's groups, all tried out, and why the others are left out, by their root.
 
@@ -68,7 +68,7 @@ def exact_groups(
     exact: list[Any] = []
     while True:
         fresh = [g for g in reading.groups if _facts(g) not in exact]
-        reasons = {g.root: unfit(g) for g in fresh}
+        reasons = {g.root: unfit(reading, g) for g in fresh}
         odd = {root: why for root, why in reasons.items() if why is not None}
         if not tried:
             odd |= inexact(model, example, [g for g in fresh if g.root not in odd], progress)
@@ -130,7 +130,8 @@ def inexact(
         else:
             break
         culprits = dict(_culprits(trial, left, subset, progress))
-        odd |= culprits or {g.root: f"{why}, if all groups are removed together" for g in left}
+        together = f"{why}, if all groups are removed together{REASONS}"
+        odd |= culprits or dict.fromkeys((g.root for g in left), together)
     return {g.root: odd[g.root] for g in groups if g.root in odd}
 
 
@@ -152,7 +153,8 @@ def _culprits(
         if why is not None and len(part) > 1:
             yield from _culprits(trial, part, subset, progress)
         elif why is not None:
-            yield part[0].root, why
+            checked = not why.startswith("cannot be checked")
+            yield part[0].root, why + (trial.reason(part[0], subset) if checked else "")
 
 
 class Trial:
@@ -264,16 +266,13 @@ class Trial:
         chosen = {g.root: subset(g.structures, _seeded(g.root)) for g in groups}
         kept = running.parts(self._model)
         try:
-            with graph.upstream(self._model):
-                plan = [(g.root, g.channels_of(chosen[g.root])) for g in groups]
-                taken = dependency.gathered(self._graph, self._model, plan)
-                dependency.apply(self._graph, self._model, taken)
+            self._remove(groups, chosen)
             removed = running.outputs(self._model, self._example)
             if self._runs_in_training and subset is _anywhere:
                 in_training = running.outputs(self._model, self._example, training=True)
         except Exception as cause:  # whatever the removal of other channels than these breaks
             line = (str(cause).splitlines() or [type(cause).__name__])[0]
-            return f"cannot be removed ({type(cause).__name__}: {line}){REASONS}"
+            return f"cannot be removed ({type(cause).__name__}: {line})"
         finally:
             running.put_back(kept)
         with self._at_zero(groups, chosen):
@@ -285,7 +284,36 @@ class Trial:
                 why = f"{why}, in training mode" if why else None
         if why is None or why.startswith("cannot be checked"):
             return why
-        return f"gives different outputs at zero and removed: its removal {why}{REASONS}"
+        return f"gives different outputs at zero and removed: its removal {why}"
+
+    @torch.no_grad()
+    def reason(self, group: UpstreamGroup, subset: Subset) -> str:
+        """Why a removal is wrong, by the first module at which the outputs part; or in general.
+
+        The words follow those of :meth:`unlike`.
+        """
+        chosen = {group.root: subset(group.structures, _seeded(group.root))}
+        with parting.followed(self._model) as removed:
+            kept = running.parts(self._model)
+            try:
+                self._remove([group], chosen)
+                removed.clear()
+                running.outputs(self._model, self._example)
+            except Exception:  # as it is reported
+                if not removed:
+                    return REASONS
+            finally:
+                running.put_back(kept)
+        with parting.followed(self._model) as zeroed, self._at_zero([group], chosen):
+            running.outputs(self._model, self._example)
+        why = parting.cause(self._model, zeroed, removed)
+        return REASONS if why is None else f": {why}"
+
+    def _remove(self, groups: Sequence[UpstreamGroup], chosen: dict[str, list[int]]) -> None:
+        with graph.upstream(self._model):
+            plan = [(g.root, g.channels_of(chosen[g.root])) for g in groups]
+            taken = dependency.gathered(self._graph, self._model, plan)
+            dependency.apply(self._graph, self._model, taken)
 
     def parts_ties(self, group: UpstreamGroup) -> str | None:
         """Why a group cannot be removed alone from layers that share a parameter, or ``None``.
@@ -296,10 +324,7 @@ class Trial:
             return None
         kept = running.parts(self._model)
         try:
-            with graph.upstream(self._model):
-                plan = [(group.root, group.channels_of([0]))]
-                taken = dependency.gathered(self._graph, self._model, plan)
-                dependency.apply(self._graph, self._model, taken)
+            self._remove([group], {group.root: [0]})
         except UnsupportedLayerError as why:
             return f"cannot be removed alone: {why}"
         except Exception:  # the trial with all others will report it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -309,6 +310,102 @@ def test_gradients_go_with_what_is_left_and_what_is_frozen_stays_so():
     heads.find(model, EXAMPLE.double()).heads[0].remove(model, [0])
     assert torch.equal(model.first.q.weight.grad, kept)
     assert not model.first.o.weight.requires_grad
+
+
+# ---------------------------------------------------------------------- blocks beside the heads
+
+
+class Blocked(Attention):
+    """Attention within blocks of positions; ``at`` says where they lie as it is computed."""
+
+    def __init__(self, form: Form, blocks: int, at: str) -> None:
+        super().__init__(form)
+        self.blocks, self.at = blocks, at
+
+    def forward(self, x: Tensor) -> Tensor:
+        form = self.form
+        q, *pair = self.parts(x)
+        parts = [q, *(p.repeat_interleave(form.shared, dim=1) for p in pair)]
+        parts = [p.unflatten(2, (self.blocks, -1)) for p in parts]
+        if "before" in self.at:
+            parts = [p.transpose(1, 2) for p in parts]
+        shape = parts[0].shape[:3]
+        first, last = {"all": (0, 2), "two": (0, 1)}.get(self.at.split()[0], (0, 0))
+        q, k, v = (p.flatten(first, last) for p in parts)
+        if form.product == "fused":
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = (q @ k.transpose(-2, -1) / self.head_dim**0.5).softmax(-1) @ v
+        y = y.unflatten(0, shape[: last + 1]) if last else y
+        y = y.transpose(1, 2) if "before" in self.at else y
+        return self.o(y.flatten(2, 3).transpose(1, 2).reshape(*x.shape[:2], -1))
+
+
+@settings(max_examples=30)
+@given(
+    form=st.builds(
+        Form,
+        shared=st.sampled_from([1, 2]),
+        pairs=st.sampled_from([2, 3, 6]),
+        size=st.sampled_from([4, 5]),
+        layout=st.sampled_from(["three", "two", "parts", "heads"]),
+        product=st.sampled_from(["fused", "softmax"]),
+    ),
+    blocks=st.sampled_from([2, 4, 8]),
+    at=st.sampled_from([f"{n} {at}" for n in ("all", "two", "one") for at in ("before", "behind")]),
+    draw=st.randoms(use_true_random=False),
+)
+def test_blocks_are_not_taken_for_heads(form, blocks, at, draw):
+    model = network(form, functools.partial(Blocked, blocks=blocks, at=at))
+    example = torch.randn(2, 16, WIDTH, generator=torch.Generator().manual_seed(1)).double()
+    found = heads.find(model, example)
+    assert {h.root: h.count for h in found.heads} == dict.fromkeys(roots(form).values(), form.pairs)
+    gone = sorted(draw.sample(range(form.pairs), draw.randint(1, form.pairs - 1)))
+    root = roots(form)["first"]
+    expected = deaf(model, {"first": gone})(example)
+    plan = [(root, [c for k in gone for c in found.of(root).members[k]])]
+    dependency.cut(model, example, plan)
+    rounding.assert_exact(model(example), expected)
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_many_blocks_take_no_more_passes_than_few(pairs, monkeypatch):
+    passes: list[int] = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: passes.append(1) or grad(*a, **k))
+    counts = []
+    for blocks in (2, 64):
+        form = Form(pairs=pairs, size=64 // pairs, product="softmax")
+        model = network(form, functools.partial(Blocked, blocks=blocks, at="two behind"))
+        before = len(passes)
+        heads.find(model, torch.randn(1, 64, WIDTH).double())
+        counts.append(len(passes) - before)
+    assert counts[0] == counts[1]
+
+
+class Normed(Attention):
+    """A BatchNorm and a ReLU stand between the heads and the layer that reads them."""
+
+    def __init__(self, form: Form) -> None:
+        super().__init__(form)
+        self.norm = nn.BatchNorm1d(self.inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.parts(x)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.o(self.norm(y.transpose(1, 2)).relu().transpose(1, 2))
+
+
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("length", [64, 256])
+def test_no_channel_is_silent_behind_a_norm_and_a_relu(size, length):
+    form = Form(size=size)
+    model = network(form, Normed)
+    draw = torch.Generator().manual_seed(1)
+    example = torch.randn(1, length, WIDTH, generator=draw).double()
+    found = heads.find(model, example)
+    assert found.refused == {}
+    assert [h.count for h in found.heads] == [3, 3]
 
 
 # ---------------------------------------------------------------------- attentions that are tied

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
 from typing import Any
 
@@ -18,7 +19,12 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations, prune
 
 from dpm_core.adapters.base import count_macs
-from dpm_core.adapters.depgraph import LeftUnprunedWarning, structure_groups
+from dpm_core.adapters.depgraph import (
+    DepGraph,
+    DepGraphOptions,
+    LeftUnprunedWarning,
+    structure_groups,
+)
 from dpm_core.third_party import dependency, graph, running, trial
 from dpm_core.third_party.groups import UnsupportedLayerError
 
@@ -349,6 +355,54 @@ def test_the_trial_is_not_fooled(name):
     model, example = REFUSED[name]
     with pytest.raises(UnsupportedLayerError, match="group of 'a' gives different outputs"):
         structure_groups(model, example)
+
+
+class RootMean(nn.Module):
+    """Divides by the root of the mean square of all channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (x.square().mean(1, True) + 1e-5).sqrt()
+
+
+def flattened(m: Any, x: Tensor) -> Tensor:
+    return m.o(F.relu(m.a(x)).permute(0, 2, 3, 1).flatten(1))
+
+
+CAUSES = {
+    "a layer": (norm_between(nn.Sigmoid()), r"'n' \(Sigmoid\) answers zeros with more than zeros"),
+    "a function": (
+        Net(lambda m, x: m.o(m.a(x).sigmoid()), a=conv(3, 6), o=conv(6, 3)),
+        r"something before 'o' \(Conv2d\) answers zeros",
+    ),
+    "in a part": (
+        Net(
+            lambda m, x: m.o(m.b(x)),
+            b=Net(lambda m, x: m.p(m.a(x).cos()), a=conv(3, 6), p=conv(6, 6)),
+            o=conv(6, 3),
+        ),
+        r"in the forward pass of 'b' \(Net\), something before 'b\.p' \(Conv2d\) answers zeros",
+    ),
+    "a mean": (norm_between(RootMean()), r"what 'n' \(RootMean\) makes of a channel depends on"),
+    "other columns": (
+        Net(flattened, a=conv(3, 6), o=nn.Linear(6 * 64, 8)),
+        r"the graph takes other columns out of 'o' \(Linear\)",
+    ),
+    "a number of its own": (
+        Net(
+            lambda m, x: m.o(m.b(x)),
+            b=Net(lambda m, x: m.a(x).reshape(-1, 6, 8, 8), a=conv(3, 6)),
+            o=conv(6, 3),
+        ),
+        r"'b' \(Net\) cannot go on without them",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_a_refusal_names_the_first_place_at_which_the_outputs_part(name):
+    model, why = CAUSES[name]
+    with pytest.raises(UnsupportedLayerError, match=why):
+        structure_groups(model, IMAGES)
 
 
 @pytest.mark.parametrize("eps", [0.1, 1e-4])
@@ -736,8 +790,43 @@ def test_one_channel_that_gates_all_is_named():
         return m.o((maps * torch.sigmoid(m.g(maps))).mean((2, 3)))
 
     model = Net(run, a=conv(3, 16), g=nn.Conv2d(16, 1, 1), o=nn.Linear(16, 5))
-    with pytest.raises(UnsupportedLayerError, match="ties 16 channels of 'a' to 1"):
+    why = "ties 16 channels of 'a' to 1, as where one channel is multiplied with all"
+    with pytest.raises(UnsupportedLayerError, match=why):
         structure_groups(model, IMAGES)
+
+
+@pytest.mark.parametrize("halves", [True, False])
+def test_a_gate_that_mixes_positions_is_named_with_its_size(halves):
+    def run(m: Any, x: Tensor) -> Tensor:
+        u, v = m.a(x).chunk(2, -1) if halves else [m.a(x)] * 2
+        return m.o(F.gelu(u) * m.g(v.transpose(1, 2)).transpose(1, 2)).mean(1)
+
+    layers = {"a": nn.Linear(4, 24), "g": nn.Linear(6, 6), "o": nn.Linear(12 if halves else 24, 3)}
+    why = (
+        "ties 24 channels of 'a' to 6: 'g' has 6 (in|out)puts, not "
+        f"{12 if halves else 24}, so what it mixes lies along another axis"
+    )
+    with pytest.raises(UnsupportedLayerError, match=why):
+        structure_groups(Net(run, **layers), torch.randn(2, 6, 4))
+
+
+def test_parts_of_a_split_that_go_unlike_ways_are_named_with_their_layer():
+    def run(m: Any, x: Tensor) -> Tensor:
+        g, i, c = m.a(x).split([12, 8, 4], 1)
+        return m.o(F.gelu(g) * torch.cat([i, m.d(c)], 1))
+
+    layers = {"a": conv(3, 24), "d": conv(4, 4, groups=4), "o": conv(12, 3)}
+    with pytest.raises(
+        UnsupportedLayerError, match=r"ties 24 channels of 'a' to 8: .*unequal parts"
+    ):
+        structure_groups(Net(run, **layers), IMAGES)
+
+
+def test_one_channel_in_each_part_of_a_layer_is_the_reason_for_one_structure():
+    model = nn.Sequential(conv(3, 6), nn.ReLU(), conv(6, 12, groups=6), nn.ReLU(), conv(12, 3))
+    options = DepGraphOptions(ratio=0.5, skip_unsupported=True)
+    why = r"'0' is one structure: its 6 channels .* 6 parts of '2' \(Conv2d\) has one of its inputs"
+    assert re.search(why, DepGraph(model, IMAGES, options).skipped["0"])
 
 
 def test_layers_without_a_shape_yet_are_refused():

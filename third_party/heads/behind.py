@@ -39,12 +39,14 @@ class Behind:
 
     Attributes:
         sources: outputs of those layers, and parameters and buffers on the way.
-        cores: shapes of the attentions on the way.
+        cores: nodes of the attentions on the way: of a softmax, or of PyTorch's fused one.
+        products: nodes of the matrix products of two activations on the way, only the nearest.
         mixed: names of the modules whose outputs attention mixes.
     """
 
     sources: list[Source] = field(default_factory=list)
-    cores: list[tuple[int, ...]] = field(default_factory=list)
+    cores: list[Any] = field(default_factory=list)
+    products: list[Any] = field(default_factory=list)
     mixed: set[str] = field(default_factory=set)
 
     @property
@@ -77,13 +79,15 @@ def behind(tensor: Tensor, names: Mapping[int, str], outputs: Mapping[Any, Sourc
         elif hasattr(node, "variable"):
             leaves[id(node.variable)] = node.variable
         elif "ScaledDotProduct" in name or ("oftmax" in name and mixed):
-            found.cores.append(_shape(node))
+            found.cores.append(node)
             ahead += [(n, True) for n, _ in node.next_functions]
         elif _PRODUCTS.fullmatch(name):
             weights = [_weight(n, names) for n, _ in node.next_functions]
             for weight in weights:
                 leaves |= {id(t): t for t in weight or ()}
                 found.mixed |= {owner(names[id(t)]) for t in weight or () if mixed}
+            if not any(weights) and not mixed and "Convolution" not in name:
+                found.products.append(node)
             if not any(weights) or getattr(node, "_saved_groups", 1) > 1:
                 edges = zip(node.next_functions, weights, strict=True)
                 ahead += [(n, mixed or not any(weights)) for (n, _), w in edges if not w]
@@ -113,8 +117,3 @@ def _weight(node: Any, names: Mapping[int, str]) -> list[Tensor] | None:
         else:
             return None
     return leaves or None
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    """The shape of what an operation put out."""
-    return tuple(node._input_metadata[0].shape)

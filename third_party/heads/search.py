@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -48,10 +49,8 @@ def find(model: nn.Module, example: Any) -> Found:
     if signature not in known:  # one removal asks several times
         copied = running.Precision(model, running.informative(example), 1)
         drawn, few = copied.model.eval().requires_grad_(True), copied.example
-        running.draw_values(drawn, few)
-        with torch.no_grad():  # or a softmax may choose one of its inputs, and have no gradient
-            for parameter in drawn.parameters():
-                parameter.mul_(0.5 if parameter.dim() > 1 else 1.0)
+        # Small, or a softmax may choose one of its inputs, and have no gradient.
+        running.draw_values(drawn, few, 0.5)
         known[signature] = _Search(drawn, few).found
     found: Found = known[signature]
     return found
@@ -198,8 +197,7 @@ class _Search:
         Too fine a division does no harm: what a head shares with another ties them.
         """
         width = call.given.shape[channel_axis(self._layers[call.layer])]
-        counts = [shape[-3] for shape in call.behind.cores if len(shape) >= 4]
-        counts += self._heads_by_name(call)
+        counts = [*self._heads_by_gradients(call, width), *self._heads_by_name(call)]
         for count in dict.fromkeys(counts):
             if count < 2 or width % count:
                 continue
@@ -213,6 +211,25 @@ class _Search:
                 if call.touched:
                     return True
         return False
+
+    def _heads_by_gradients(self, call: _Call, width: int) -> list[int]:
+        """The numbers of heads in the attentions behind a layer.
+
+        Windows, blocks and samples lie along an attention's leading dimensions, too, in any order,
+        or in one with the heads. But a column depends on one head, in all windows.
+        """
+        nodes = [*call.behind.products, *call.behind.cores]
+        edges = [GradientEdge(node, 0) for node in nodes]
+
+        def met(columns: Sequence[int]) -> list[int]:
+            gradients = self._gradients(call, columns, edges)
+            felt = (g if g is None else (g != 0).reshape(*g.shape[:-2], -1) for g in gradients)
+            return [0 if f is None else int(f.any(-1).sum()) for f in felt]
+
+        # Several, as few of a column's values may get through a ReLU.
+        one = map(max, zip(*(met([c]) for c in (0, width // 2, width - 1)), strict=True))
+        every = met(range(width))
+        return [of // n for of, n in zip(every, one, strict=True) if n and of > n and of % n == 0]
 
     def _heads_by_name(self, call: _Call) -> list[int]:
         """The numbers of heads that a module around a layer keeps."""
@@ -228,17 +245,9 @@ class _Search:
     def _touched(self, call: _Call) -> dict[Leaf, Tensor]:
         sources = call.behind.sources
         tensors = [source.tensor for source in sources]
-        draw = torch.Generator().manual_seed(0)
-        weights = (torch.rand(call.given.shape, generator=draw) + 0.5).to(call.given)
-        axis = channel_axis(self._layers[call.layer]) % weights.dim()
         lines: dict[Leaf, list[Tensor]] = {}
         for row, part in enumerate(p for columns in call.columns for p in _halves(columns)):
-            only = torch.tensor(part, dtype=torch.int64, device=weights.device)
-            seed = torch.zeros_like(weights)
-            seed.index_copy_(axis, only, weights.index_select(axis, only))
-            gradients = torch.autograd.grad(
-                call.given, tensors, seed, retain_graph=True, allow_unused=True
-            )
+            gradients = self._gradients(call, part, tensors)
             largest = max((float(g.abs().max()) for g in gradients if g is not None), default=0.0)
             for source, gradient in zip(sources, gradients, strict=True):
                 felt = torch.zeros_like(source.tensor) if gradient is None else gradient
@@ -256,6 +265,18 @@ class _Search:
         touched = {leaf: torch.stack(mine) for leaf, mine in lines.items()}
         by_head = {leaf: along[0::2] | along[1::2] for leaf, along in touched.items()}
         return {f: along for f, along in touched.items() if (by_head[f] != by_head[f][:1]).any()}
+
+    def _gradients(
+        self, call: _Call, columns: Sequence[int], of: Sequence[Tensor] | Sequence[GradientEdge]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients from some columns of a layer's input, with drawn weights."""
+        draw = torch.Generator().manual_seed(0)
+        weights = (torch.rand(call.given.shape, generator=draw) + 0.5).to(call.given)
+        axis = channel_axis(self._layers[call.layer]) % weights.dim()
+        only = torch.tensor(columns, dtype=torch.int64, device=weights.device)
+        seed = torch.zeros_like(weights)
+        seed.index_copy_(axis, only, weights.index_select(axis, only))
+        return torch.autograd.grad(call.given, of, seed, retain_graph=True, allow_unused=True)
 
     def _heads(self, calls: Sequence[_Call]) -> Heads:
         """Attentions that share parts of their heads, as one group of structures.
