@@ -5,7 +5,9 @@ No loop here is over structures, and :func:`_to_host` is the one place that wait
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +36,11 @@ class Subset:
     table: SliceTable
     numbers: Tensor
     local: Tensor
+
+    @cached_property
+    def diagonals(self) -> list[Tensor | None]:
+        """Of these structures, for norms and products of the table."""
+        return self.table.diagonals(self.local)
 
 
 @dataclass
@@ -88,7 +95,7 @@ class Stepping:
         self._structures, self._ledger, self._smooth = structures, ledger, smooth
         self.decaying: Subset | None = None
         self._new_zeros = None if new_zeros is None else self._subset(new_zeros)
-        self._norms: Tensor | None = None  # of all structures of decaying's table, on the device
+        self._norms: Tensor | None = None  # of the structures of decaying's table, on the device
         self.refresh()
 
     @property
@@ -103,10 +110,9 @@ class Stepping:
 
     def refresh(self) -> None:
         """Rebuild what depends on who decays and who is pruned; after every change of phase."""
-        numbers, before = self._ledger.decaying, self.decaying
-        self.decaying = self._subset(numbers, before) if numbers.numel() else None
-        if self.decaying is None or before is None or self.decaying.table is not before.table:
-            self._norms = None
+        numbers = self._ledger.decaying
+        self.decaying = self._subset(numbers, self.decaying) if numbers.numel() else None
+        self._norms = None
         self._zeros: list[tuple[Tensor, int, Tensor]] = []
         self._zero_table: SliceTable | None = None
         pruned = self._ledger.pruned
@@ -252,9 +258,10 @@ class Stepping:
             the sign of what is minimised.
         """
         table, gradients = decaying.table, self._gradients(decaying)
+        diagonals = decaying.diagonals
         if self._norms is None:
-            self._norms = table.square_norms(table.parameters()).sqrt()
-        rows = [table.square_norms(gradients), self._norms]
+            self._norms = table.square_norms(table.parameters(), diagonals).sqrt()
+        rows = [table.square_norms(gradients, diagonals), self._norms]
         if maximised is not None:
             weights = table.parameters()
             if maximised:
@@ -262,7 +269,7 @@ class Stepping:
                     -w if w is not None and id(s.parameter) in maximised else w
                     for w, s in zip(weights, table.slices, strict=True)
                 ]
-            rows.append(table.dots(weights, gradients))
+            rows.append(table.dots(weights, gradients, diagonals))
         return rows
 
     def _gradients(self, subset: Subset) -> list[Tensor | None]:
@@ -322,7 +329,9 @@ class Stepping:
         kept = torch.ones_like(numbers, dtype=torch.bool) if released is None else ~released
         step = ledger.advance(numbers, sums.resistance, sums.gradient)
         target = self._smooth.norm(ledger.initial[numbers], step)
-        self._norms = _set_norms(decaying.table, decaying.local[kept], target[kept])
+        self._norms = _set_norms(
+            decaying.table, decaying.local[kept], target[kept], decaying.diagonals
+        )
         done = kept & (step == self._smooth.steps)
         if bool(done.any()):
             self._new_zeros = Subset(
@@ -360,7 +369,12 @@ class Stepping:
         return Subset(names, table, numbers, local)
 
 
-def _set_norms(table: SliceTable, structures: Tensor, norms: Tensor) -> Tensor:
+def _set_norms(
+    table: SliceTable,
+    structures: Tensor,
+    norms: Tensor,
+    diagonals: Sequence[Tensor | None] | None = None,
+) -> Tensor:
     """Scale some structures of a table to given norms, and all others by exactly one.
 
     A structure that the optimizer made zero has no direction to grow in, and stays zero. One that
@@ -370,14 +384,15 @@ def _set_norms(table: SliceTable, structures: Tensor, norms: Tensor) -> Tensor:
         table: of the structures.
         structures: their numbers in the table, (n,) on the host.
         norms: float64 (n,) on the host.
+        diagonals: of these structures and perhaps others; ``None``: of all.
 
     Returns:
-        The norms of all structures of the table before, (size,) on the device.
+        The norms of the structures with ``diagonals`` before, (size,) on the device.
     """
     target = torch.full((table.size,), -1.0, dtype=torch.float64)
     target[structures] = norms
     wanted = target.to(device=table.device, dtype=table.dtype, non_blocking=True)
-    before = table.square_norms(table.parameters()).sqrt()
+    before = table.square_norms(table.parameters(), diagonals).sqrt()
     scaled = (wanted >= 0) & (before > 0) & torch.isfinite(before)
     table.scale_(torch.where(scaled, wanted / before, 1.0))
     return before

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import dpm_core.table
 from dpm_core import Slice, StructureGroup
-from dpm_core.table import SliceTable, zero_
+from dpm_core.table import LARGE, SliceTable, zero_
 from tests.support import oracle
 from tests.support.snapshot import bits, same_bits
 
@@ -110,6 +113,62 @@ def test_dots_are_the_oracles_and_none_counts_as_zero(case: Case) -> None:
     scale = [a * b for a, b in zip(norms_by_hand(case), norms_by_hand(case, "others"), strict=True)]
     for value, expected, size in zip(found.tolist(), dots_by_hand(case), scale, strict=True):
         assert value == pytest.approx(expected, abs=case.tolerance * size + 1e-12)
+
+
+@settings(max_examples=100)
+@given(cases(), st.data())
+def test_norms_and_products_of_some_rows_are_those_of_all(case: Case, data: st.DataObject) -> None:
+    """As where parameters are large; in any layout, with anything in the rows beside them."""
+    chosen = sorted(data.draw(st.sets(st.integers(0, case.table.size - 1))))
+    scales = [
+        a * b for a, b in zip(norms_by_hand(case), norms_by_hand(case, "others"), strict=True)
+    ]
+    squares, dots = [v * v for v in norms_by_hand(case, "others")], dots_by_hand(case)
+    first = 0
+    for group, tensors in zip(case.groups, case.others, strict=True):
+        for share, tensor in zip(oracle.shares_of(group), tensors, strict=True):
+            for k in range(group.size):
+                for place in share.places(k) if first + k not in chosen else ():
+                    share.parameter.data[place] = math.nan
+                    if tensor is not None:
+                        tensor[place] = math.inf
+        first += group.size
+    for s in (s for group in case.groups for s in group.slices):
+        s.parameter.data = drawn_layout(data, s.parameter.data)
+    others = [t if t is None else drawn_layout(data, t) for ts in case.others for t in ts]
+    with mock.patch.object(dpm_core.table, "LARGE", 0):
+        table = case.table
+        diagonals = table.diagonals(torch.tensor(chosen, dtype=torch.int64))
+    given = table.order(others)
+    found = zip(
+        table.square_norms(given, diagonals).tolist(),
+        table.dots(table.parameters(), given, diagonals).tolist(),
+        strict=True,
+    )
+    for k, (square, dot) in enumerate(found):
+        if k in chosen:
+            assert square == pytest.approx(squares[k], rel=case.tolerance, abs=1e-9)
+            assert dot == pytest.approx(dots[k], abs=case.tolerance * scales[k] + 1e-12)
+
+
+def drawn_layout(data: st.DataObject, tensor: Tensor) -> Tensor:
+    """The same values with the dimensions in another order in memory."""
+    order = data.draw(st.permutations(range(tensor.dim())))
+    back = sorted(range(tensor.dim()), key=lambda d: order[d])
+    return tensor.permute(order).contiguous().permute(back)
+
+
+def test_which_parameters_are_read_by_rows() -> None:
+    def diagonals(*parameters: tuple[Tensor, int]) -> list[Tensor | None]:
+        table = SliceTable([[Slice(p, torch.arange(4), dim) for p, dim in parameters]])
+        return table.diagonals(torch.tensor([1, 3]))
+
+    large = torch.zeros(4, LARGE // 4)
+    served = diagonals((large, 0), (large.double(), 0))
+    assert [d.to_dense().shape for d in served if d is not None] == [(4, 4), (4, 4)]
+    assert [d.col_indices().tolist() for d in served if d is not None] == [[1, 3], [1, 3]]
+    others = [(large[:, 1:], 0), (large.T.contiguous(), 1), (large.half(), 0), (torch.ones(4), 0)]
+    assert diagonals(*others) == [None, None, None]
 
 
 @settings(max_examples=60)
