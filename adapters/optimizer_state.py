@@ -92,6 +92,41 @@ class CarryOver:
             optimizer.state.update(states)
 
 
+class Attributes:
+    """What somebody has put on a model's parameters as attributes: ``p.no_decay = True``.
+
+    Optimizers read them, and some write their own: timm's AdaHessian does when it is constructed,
+    and cannot go on without. Construct this before a removal, call :meth:`finish` after.
+
+    Args:
+        model: before the removal.
+
+    Attributes:
+        divided: whether there are tensors of a parameter's shape among them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = {name: p for name, p in model.named_parameters() if vars(p)}
+        self.divided = any(_shaped(v, p) for p in self._before.values() for v in vars(p).values())
+
+    @torch.no_grad()
+    def finish(self, stays: Mapping[str, list[Tensor]]) -> None:
+        """The model is small: put them on its new parameters; what cannot be divided is left out.
+
+        Args:
+            stays: as :meth:`CarryOver.finish` takes it; not needed where nothing is ``divided``.
+        """
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, old in self._before.items():
+            new = now[name]
+            for key, value in vars(old).items() if new is not old else ():
+                if _shaped(value, old):
+                    setattr(new, key, _cut(value, stays[name], new))
+                elif _plain(value):
+                    setattr(new, key, value)
+
+
 def require_carried(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that keeps tensors where a removal cannot exchange or divide them.
 
@@ -141,6 +176,15 @@ def _single(value: object) -> bool:
     if isinstance(value, Tensor):
         return value.dim() == 0 or value.shape == (1,)
     return value is None or isinstance(value, bool | int | float | complex | str)
+
+
+def _plain(value: object) -> bool:
+    """Whether a value is single, or consists of single ones."""
+    if isinstance(value, Mapping):
+        return all(map(_plain, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_plain, value))
+    return _single(value)
 
 
 def _shaped(value: object, parameter: Tensor) -> bool:
