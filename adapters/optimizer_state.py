@@ -12,7 +12,9 @@ as in a new optimizer. A state as large as its parameter counts as such a factor
 of the same name is one elsewhere: the factors of a square matrix are as large as the matrix.
 
 What is kept in optimizers inside of this one, as Lookahead does, is treated in the same way. An
-optimizer that keeps tensors beside ``state`` is refused, by :func:`require_carried`.
+optimizer that keeps tensors beside the states of its parameters is refused, by
+:func:`require_carried`: in an attribute, in a parameter group, or in ``state`` under a name, as
+MADGRAD and SPAM keep their numbers of steps. Single values may be kept anywhere.
 """
 
 from __future__ import annotations
@@ -64,15 +66,19 @@ class CarryOver:
         optimized = {p for group in groups for p in group["params"]}
         fresh = {p: now[name] for p, name in self._names.items() if p in optimized}
         for optimizer in self._optimizers:
-            states: dict[Tensor, dict[str, Any]] = {}
+            states: dict[Tensor, Any] = {}
             foreign = {
                 key
-                for parameter, state in optimizer.state.items()
+                for parameter, state in _states(optimizer)
                 for key, value in state.items()
                 if not (_single(value) or _shaped(value, parameter) or _is_mean(value, parameter))
             }
             for old, new in fresh.items():
                 state = optimizer.state.get(old, {})
+                if not isinstance(state, Mapping):  # of which nobody says how it could be cut
+                    if new.shape == old.shape:
+                        states[new] = state
+                    continue
                 factored = any(k in foreign or _is_mean(v, old) for k, v in state.items())
                 if new is old or not state or (factored and new.shape != old.shape):
                     continue
@@ -86,6 +92,41 @@ class CarryOver:
             optimizer.state.update(states)
 
 
+class Attributes:
+    """What somebody has put on a model's parameters as attributes: ``p.no_decay = True``.
+
+    Optimizers read them, and some write their own: timm's AdaHessian does when it is constructed,
+    and cannot go on without. Construct this before a removal, call :meth:`finish` after.
+
+    Args:
+        model: before the removal.
+
+    Attributes:
+        divided: whether there are tensors of a parameter's shape among them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._before = {name: p for name, p in model.named_parameters() if vars(p)}
+        self.divided = any(_shaped(v, p) for p in self._before.values() for v in vars(p).values())
+
+    @torch.no_grad()
+    def finish(self, stays: Mapping[str, list[Tensor]]) -> None:
+        """The model is small: put them on its new parameters; what cannot be divided is left out.
+
+        Args:
+            stays: as :meth:`CarryOver.finish` takes it; not needed where nothing is ``divided``.
+        """
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        for name, old in self._before.items():
+            new = now[name]
+            for key, value in vars(old).items() if new is not old else ():
+                if _shaped(value, old):
+                    setattr(new, key, _cut(value, stays[name], new))
+                elif _plain(value):
+                    setattr(new, key, value)
+
+
 def require_carried(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that keeps tensors where a removal cannot exchange or divide them.
 
@@ -96,7 +137,8 @@ def require_carried(optimizer: torch.optim.Optimizer) -> None:
         optimized: set[Tensor] = {p for group in one.param_groups for p in group["params"]}
         own = [(k, v) for group in one.param_groups for k, v in group.items()]
         own = [kv for kv in [*own, *vars(one).items()] if kv[0] not in _KNOWN]
-        hidden = {k for k, v in own if any(t in optimized or t.dim() for t in _tensors(v))}
+        own += [(f"state[{k!r}]", v) for k, v in one.state.items() if not isinstance(k, Tensor)]
+        hidden = {k for k, v in own if any(t in optimized or t.numel() > 1 for t in _tensors(v))}
         if hidden:
             raise CarryOverError(
                 f"{type(one).__name__} keeps tensors of its own in {sorted(hidden)}, which would "
@@ -123,10 +165,26 @@ def _with_those_inside(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim
             ahead += one
 
 
+def _states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """What an optimizer keeps of each parameter, by name."""
+    for key, value in optimizer.state.items():
+        if isinstance(key, Tensor) and isinstance(value, Mapping):
+            yield key, value
+
+
 def _single(value: object) -> bool:
     if isinstance(value, Tensor):
         return value.dim() == 0 or value.shape == (1,)
     return value is None or isinstance(value, bool | int | float | complex | str)
+
+
+def _plain(value: object) -> bool:
+    """Whether a value is single, or consists of single ones."""
+    if isinstance(value, Mapping):
+        return all(map(_plain, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(map(_plain, value))
+    return _single(value)
 
 
 def _shaped(value: object, parameter: Tensor) -> bool:

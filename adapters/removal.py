@@ -24,7 +24,7 @@ from dpm_core.attachment import unwrapped
 from dpm_core.third_party import running
 from dpm_core.third_party.errors import AdapterError
 
-from .optimizer_state import CarryOver
+from .optimizer_state import Attributes, CarryOver
 
 Build = Callable[[nn.Module, Any], Any]
 """Gives torch-pruning's graph of a model, for an example of its inputs."""
@@ -103,6 +103,9 @@ class Removal:
     ) -> None:
         """Make a model physically smaller, in place; parameters become new objects.
 
+        Attributes that somebody has put on parameters, as some optimizers do, go on with the new
+        ones: plain values, and tensors of the parameter's shape with what stays of them.
+
         By torch-pruning's dependency graph, for every framework. The outputs for the example are
         compared before and after, on a copy first, in double precision where the model runs so.
 
@@ -141,8 +144,11 @@ class Removal:
         several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         optimizers = [unwrapped(one) for one in several if one is not None]
         carried = [CarryOver(model, one) for one in optimizers]
-        stays = dependency.survivors(model, example, plan, by) if carried else {}
+        attributes = Attributes(model)
+        needed = carried or attributes.divided
+        stays = dependency.survivors(model, example, plan, by) if needed else {}
         (dependency.cut if cut else dependency.remove)(model, example, plan, by)
+        attributes.finish(stays)
         for one in carried:
             one.finish(stays)
 

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .config import Control, Settings, described
+from .config import Control, Settings
 from .files import save_text, vouched, vouches
 from .names import Seed, Text, one_line
+from .refusals import described
 
 Variant = Literal["base", "sp", "sr", "random", "least-resistant"]
 Timed = Literal["dense", "masked", "pruned"]

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def load(
     train: int | None = None,
     validation: int | None = None,
     augmentation: Augmentation = "shift",
+    before: Callable[[int, int], None] = lambda _classes, _training: None,
 ) -> Images:
     """Load a data set by name, on the host.
 
@@ -37,12 +39,18 @@ def load(
         train: so many of the training images, always the same ones, equally many of each class.
         validation: so many of the other training images take the place of the test images.
         augmentation: how training images are varied; see :class:`~.images.Images`.
+        before: is called right before a folder's images are decoded, if they are, with the numbers
+            of classes and of the images to train on. What it raises passes through.
 
     Raises:
         DataError: the name is unknown, the data cannot be had, or has fewer images than asked for.
         OSError: a decoded folder cannot be written.
     """
-    whole = _whole(name, root, size, augmentation)
+
+    def decoding(classes: int, found: int) -> None:
+        before(classes, _count(name, found, train, validation))
+
+    whole = _whole(name, root, size, augmentation, decoding)
     if label is not None:
         if not name.startswith("folder:"):
             raise DataError(f"{name} has a name of its own; a label is for a folder's images")
@@ -55,14 +63,7 @@ def _parted(whole: Images, train: int | None, validation: int | None) -> Images:
     if train is None and validation is None:
         return whole
     order, apart = _balanced(whole.train_labels), validation or 0
-    most = len(order) - apart
-    if train is None:
-        train = most
-    if not 1 <= train <= most:
-        raise DataError(
-            f"{whole.label} has {len(order)} training images, fewer than the {train} to train on "
-            f"and {apart} for validation; lower data.train or data.validation"
-        )
+    train = _count(whole.label, len(order), train, validation)
     label = whole.label
     if train < len(order):
         label += f", {train:,} training images"
@@ -85,6 +86,24 @@ def _parted(whole: Images, train: int | None, validation: int | None) -> Images:
     )
 
 
+def _count(label: str, found: int, train: int | None, validation: int | None) -> int:
+    """How many of the training images there are is trained on.
+
+    Raises:
+        DataError: there are fewer than asked for.
+    """
+    apart = validation or 0
+    most = found - apart
+    if train is None:
+        train = most
+    if not 1 <= train <= most:
+        raise DataError(
+            f"{label} has {found} training images, fewer than the {train} to train on "
+            f"and {apart} for validation; lower data.train or data.validation"
+        )
+    return train
+
+
 def _rows(whole: Images, rows: Tensor, size: tuple[int, int]) -> Pixels:
     """Some of the training images, or the middle of them."""
     taken = Rows(torch.as_tensor(whole.train), rows, size)
@@ -101,7 +120,13 @@ def _balanced(labels: Tensor) -> Tensor:
     return turn.argsort(stable=True)
 
 
-def _whole(name: str, root: Path, size: int, augmentation: Augmentation) -> Images:
+def _whole(
+    name: str,
+    root: Path,
+    size: int,
+    augmentation: Augmentation,
+    before: Callable[[int, int], None],
+) -> Images:
     if name == "digits":
         return replace(_digits(), augmentation=augmentation)
     if name in ("cifar10", "cifar100"):
@@ -111,7 +136,7 @@ def _whole(name: str, root: Path, size: int, augmentation: Augmentation) -> Imag
             path = Path(name.removeprefix("folder:")).expanduser()
         except RuntimeError as cause:  # ~somebody who is not known
             raise DataError(f"{name}: {cause}; give the whole path") from cause
-        return folders.load(path, root, size, augmentation)
+        return folders.load(path, root, size, augmentation, before)
     raise DataError(f"unknown data {name!r}; give digits, cifar10, cifar100 or folder:PATH")
 
 

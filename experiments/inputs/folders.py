@@ -14,7 +14,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,7 +38,13 @@ SPARE = 8 / 7
 """Crops of random size are cut from images so many times larger: 256 pixels for 224."""
 
 
-def load(path: Path, root: Path, size: int, augmentation: Augmentation) -> Images:
+def load(
+    path: Path,
+    root: Path,
+    size: int,
+    augmentation: Augmentation,
+    before: Callable[[int, int], None] = lambda _classes, _training: None,
+) -> Images:
     """The images of a folder with ``train`` and ``test`` (or ``val``) inside, mapped into memory.
 
     They are decoded once, into a file. Test images are the largest centred square, brought to
@@ -50,6 +56,8 @@ def load(path: Path, root: Path, size: int, augmentation: Augmentation) -> Image
         root: where decoded folders are kept.
         size: height and width in pixels.
         augmentation: as :class:`~.images.Images` has it.
+        before: is called right before images are decoded, which may take hours, with the numbers of
+            classes and of training images. What it raises passes through, and nothing is decoded.
 
     Raises:
         DataError: the folder is not as it should be, or its decoded file is damaged.
@@ -69,7 +77,8 @@ def load(path: Path, root: Path, size: int, augmentation: Augmentation) -> Image
     if len(names[0]) < 2:
         raise DataError(f"{path} has the classes {sorted(names[0])}; it takes two folders or more")
     side = size if augmentation == "shift" else round(SPARE * size)
-    images = _cached(path, root, parts, size, side)
+    training = sum(map(len, parts["train"].values()))
+    images = _cached(path, root, parts, size, side, lambda: before(len(names[0]), training))
     loaded = Images(
         f"{path.resolve().name} (folder)",
         **images.tensors,
@@ -86,7 +95,12 @@ def load(path: Path, root: Path, size: int, augmentation: Augmentation) -> Image
 
 
 def _cached(
-    path: Path, root: Path, parts: Mapping[str, Classes], size: int, side: int
+    path: Path,
+    root: Path,
+    parts: Mapping[str, Classes],
+    size: int,
+    side: int,
+    before: Callable[[], None],
 ) -> stored.Stored:
     """A folder's decoded images; they are decoded now, if they were not before."""
     stamp = _stamp(path, parts, size, side)
@@ -95,6 +109,7 @@ def _cached(
     while not cache.exists():
         with suppress(BusyError), alone_in(cache.parent):
             if not cache.exists():  # another process may have written it just now
+                before()
                 _decode_all(path, cache, parts, size, side, of)
             break
         tqdm.write(f"waiting for another process that decodes in {cache.parent}", sys.stderr)

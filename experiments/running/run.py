@@ -15,7 +15,7 @@ from dpm_core.adapters.base import Adapter, count_macs, count_parameters
 from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.saved import checksum, save_pruned
 
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, Stage
 from ..errors import RunError, first_line
 from ..files import FileError, load_tensors, save_tensors
 from ..inputs import data, networks
@@ -106,7 +106,7 @@ def _carry_out(request: Request) -> Path:
     record_path = folder / RECORD
     saved = None if request.force else checkpoint.load(folder / CHECKPOINT, request)
 
-    config.network.find()  # before images are decoded, which may take hours
+    config.network.find()  # before images are downloaded or decoded
     torch.use_deterministic_algorithms(True, warn_only=True)
     # What is read before it is written would show as NaN, at the price of writing all memory twice.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -119,17 +119,17 @@ def _carry_out(request: Request) -> Path:
             train=config.data.train,
             validation=config.data.validation,
             augmentation=config.data.augmentation,
+            before=lambda classes, training: _check_ahead(request, classes, training),
         ).to(request.device)
     _check_images(request, images, saved)
+    _check_batches(config, len(images.train))
     if saved is not None:
         checkpoint.go_on_alike(request, saved)
-    model = _build(request, images)
+    model = _build(request, images.channels, images.classes)
     example = images.normalize(images.test[:2])
     networks.require_logits(config.network, model, example, images.classes)
     if saved is None:  # else the run has passed it before
-        _adapter(request, images, model, example).check()
-    if config.dense is not None:
-        images.steps_per_epoch(config.dense.batch)
+        _adapter(request, images.steps_per_epoch, model, example).check()
     if ranks.first:
         _check_places(request, images, model)
         if request.force:
@@ -208,14 +208,55 @@ def _check_places(request: Request, images: Images, model: nn.Module) -> None:
     check(request.folder, names, needed)
 
 
+def _check_ahead(request: Request, classes: int, training: int) -> None:
+    """Refuse what can be known to be wrong before images are decoded, which may take hours.
+
+    Args:
+        request: the run.
+        classes: their number in a folder of colour images.
+        training: how many images there will be to train on.
+
+    Raises:
+        ConfigError, NetworkError, CheckpointError, AdapterError: as after the decoding.
+    """
+    config, size = request.config, request.config.data.size
+    _check_batches(config, training)
+    model = _build(request, 3, classes)
+    draw = torch.Generator().manual_seed(0)
+    example = torch.randn(2, 3, size, size, generator=draw).to(request.device)
+    networks.require_logits(config.network, model, example, classes)
+    if request.ranks.count == 1:  # an adapter may ask the other processes, which are waiting
+        _adapter(request, lambda batch: training // batch, model, example).check()
+
+
+def _trained(config: Config) -> dict[str, Stage]:
+    """The stages in which there is training, by name: not of a checkpoint that stays as it is."""
+    stages = {"dense": config.dense, **config.stages}
+    return {name: stage for name, stage in stages.items() if stage is not None and stage.epochs}
+
+
+def _check_batches(config: Config, training: int) -> None:
+    """Refuse batches that are larger than all training images together.
+
+    Raises:
+        ConfigError: naming the stage.
+    """
+    for name, stage in _trained(config).items():
+        if stage.batch > training:
+            raise ConfigError(
+                f"stage {name!r} has batches of {stage.batch}, more than the {training} training "
+                "images; give a smaller batch"
+            )
+
+
 def _check_shares(config: Config, processes: int) -> None:
     """Refuse batches that do not split evenly.
 
     Raises:
         ConfigError: naming the stage.
     """
-    for name, stage in {"dense": config.dense, **config.stages}.items():
-        if stage is not None and stage.batch % processes:
+    for name, stage in _trained(config).items():
+        if stage.batch % processes:
             raise ConfigError(
                 f"stage {name!r} has batches of {stage.batch}, which {processes} processes cannot "
                 "share evenly; give a multiple, or start another number of processes"
@@ -250,16 +291,21 @@ def _check_images(request: Request, images: Images, saved: Mapping[str, Any] | N
             )
 
 
-def _build(request: Request, images: Images) -> nn.Module:
+def _build(request: Request, channels: int, classes: int) -> nn.Module:
     config = request.config
     seed = config.dense_seed(request.seed)
-    model = config.network.build(images.channels, images.classes, seed)
+    model = config.network.build(channels, classes, seed)
     if config.dense is not None and config.dense.checkpoint is not None:
         start_from(model, Path(config.dense.checkpoint).expanduser())
     return model.to(request.device)
 
 
-def _adapter(request: Request, images: Images, model: nn.Module, example: torch.Tensor) -> Adapter:
+def _adapter(
+    request: Request,
+    steps_per_epoch: Callable[[int], int],
+    model: nn.Module,
+    example: torch.Tensor,
+) -> Adapter:
     config = request.config
     variant = request.variant
     control = variant if variant in CONTROLS else None
@@ -270,7 +316,7 @@ def _adapter(request: Request, images: Images, model: nn.Module, example: torch.
         config.build_options(),
         None if variant == "base" else config.smooth,
         None if variant in ("base", "sp") else rectify,
-        training=config.training(images.steps_per_epoch),
+        training=config.training(steps_per_epoch),
         seed=request.seed if config.draw_by_seed else 0,
         progress=Spinner(request.ranks.hidden),
     )
@@ -292,7 +338,7 @@ def _dense_model(
     bar: Bar,
 ) -> nn.Module:
     """The dense model, trained once for all variants, frameworks and seeds that start from it."""
-    config, model = request.config, _build(request, images)
+    config, model = request.config, _build(request, images.channels, images.classes)
     seed = config.dense_seed(request.seed)
     if config.dense is None:
         return model
@@ -345,7 +391,7 @@ def _framework_loop(
 ) -> tuple[Loop, Adapter]:
     """The framework's stages on a copy of the dense model, from the start or a checkpoint."""
     config, model = request.config, copy.deepcopy(dense)
-    adapter = _adapter(request, images, model, example)
+    adapter = _adapter(request, images.steps_per_epoch, model, example)
     adapter.checked = True  # on a model of the same layers, before the dense training
     start = checksum("dense", dense.state_dict())
     if saved is not None and saved["part"] == "framework" and saved["dense"] != start:
@@ -372,7 +418,7 @@ def _framework_loop(
         checkpoint.restore(loop, saved)
         if saved.get("masked") is not None:
             loop.masked = copy.deepcopy(dense)
-            before = _adapter(request, images, loop.masked, example)
+            before = _adapter(request, images.steps_per_epoch, loop.masked, example)
             removed = saved["masked_removed"]
             loop.masked_removed = None if removed is None else Removal(removed)
             before.lay_out(loop.masked_removed)

@@ -74,7 +74,7 @@ def learning_rate(stage: Stage, epoch: int) -> float:
 
 def steps(stages: Sequence[tuple[str, Stage]], images: Images) -> int:
     """Training steps of some stages, (name, settings), in all."""
-    return sum(s.epochs * images.steps_per_epoch(s.batch) for _, s in stages)
+    return sum(s.epochs * images.steps_per_epoch(s.batch) for _, s in stages if s.epochs)
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
-from ..config import described
 from ..errors import RunError
 from ..files import FileError, load_tensors, save_text
 from ..names import Seed, Text, one_line
 from ..record import RECORD, TRACE, Number, Part, Record, Variant, trace_of
+from ..refusals import described
 from .kept import Run
 from .sections import sections
 

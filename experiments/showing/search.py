@@ -12,10 +12,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ..config import described
 from ..errors import RunError
 from ..names import Seed
 from ..record import Number, Part, Percent, Variant
+from ..refusals import described
 from .grid import Table
 from .pairs import difference
 

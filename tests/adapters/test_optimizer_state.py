@@ -669,6 +669,109 @@ def test_what_a_removal_would_refuse_is_refused_at_the_start(since):
     assert run.clock == since
 
 
+COUNTS = (
+    7,  # SPAM
+    torch.tensor([7]),  # MADGRAD
+    {"short": 0.5, "long": None},  # EmoNavi
+    [torch.tensor(0.5), torch.ones(1, 1)],
+)
+
+
+@pytest.mark.parametrize("value", COUNTS, ids=str)
+@pytest.mark.parametrize("place", ["state", "group", "attribute"])
+def test_single_values_may_be_kept_anywhere(place, value):
+    """D-Adaptation and Prodigy of pytorch_optimizer keep tensors of one element in groups."""
+
+    model, plain = (build("resnet20", 3, 10, seed=0).double() for _ in range(2))
+    optimizer, other = (Adam(m.parameters(), lr=1e-3) for m in (model, plain))
+    keeping = {"state": optimizer.state, "group": optimizer.param_groups[0]}
+    keeping = keeping.get(place, vars(optimizer))
+    keeping["count"] = value
+    for one, by in ((model, optimizer), (plain, other)):
+        train(one, by, range(2))
+        Removal(PLANS["resnet20"]).apply(one, EXAMPLE.double(), by, cut=True)
+        train(one, by, range(2, 4))
+    assert keeping["count"] is value
+    assert all(same_bits(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+class Marking(Optimizer):
+    """Keeps what it needs on the parameters, from the start, as timm's AdaHessian does."""
+
+    def __init__(self, params) -> None:
+        super().__init__(params, {"lr": 1e-3})
+        for p in self.param_groups[0]["params"]:
+            p.mean = 0.0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.mean = 0.9 * p.mean + p.grad
+            p.add_(p.mean, alpha=-1e-3)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_attributes_of_parameters_go_on_with_what_is_left(steps):
+    model, plain = (build("resnet20", 3, 10, seed=0).double() for _ in range(2))
+    optimizer, other = Marking(model.parameters()), SGD(plain.parameters(), 1e-3, momentum=0.9)
+    marks = {"no_decay": True, "settings": {"lr": [1e-3, None]}, "count": torch.tensor([4])}
+    for p in model.parameters():
+        vars(p).update(marks, projection=torch.ones(7), owner=optimizer)
+    whole = {p: name for name, p in model.named_parameters()}
+    for one, by in ((model, optimizer), (plain, other)):
+        train(one, by, range(steps))
+        Removal(PLANS["resnet20"]).apply(one, EXAMPLE.double(), by, cut=True)
+        train(one, by, range(steps, steps + 3))
+    smaller = [p for p in model.parameters() if p not in whole]
+    assert 0 < len(smaller) < len(whole)
+    for p in model.parameters():
+        assert all(vars(p)[key] is value for key, value in marks.items())
+    assert not any({"projection", "owner"} & vars(p).keys() for p in smaller)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=rounding.EXACT, atol=rounding.EXACT)
+
+
+def test_attributes_go_on_where_no_optimizer_does():
+    model = build("resnet20", 3, 10, seed=0)
+    for p in model.parameters():
+        p.average, p.no_decay = p.detach().clone(), True
+    dependency.set_to_zero(model, EXAMPLE, PLANS["resnet20"])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.average.copy_(p)
+    Removal(PLANS["resnet20"]).apply(model, EXAMPLE)
+    assert all(torch.equal(p.average, p) and p.no_decay for p in model.parameters())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_tensors_that_a_state_keeps_under_a_name_are_refused(inside):
+    """As TRAC does: copies of all parameters, by parameter, under one name."""
+    model = build("resnet20", 3, 10, seed=0)
+    optimizer = Adam(model.parameters())
+    optimizer.state["trac"] = {p: p.detach().clone() for p in model.parameters()}
+    given = optimizer
+    if inside:
+        given = SGD(model.parameters(), 0.1)
+        given.inside = optimizer
+    with refused(CarryOverError, "state['trac']", model=model):
+        Removal(PLANS["resnet20"]).apply(model, EXAMPLE, given)
+
+
+def test_a_state_that_is_no_mapping_begins_anew_where_something_is_lost():
+    model = build("resnet20", 3, 10, seed=0)
+    optimizer = SGD(model.parameters(), 0.1)
+    before = {}
+    for name, p in model.named_parameters():
+        optimizer.state[p] = before[name] = torch.randn_like(p)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    Removal(PLANS["resnet20"]).apply(model, EXAMPLE, optimizer, cut=True)
+    kept = [name for name, p in model.named_parameters() if p in optimizer.state]
+    assert kept == [name for name, p in model.named_parameters() if p.shape == shapes[name]]
+    assert 0 < len(kept) < len(before)
+    assert len(optimizer.state) == len(kept)
+    assert all(optimizer.state[model.get_parameter(name)] is before[name] for name in kept)
+
+
 def test_optimizers_in_a_list_are_inside_as_well():
     model = build("resnet20", 3, 10, seed=0)
     both = Lookahead(torch.optim.Adam(model.parameters()))

@@ -37,11 +37,26 @@ def test_every_network_is_named(name):
     assert f'`"{name}"`' in PAGE
 
 
-def test_the_example_is_a_configuration(tmp_path):
-    (example,) = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+@pytest.fixture
+def examples():
+    """The whole configuration, and another table for it."""
+    return re.findall(r"^```toml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+def test_the_example_is_a_configuration(tmp_path, examples):
     path = tmp_path / "c.toml"
-    path.write_text(example)
+    path.write_text(examples[0])
     config = load(path)
     assert config.network.code == "timm"
     assert config.data.augmentation == "resized-crop"
     assert config.build_options().reads == 10
+
+
+def test_the_example_starts_from_a_checkpoint_with_another_table(tmp_path, examples):
+    whole, dense = examples
+    changed = re.sub(r"^\[dense\]\n.*?\n\n", f"{dense}\n", whole, flags=re.DOTALL | re.MULTILINE)
+    path = tmp_path / "c.toml"
+    path.write_text(changed)
+    config = load(path)
+    assert config.dense == Dense(checkpoint="vit-pets.safetensors")
+    assert config.stages["prune"].epochs == 30

@@ -16,17 +16,12 @@ from torch.nn import functional
 from dpm_core.adapters.depgraph import DepGraph
 from experiments.errors import RunError
 from experiments.inputs.networks import NetworkError
-from experiments.measuring import breadth, networks
-from experiments.measuring.breadth import (
-    Candidate,
-    awake,
-    collect,
-    failure,
-    in_process,
-    main,
-    markdown,
-    read,
-)
+from experiments.measuring import breadth, networks, prunable
+from experiments.measuring.breadth import main
+from experiments.measuring.breadth_page import markdown
+from experiments.measuring.collecting import collect, in_process, read
+from experiments.measuring.networks import Candidate
+from experiments.measuring.prunable import awake, failure
 from tests.support import rounding
 from tests.support.frameworks import EXAMPLE, Mixed, Shuffled
 
@@ -36,7 +31,7 @@ FAILS = Candidate("shuffled", 8, Shuffled)
 
 @pytest.fixture(scope="module")
 def row():
-    return breadth.measure(WORKS)
+    return prunable.measure(WORKS)
 
 
 def test_a_network_that_works_meets_its_target_with_equal_outputs(row):
@@ -58,7 +53,7 @@ def test_what_makes_a_network_hard_is_listed(row):
 
 
 def test_a_network_that_upstream_cannot_follow_fails_with_layers_and_reason():
-    row = breadth.measure(FAILS)
+    row = prunable.measure(FAILS)
     assert row["outcome"] == "fails"
     assert row["traits"] == ["concatenation", "split"]
     assert "behind 'aside.0', 'stem'" in row["message"]
@@ -74,7 +69,7 @@ def test_a_difference_of_one_weight_is_seen(monkeypatch):
             self.model.hidden.weight[0, 0] *= 1.01
 
     monkeypatch.setattr(DepGraph, "remove", remove)
-    row = breadth.measure(WORKS)
+    row = prunable.measure(WORKS)
     assert row["outcome"] == "fails"
     assert row["message"].startswith("sp: outputs differ by")
 
@@ -84,7 +79,7 @@ def test_outputs_that_do_not_depend_on_images_show_nothing(monkeypatch):
         def forward(self, x):
             return super().forward(torch.ones_like(x))
 
-    row = breadth.measure(Candidate("deaf", 8, Deaf))
+    row = prunable.measure(Candidate("deaf", 8, Deaf))
     assert "the same for all images" in row["message"]
 
 
@@ -121,7 +116,7 @@ def test_no_parameter_of_a_network_that_is_awake_is_constant():
     model = awake(Asleep())
     assert all(p.unique().numel() > 1 for p in model.parameters())
     assert float(model.scale.detach().min()) >= 0.5
-    assert breadth.outputs(model, EXAMPLE).std() > 0.01
+    assert prunable.outputs(model, EXAMPLE).std() > 0.01
 
 
 # ---------------------------------------------------------------------- many networks
@@ -219,23 +214,23 @@ def test_a_network_of_torchvision_is_measured_in_a_process():
 
 
 def test_all_networks_are_torchvisions_and_timms_and_others_are_refused():
-    names = breadth.networks()
+    names = networks.networks()
     assert len([n for n in names if not n.startswith("timm:")]) >= 80
     assert {"resnet18", "vit_b_16", "swin_t", "googlenet"} <= set(names)
-    assert breadth.size_of("resnet18") == 11_689_512
+    assert networks.size_of("resnet18") == 11_689_512
     with pytest.raises(RunError, match="no classification network 'fcn_resnet50'"):
-        breadth.network("fcn_resnet50")
+        networks.network("fcn_resnet50")
 
 
 def test_of_timm_the_smallest_network_of_every_family_is_listed():
     timm = pytest.importorskip("timm")
-    names = [n.removeprefix("timm:") for n in breadth.networks() if n.startswith("timm:")]
+    names = [n.removeprefix("timm:") for n in networks.networks() if n.startswith("timm:")]
     families = [f for f in timm.list_modules() if timm.list_models(module=f)]
     listed = [[n for n in names if n in timm.list_models(module=f)] for f in families]
     assert [f for f, of in zip(families, listed, strict=True) if len(of) != 1] == []
     assert len(names) == len(families) >= 60
     with pytest.raises(NetworkError, match="timm has no network 'resnet0'"):
-        breadth.network("timm:resnet0")
+        networks.network("timm:resnet0")
 
 
 @pytest.mark.parametrize(
@@ -246,7 +241,7 @@ def test_a_network_of_timm_is_built_for_small_images(name, size):
     timm = pytest.importorskip("timm")
     if not timm.is_model(name.removeprefix("timm:")):
         pytest.skip("not in this version")
-    found = breadth.network(name)
+    found = networks.network(name)
     assert found.size == size
     assert found.build()(torch.zeros(1, 3, size, size)).shape == (1, 10)
 
@@ -254,7 +249,7 @@ def test_a_network_of_timm_is_built_for_small_images(name, size):
 def test_without_timm_its_networks_are_refused_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(NetworkError, match=r"timm cannot be imported .*; install it"):
-        breadth.network("timm:resnet18")
+        networks.network("timm:resnet18")
 
 
 # ---------------------------------------------------------------------- the page
@@ -268,7 +263,7 @@ def cells(text: str, name: str) -> list[str]:
 def test_the_page_says_what_works_what_fails_and_why():
     failing = made_up("bad")
     failing["variants"]["sr"]["difference"] = 0.25
-    unlike = made_up("unlike", outcome="fails", message=breadth.UNLIKE)
+    unlike = made_up("unlike", outcome="fails", message=prunable.UNLIKE)
     unlike["variants"]["sr"]["macs"] = 51
     failing |= {"outcome": "fails", "message": "sr: outputs differ"}
     untraced = made_up("lost", outcome="fails", message="at 'stem':\ntoo odd", variants={})
@@ -329,8 +324,8 @@ def test_the_command_writes_the_table_from_what_is_there(tmp_path, capsys, asked
 def test_the_kept_table_is_that_of_the_kept_records():
     rows = read(breadth.RECORDS)
     names = [row["network"] for row in rows]
-    assert names == sorted(set(names) & set(breadth.networks()))
-    missing = [name for name in breadth.networks() if name not in names]
+    assert names == sorted(set(names) & set(networks.networks()))
+    missing = [name for name in networks.networks() if name not in names]
     assert breadth.TABLE.read_text(encoding="utf-8") == markdown(rows, missing)
 
 

@@ -279,7 +279,7 @@ def test_a_missing_upstream_is_said_and_not_thrown(tmp_path, capsys, monkeypatch
     def missing(name):
         raise ImportError("torch-pruning is not installed")
 
-    monkeypatch.setattr("experiments.config.registry.load", missing)
+    monkeypatch.setattr("dpm_core.adapters.registry.load", missing)
     assert main(["run", str(tiny.PATH), "--variant", "sp", "--seed", "0"]) == 2
     assert "torch-pruning is not installed" in capsys.readouterr().err
 

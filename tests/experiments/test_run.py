@@ -144,7 +144,7 @@ def test_figures_are_those_of_the_model_on_disk(tiny_runs, variant):
 def test_dense_figures_are_those_of_the_shared_dense_model(tiny_runs, variant):
     record, images = tiny_runs.record(variant), digits()
     request = tiny.request(tiny_runs.out, variant)
-    dense = run_module._build(request, images)
+    dense = run_module._build(request, images.channels, images.classes)
     (file,) = (tiny_runs.out / "dense").iterdir()
     dense.load_state_dict(torch.load(file, weights_only=True))
     assert record["accuracy"]["dense"] == accuracy(laid_out(dense), images)
@@ -492,7 +492,7 @@ def test_without_dense_training_a_run_starts_untrained(tmp_path, loops, variant)
     assert loop.progress.total == record["steps"]["total"] == 8 + 16
     assert not (tmp_path / "dense").exists()
     # The untrained network's size is what the pruned one's is compared with.
-    untrained = run_module._build(tiny.request(tmp_path, variant, SCRATCH), tiny.few_digits())
+    untrained = run_module._build(tiny.request(tmp_path, variant, SCRATCH), 1, 10)
     assert record["parameters"]["dense"] == count_parameters(untrained)
     assert record["parameters"]["pruned"] < record["parameters"]["dense"]
     title, *_ = table.markdown(kept.read([path])).splitlines()

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from dpm_core import DecayPruningError
+from dpm_core.adapters.base import count_macs, count_parameters
+from experiments.__main__ import main
 from experiments.config import Config
+from experiments.errors import RunError
 from experiments.inputs import models
 from experiments.inputs.starting import CheckpointError, start_from, weights
+from experiments.record import Record
+from experiments.running import run as run_module
+from experiments.running.rebuild import load_model
 from experiments.running.run import run
+from experiments.running.training import accuracy
 from tests.support import tiny
 from tests.support.tiny import GONE, MINIATURE
 
@@ -126,6 +136,86 @@ def test_what_does_not_fit_is_refused_by_name_before_any_work(tmp_path, trained,
             assert part in str(caught.value), what
         assert not list(out.rglob("*.pt")), what
     assert not Path("ran").exists()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A configuration of real images in a folder: three colours, 12 of each to train on."""
+    monkeypatch.setattr(run_module.data, "load", tiny.load_data)
+    numbers = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = numbers.integers(0, 120, (40, 36, 3), dtype=np.uint8)
+                pixels[..., channel] += 100
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
+    return {
+        "data": {"name": f"folder:{tmp_path / 'images'}", "size": 32},
+        "stages": {"prune": {"epochs": 4, "batch": 12, "learning_rate": 0.01}},
+    }
+
+
+def refused_ahead(file: Path):
+    """What is wrong with a configuration of a folder, and the words of its refusal."""
+    vit = {"model": "timm:test_vit", "dense": GONE}
+    return {
+        "another checkpoint": ({}, "classifier.weight is [10, 16], in the model [3, 16]"),
+        "no checkpoint": ({"dense.checkpoint": str(file) + "x"}, "cannot be read"),
+        "a large batch": ({"stages.prune.batch": 37}, "batches of 37, more than the 36"),
+        "few images": ({"data.train": 8}, "batches of 12, more than the 8"),
+        "fewer images": ({"data.train": 37}, "36 training images, fewer than the 37"),
+        "no such option": ({**vit, "model_options": {"a": 1}}, "cannot be built"),
+        "tiny images": ({"dense": GONE, "data.size": 1}, "cannot take images of 3x1x1"),
+        "layers that cannot be decayed": (vit, "LayerNorm"),
+        "a target out of reach": ({"dense": GONE, "options.speed_up": 1e6}, "speed_up"),
+    }
+
+
+@pytest.mark.parametrize("what", refused_ahead(Path()))
+def test_what_cannot_be_run_is_refused_before_images_are_decoded(tmp_path, trained, folder, what):
+    file = tmp_path / "w.pt"
+    torch.save(trained, file)
+    changes, message = refused_ahead(file)[what]
+    if "timm" in changes.get("model", ""):
+        pytest.importorskip("timm")
+    out = tmp_path / "runs"
+    with pytest.raises(DecayPruningError, match=re.escape(message)):
+        run(tiny.request(out, "sp", start(file, **folder, **changes)))
+    assert not list(out.rglob("*.images")), "images were decoded, which may take hours"
+    assert not list(out.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("file", ["w.safetensors", pytest.param("w.pt", marks=pytest.mark.slow)])
+def test_a_network_of_timms_is_pruned_from_a_checkpoint_on_a_folder_of_images(
+    tmp_path, folder, file, capsys
+):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(5)
+    whole = timm.create_model("test_resnet", num_classes=3).state_dict()
+    (save_file if file.endswith("safetensors") else torch.save)(whole, tmp_path / file)
+    own = {"model": "timm:test_resnet", "model_options": {"drop_rate": 0.1}}
+    # The batch of a dense training that there is not is larger than the folder: nobody minds.
+    own |= {"dense": {"checkpoint": str(tmp_path / file)}, "options.steps": GONE, "name": "own"}
+    path = tiny.write(tmp_path / "c.toml", {**start(tmp_path / file), **folder, **own})
+    out = tmp_path / "runs"
+    places = ["--out", str(out), "--data-root", str(tmp_path / "data")]
+    assert main(["run", str(path), "--variant", "sp", "--seed", "1", *places]) == 0
+    record = Record.from_json(Path(capsys.readouterr().out.strip()).read_text())
+    (dense,) = (out / "dense").glob("*.pt")
+    kept = torch.load(dense, weights_only=True)
+    assert all(torch.equal(kept[name], whole[name]) for name in whole)
+
+    (small,) = out.rglob("model.safetensors")
+    with pytest.raises(RunError, match="allow"):
+        load_model(small)
+    model, example = load_model(small, allow=["timm"])
+    assert example.shape == (4, 3, 32, 32)
+    images = tiny.load_data(folder["data"]["name"], tmp_path / "data", size=32)
+    assert accuracy(model, images) == record.accuracy.final
+    assert count_parameters(model) == record.parameters.pruned < record.parameters.dense
+    assert count_macs(model, example[:1]) == record.macs.pruned < record.macs.dense / 1.4
+    assert record.structures.pruned == record.structures.decayed > 0
 
 
 def test_a_model_that_is_refused_weights_is_as_it_was(tmp_path, trained):
