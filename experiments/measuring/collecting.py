@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -29,7 +32,7 @@ def in_process(name: str, seconds: float) -> Row:
     processes.set_forkserver_preload(
         ["torchvision", "dpm_core.adapters.depgraph", *(["timm"] if name.startswith(TIMM) else [])]
     )  # once for all
-    receiver, sender = processes.Pipe(duplex=False)
+    receiver, sender = processes.Pipe()
     process = processes.Process(target=_send, args=(name, torch.get_num_threads(), sender))
     started = time.perf_counter()
     process.start()
@@ -50,6 +53,7 @@ def in_process(name: str, seconds: float) -> Row:
 
 
 def _send(name: str, threads: int, sender: Connection) -> None:
+    threading.Thread(target=_end_with, args=(sender,), daemon=True).start()
     torch.set_num_threads(threads)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -59,6 +63,13 @@ def _send(name: str, threads: int, sender: Connection) -> None:
             sender.send(
                 {"network": name, "outcome": "fails", "message": str(cause), "seconds": 0.0}
             )
+
+
+def _end_with(other: Connection) -> None:
+    """End this process with the one that waits for its row, however that ends."""
+    with suppress(EOFError, OSError):
+        other.recv()  # nothing is sent this way
+    os._exit(1)
 
 
 def collect(

@@ -6,7 +6,9 @@ import copy
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -205,6 +207,31 @@ def test_a_process_that_takes_too_long_or_ends_is_reported_as_that():
     row = in_process(Ends("squeezenet1_1"), 300)
     assert row["outcome"] == "fails"
     assert "exit code 7" in row["message"]
+
+
+class Lasts(str):
+    """A name whose network never comes."""
+
+    def startswith(self, *of):
+        if multiprocessing.parent_process() is not None:
+            os.write(1, b"asked\n")
+            time.sleep(3600)
+        return False
+
+
+def test_no_process_is_left_behind_whatever_ends_the_one_that_waits():
+    waits = (
+        "from experiments.measuring.collecting import in_process\n"
+        "from tests.experiments.test_breadth import Lasts\n"
+        "in_process(Lasts('squeezenet1_1'), 3600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", waits], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout.readline() == "asked\n"
+    process.kill()
+    # The others hold the same pipe: it ends with the last of them.
+    assert process.communicate(timeout=120) == ("", None)
 
 
 @pytest.mark.slow
