@@ -154,4 +154,4 @@ def _same(zeroed: Tensor, removed: Tensor) -> bool:
 
 def _heard(tensor: Tensor, dim: int) -> Tensor:
     """Which slices along a dimension are not all zero, (size,) bool."""
-    return (tensor != 0).movedim(dim, 0).reshape(tensor.shape[dim], -1).any(1)
+    return (tensor != 0).movedim(dim, 0)[..., None].flatten(1).any(1)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -159,9 +160,24 @@ def probe(
     watching = watched or Watched()
     quiet = in_mode(model, training), same_draws(), fast_path_off(), untouched(model), as_written()
     with ExitStack() as stack:
-        for context in (*quiet, watching):
+        for context in (*quiet, watching, _NoEmptyAttention()):
             stack.enter_context(context)
         return call(model, example)
+
+
+class _NoEmptyAttention(TorchFunctionMode):
+    """Fails where PyTorch 2.11 would end the process: it divides by the number of key heads.
+
+    A removal that is tried out may leave none.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and named.get("enable_gqa"):
+            key = args[1] if len(args) > 1 else named["key"]
+            if not key.shape[-3]:
+                raise RuntimeError("an attention has query heads, but no key heads")
+        return func(*args, **named)
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:

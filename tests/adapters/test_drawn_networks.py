@@ -45,6 +45,11 @@ class Seen:
     reasons: Counter[str] = field(default_factory=Counter)
 
 
+@pytest.mark.parametrize("seed", [601])  # a removal that leaves nothing of a part
+def test_what_was_found_among_more_networks_stays_mended(seed):
+    examine(draw(seed), Seen())
+
+
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_zeroed_is_removed_or_refused(chunk):
     seen = Seen()

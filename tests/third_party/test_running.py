@@ -44,3 +44,22 @@ def assert_counted(model: nn.Module, example: object) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         running.probe(model, rows)
     assert count_macs(model, example) == counter.get_total_flops() // 2 > 0
+
+
+class Grouped(nn.Module):
+    """Attention that reads its numbers of heads from attributes."""
+
+    def __init__(self, heads: int, keys: int) -> None:
+        super().__init__()
+        self.heads, self.keys = heads, keys
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = x[:, : self.heads], x[:, self.heads : self.heads + self.keys]
+        return functional.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+
+
+def test_an_attention_left_without_key_heads_is_an_error_and_no_end_of_the_process():
+    example = torch.randn(2, 6, 3, 4)
+    assert running.probe(Grouped(4, 2), example).shape == (2, 4, 3, 4)
+    with pytest.raises(RuntimeError, match="no key heads"):
+        running.probe(Grouped(4, 0), example)
