@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
+import signal
 import threading
 import time
 import warnings
@@ -69,7 +69,7 @@ def _end_with(other: Connection) -> None:
     """End this process with the one that waits for its row, however that ends."""
     with suppress(EOFError, OSError):
         other.recv()  # nothing is sent this way
-    os._exit(1)
+    signal.raise_signal(signal.SIGTERM)
 
 
 def collect(
