@@ -1,10 +1,10 @@
 """Single vectorised passes over many slices: the only place that touches parameters in bulk.
 
-No pass here loops over structures or waits for the device. Norms and scaling are dense passes over
-whole parameters, which is cheaper than gathering and scattering decaying rows (half of VGG16-BN's
-rows: 2.5 against 7 ms for the scaling, on two cores), and multiplying by exactly one leaves every
-bit of an active structure as it was. Products, which read two tensors, are computed of the rows
-that are asked for (:meth:`SliceTable.diagonals`).
+No pass here loops over structures or waits for the device. Scaling is a dense pass over whole
+parameters, which is cheaper than gathering and scattering decaying rows (half of VGG16-BN's rows:
+2.5 against 7 ms, on two cores), and multiplying by exactly one leaves every bit of an active
+structure as it was. Norms and products of large matrices on a CPU are computed of the rows that are
+asked for (:meth:`SliceTable.diagonals`), all others densely.
 """
 
 from __future__ import annotations

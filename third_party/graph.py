@@ -9,23 +9,15 @@ What this file works around, all of it in that version:
 - A layer whose output is returned *and* used further does not look like an output.
 - GRU and RNN are taken for operations element by element, and an LSTM is traced inside; here each
   of them is traced as one piece.
-- A walk over the graph follows every path by itself, and carries lists of indices along each: it
-  takes exponentially long where parts of channels join again, as in slices and concatenations, and
-  need not end (``get_pruning_group``). What it merges does not say which channels go together. So
-  the walk is ours.
-- Index maps are worked out anew for every group (``index_mapping``), though only a removal changes
-  them. After a removal a split keeps its old offsets (``SplitPruner``).
 """
 
 from __future__ import annotations
 
-import contextlib
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -40,42 +32,13 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from . import heads, running
+from . import heads, running, walk
 from .groups import BATCH_NORMS, Plan, Share, UnsupportedLayerError, UpstreamGroup, named
 from .upstreams import require
+from .walk import EndlessWalkError, Meeting, joined, roots
 
 require("torch-pruning")
 import torch_pruning as tp  # noqa: E402  (only after its version is known)
-from torch_pruning.dependency import graph as _graph_module  # noqa: E402
-from torch_pruning.dependency import index_mapping as _index_mapping  # noqa: E402
-from torch_pruning.dependency import shape_infer as _shape_infer  # noqa: E402
-
-WALK = 40
-"""A walk may take this many steps for every edge of the graph; ours. Most take one."""
-PAIRS = 16
-"""A walk may carry this many times as many channels along every edge, on average, as the widest
-layer has; ours. Where each position belongs to one channel of the root, it is once at most."""
-
-
-Meeting = tuple[Tensor, Tensor]
-"""Positions in a layer, and the root's channel at each (-1: unknown): both int64 (N,)."""
-
-
-def roots() -> tuple[Any, ...]:
-    """The kinds of layers that groups are named after."""
-    return (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR, *heads.conv1d())
-
-
-class EndlessWalkError(OverflowError):
-    """A walk from layer to layer would not end.
-
-    Attributes:
-        met: see :attr:`_Group.met`, so far.
-    """
-
-    def __init__(self, met: dict[tuple[Any, Any], Meeting]) -> None:
-        super().__init__("the walk from layer to layer does not end")
-        self.met = met
 
 
 class TraceError(UnsupportedLayerError):
@@ -90,311 +53,21 @@ def is_pruner(thing: object) -> bool:
 # ---------------------------------------------------------------------- building the graph
 
 
-class _Group(_graph_module.Group):  # type: ignore[misc]
-    """Upstream's group, which keeps what merging loses.
-
-    Attributes:
-        met: by layer, or operation, and function what has come there: which positions are which of
-            the root's channels.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.met: dict[tuple[Any, Any], Meeting] = {}
-
-    def meeting(self, at: tuple[Any, Any]) -> Meeting:
-        """One of :attr:`met`.
-
-        Raises:
-            UnsupportedLayerError: upstream does not say which channels of the root they belong to.
-        """
-        places, channels = self.met[at]
-        if bool((channels < 0).any()):
-            raise UnsupportedLayerError(
-                "shares channels in a way that torch-pruning does not report, as attention heads "
-                "may"
-            )
-        return places, channels
-
-    def prune(self, idxs: Any = None, record_history: bool = True) -> None:
-        super().prune(idxs, record_history)
-        self._DG.maps_valid = False
-        for module in self._DG.module2node:
-            if isinstance(module, tp.ops._SplitOp) and None not in (module.split_sizes or [None]):
-                module.offsets = list(accumulate([0, *module.split_sizes]))
-
-
-def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> _Group:
-    """Upstream's ``get_pruning_group``, in steps that no path takes twice.
-
-    What a dependency does with a pair of a position and a root's channel does not depend on others.
-    So of what comes to a place only the pairs that have not been there go on, together with others
-    that wait there.
-
-    Raises:
-        EndlessWalkError: it does not end within a bound, see :data:`WALK` and :data:`PAIRS`.
-        OverflowError: a reshape would make more positions than any layer has.
-        ValueError: the layer is not in the graph.
-    """
-    if layer not in built.module2node:
-        raise ValueError(f"{layer} is not in the dependency graph")
-    if isinstance(layer, tp.ops.TORCH_CONV) and layer.groups == layer.out_channels > 1:
-        function = tp.function.prune_depthwise_conv_out_channels
-    _update_maps(built)
-    start = torch.tensor([idxs] if isinstance(idxs, int) else list(idxs), dtype=torch.int64)
-    node = built.module2node[layer]
-    first: Any = tp.dependency.Dependency(function, function, source=node, target=node)
-    reached = {(node, function): _Reached(first, start, start)}
-    stack, steps, pairs, astray = [(node, function)], 0, len(start), False
-    while stack:
-        node, function = stack.pop()
-        here = reached[node, function].leave()
-        for dep in node.dependencies:
-            if not dep.is_triggered_by(function):
-                continue
-            there = _mapped(dep, here, built.widest)
-            if not len(there[0]):
-                continue
-            at = dep.target, dep.handler
-            if at not in reached:
-                reached[at] = _Reached(dep, *there)
-                fresh = len(there[0])
-            else:
-                waiting, fresh = bool(reached[at].waiting), reached[at].add(*there)
-                if waiting:
-                    continue
-            if fresh:
-                stack.append(at)
-                steps, pairs = steps + 1, pairs + fresh
-                astray = astray or reached[at].beyond(built)
-            # Positions that a layer does not have are refused anyhow, but where little is to be
-            # done, other reasons may be plainer.
-            much = max(steps / WALK, pairs / (PAIRS * built.widest)) / max(10, built.edges)
-            if much > 1 or (astray and much > 1 / WALK):
-                raise EndlessWalkError({at: there.all() for at, there in reached.items()})
-    group = _Group()
-    group._DG = built
-    for at, arrived in reached.items():
-        if not any(at[0].module is parameter for parameter in built.ignored_params):
-            group.met[at] = arrived.all()
-            group._group.append(arrived.item())
-    return group
-
-
-class _Reached:
-    """What a walk has brought to one place: pairs of a position and a root's channel.
-
-    Args:
-        dep: the dependency that the walk first came by.
-        places, channels: the pairs that came first.
-
-    Attributes:
-        waiting: pairs that have not gone on from here.
-    """
-
-    def __init__(self, dep: Any, places: Tensor, channels: Tensor) -> None:
-        self._dep, self._seen = dep, [(places, channels)]
-        self._known = {(id(places), id(channels))}
-        self._codes: Tensor | None = None
-        self.waiting: list[Meeting] = [(places, channels)]
-
-    def add(self, places: Tensor, channels: Tensor) -> int:
-        """Note pairs that come here; says how many have not been here before."""
-        if (id(places), id(channels)) in self._known:
-            return 0
-        if self._codes is None:
-            self._codes = _codes(*self.all())
-        fresh = ~torch.isin(_codes(places, channels), self._codes)
-        if not bool(fresh.any()):
-            return 0
-        places, channels = places[fresh], channels[fresh]
-        self._codes = torch.cat([self._codes, _codes(places, channels)])
-        self._seen.append((places, channels))
-        self._known.add((id(places), id(channels)))
-        self.waiting.append((places, channels))
-        return len(places)
-
-    def beyond(self, built: Any) -> bool:
-        """Whether what came last lies beyond the outputs of a layer."""
-        layer = self._dep.target.module
-        if not isinstance(layer, roots()) or not built.is_out_channel_pruning_fn(self._dep.handler):
-            return False
-        return int(self._seen[-1][0].max()) >= _width(layer)
-
-    def leave(self) -> Meeting:
-        """The pairs that go on from here now."""
-        going, self.waiting = self.waiting, []
-        return going[0] if len(going) == 1 else _joined(going)
-
-    def all(self) -> Meeting:
-        """All pairs that have come here."""
-        return self._seen[0] if len(self._seen) == 1 else _joined(self._seen)
-
-    def item(self) -> Any:
-        """An item of upstream's group, in which a position that came twice is the first's."""
-        places, channels = (t.tolist() for t in self.all())
-        once: dict[int, int] = {}
-        for place, channel in zip(places, channels, strict=True):
-            once.setdefault(place, channel)
-        places, channels = list(once), list(once.values())
-        item = tp._helpers.GroupItem(self._dep, places)
-        item.root_idxs = [None if c < 0 else c for c in channels]
-        return item
-
-
-def _joined(pairs: Sequence[Meeting]) -> Meeting:
-    places, channels = zip(*pairs, strict=True)
-    return torch.cat(places), torch.cat(channels)
-
-
-def _codes(places: Tensor, channels: Tensor) -> Tensor:
-    """Each pair as one number; a layer has fewer than 2**31 channels."""
-    return (places << 32) + channels
-
-
-def _mapped(dep: Any, pairs: Meeting, widest: int) -> Meeting:
-    """What upstream's index maps of a dependency make of pairs, all at once.
-
-    Upstream guesses from the number of channels which reshapes are flattens. After a wrong guess it
-    would multiply positions for hours, so their number is bounded.
-    """
-    for of in dep.index_mapping:
-        if of is None:
-            continue
-        places, channels = pairs
-        if isinstance(of, _index_mapping._FlattenIndexMapping) and of.reverse:
-            codes = _codes(places // of._stride, channels + 1).unique()
-            pairs = codes >> 32, (codes & (2**32 - 1)) - 1
-        elif isinstance(of, _index_mapping._FlattenIndexMapping):
-            if len(places) * of._stride > 16 * widest:
-                raise OverflowError(
-                    f"{len(places)} channels would become {len(places) * of._stride} positions, "
-                    "more than any layer has"
-                )
-            inside = torch.arange(of._stride)
-            places = (places[:, None] * of._stride + inside).flatten()
-            pairs = places, channels.repeat_interleave(of._stride)
-        elif isinstance(of, _index_mapping._SliceIndexMapping):
-            if of.reverse:
-                pairs = places * of.step + of.start, channels
-            else:
-                inside = (places >= of.start) & (places < of.end)
-                inside &= (places - of.start) % of.step == 0
-                pairs = (places[inside] - of.start) // of.step, channels[inside]
-        elif isinstance(of, _index_mapping._GQAIndexMapping):  # one way only, to no channel's
-            size, whole = of.head_dim, of.head_dim * of.repeat
-            inside = places // whole * size + places % size
-            pairs = inside, torch.full_like(channels, -1)
-            if not of.reverse:
-                pairs = places[:0], channels[:0]
-        elif isinstance(of, _index_mapping._ConcatIndexMapping) != of.reverse:
-            pairs = places + of.offset[0], channels  # from a part to the whole
-        else:
-            inside = (places >= of.offset[0]) & (places < of.offset[1])
-            pairs = places[inside] - of.offset[0], channels[inside]
-    return pairs
-
-
-def _split_sizes(built: Any, node: Any) -> list[int] | None:
-    """The channels of all parts of a split, or ``None`` if it is along something else."""
-    traced = node.grad_fn
-    shape, dim = traced._saved_self_sym_sizes, traced._saved_dim
-    dim -= 2**64 if dim >= 2**63 else 0  # counted from the end
-    width = _shape_infer.infer_out_channels_recursively(built, node.inputs[0], [0])
-    if not -len(shape) <= dim < len(shape) or shape[dim] != width:
-        return None
-    if hasattr(traced, "_saved_split_sizes"):
-        return list(traced._saved_split_sizes)
-    size = traced._saved_split_size
-    return [min(size, width - start) for start in range(0, width, size)]
-
-
-def _map_split(built: Any, node: Any) -> None:
-    """The map of a split, by the numbers of its parts.
-
-    Upstream has none along a dimension that is counted from the front, unless it is the second, nor
-    behind a parameter with three dimensions; and it numbers the parts as it comes across them. Its
-    own map is taken where a part's reader is a layer that runs several times.
-    """
-    split = node.module
-    if not hasattr(node, "parts"):  # what autograd has kept is of the time of the tracing
-        sizes = _split_sizes(built, node)
-        edges = {r: r.grad_fn.next_functions for r in node.outputs}
-        node.parts = {r: [i for fn, i in e if fn is node.grad_fn] for r, e in edges.items()}
-        if sizes is None or any(len(p) != node.outputs.count(r) for r, p in node.parts.items()):
-            node.parts = None
-        else:
-            split.split_sizes, split.offsets = sizes, list(accumulate([0, *sizes]))
-    if node.parts is None:
-        _index_mapping.update_split_index_mapping(built, node)
-        return
-    for reader, parts in node.parts.items():
-        there = [dep for dep in node.dependencies if dep.target is reader]
-        back = [dep for dep in reader.dependencies if dep.target is node]
-        for part, one, other in zip(parts, there, back, strict=True):
-            offset = split.offsets[part : part + 2]
-            one.index_mapping[0] = _index_mapping._SplitIndexMapping(offset, reverse=False)
-            other.index_mapping[0] = _index_mapping._SplitIndexMapping(offset, reverse=True)
-
-
-def _map_concat(built: Any, node: Any) -> None:
-    """The map of a concatenation, by the sizes of its parts.
-
-    Upstream takes a slice for as wide as what it is taken from.
-    """
-    if node.module.concat_sizes is None:
-        dim = getattr(node.grad_fn, "_saved_dim", 1)
-        shapes = [_shape(fn, i) for fn, i in node.grad_fn.next_functions]
-        if len(shapes) == len(node.inputs) and all(len(s) in (2, 4, 5) for s in shapes):
-            dim -= 2**64 if dim >= 2**63 else 0  # counted from the end
-            node.module.concat_sizes = [int(s[dim]) for s in shapes]
-    _index_mapping.update_concat_index_mapping(built, node)
-
-
-def _shape(node: Any, output: int) -> tuple[int, ...]:
-    """The shape of one of the outputs of an operation that autograd has noted."""
-    known = getattr(node, "_input_metadata", None)
-    return tuple(known[output].shape) if known else ()
-
-
-_MAPS = {
-    tp.ops.OPTYPE.CONCAT: _map_concat,
-    tp.ops.OPTYPE.SPLIT: _map_split,
-    tp.ops.OPTYPE.RESHAPE: _index_mapping.update_reshape_index_mapping,
-    tp.ops.OPTYPE.UNBIND: _index_mapping.update_unbind_index_mapping,
-    tp.ops.OPTYPE.EXPAND: _index_mapping.update_expand_index_mapping,
-    tp.ops.OPTYPE.SLICE: _index_mapping.update_slice_index_mapping,
-}
-
-
-def _update_maps(graph: Any) -> None:
-    """Work out upstream's index maps, unless nothing was removed since the last time.
-
-    An operation whose sizes upstream does not know gets none; a group that passes through it is
-    refused when it is tried.
-    """
-    if not getattr(graph, "maps_valid", False):
-        for node in list(graph.module2node.values()):
-            if node.type in _MAPS:
-                with contextlib.suppress(AttributeError, IndexError, TypeError, ZeroDivisionError):
-                    _MAPS[node.type](graph, node)
-        graph.maps_valid = bool(getattr(graph, "module2node", None))
-        graph.edges = sum(len(node.dependencies) for node in graph.module2node.values())
-        graph.widest = max((max(p.shape, default=1) for p in graph.model.parameters()), default=1)
-
-
 @contextmanager
 def upstream(model: nn.Module) -> Iterator[None]:
-    """Let upstream read or prune a model inside, with this file's workarounds; explain its errors.
+    """Let upstream read or prune a model inside, with the workarounds; explain its errors.
 
     Raises:
         TraceError: upstream fails; the message says where.
     """
-    theirs = tp.DependencyGraph.get_pruning_group, _index_mapping.update_index_mapping
-    tp.DependencyGraph.get_pruning_group = _group_of
-    _index_mapping.update_index_mapping = _update_maps
     try:
-        with running.evaluating(model), _all_trainable(model), torch.enable_grad(), _quiet():
+        with (
+            running.evaluating(model),
+            _all_trainable(model),
+            torch.enable_grad(),
+            _quiet(),
+            walk.installed(),
+        ):
             yield
     except UnsupportedLayerError:
         raise
@@ -403,8 +76,6 @@ def upstream(model: nn.Module) -> Iterator[None]:
         if where is None:  # the network's own forward pass, say
             raise
         raise TraceError(_untraced(cause, where)) from cause
-    finally:
-        tp.DependencyGraph.get_pruning_group, _index_mapping.update_index_mapping = theirs
 
 
 def _untraced(cause: BaseException, where: str) -> str:
@@ -668,22 +339,6 @@ class Reading:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def known_layers(model: nn.Module, ignored: Collection[str | nn.Module]) -> list[str]:
-    """The names of the layers to ignore, which are given as names or as layers.
-
-    Raises:
-        UnsupportedLayerError: one is no layer of the model.
-    """
-    layers = dict(model.named_modules(remove_duplicate=False))
-    names = _names(model)
-    listed = [names.get(i, i) if isinstance(i, nn.Module) else i for i in ignored]
-    for name in listed:
-        if name not in layers:
-            what = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
-            raise UnsupportedLayerError(f"ignored names {what}, which is no layer of the model")
-    return [str(name) for name in listed]
-
-
 def read(model: nn.Module, example: Any, ignored: Collection[str | nn.Module] = ()) -> Reading:
     """All groups of a network but those of ignored layers and of its outputs.
 
@@ -698,18 +353,26 @@ def read(model: nn.Module, example: Any, ignored: Collection[str | nn.Module] = 
     Raises:
         UnsupportedLayerError: the network cannot be traced at all, or an ignored name is unknown.
     """
-    left = inside(model, ignored)
+    left = ignored_layers(model, ignored)  # or a name is refused before the model is traced
     return read_built(build(model, example), model, left)
 
 
-def inside(model: nn.Module, ignored: Collection[str | nn.Module]) -> set[nn.Module]:
+def ignored_layers(model: nn.Module, ignored: Collection[str | nn.Module]) -> set[nn.Module]:
     """The layers to ignore, which are given as names or as layers, with all that is in them.
 
     Raises:
         UnsupportedLayerError: one is no layer of the model.
     """
-    left = known_layers(model, ignored)
-    return {m for name in left for m in model.get_submodule(name).modules()}
+    layers = dict(model.named_modules(remove_duplicate=False))
+    names = _names(model)
+    found: set[nn.Module] = set()
+    for given in ignored:
+        name = names.get(given, given) if isinstance(given, nn.Module) else given
+        if name not in layers:
+            what = repr(name) if isinstance(name, str) else f"a {type(name).__name__}"
+            raise UnsupportedLayerError(f"ignored names {what}, which is no layer of the model")
+        found.update(layers[name].modules())
+    return found
 
 
 def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> Reading:
@@ -1136,7 +799,7 @@ def _by_structure(
     Raises:
         UnsupportedLayerError: structures have unequal numbers of positions.
     """
-    places, channels = (torch.cat(t) for t in zip(*meetings, strict=True))
+    places, channels = joined(meetings)
     size = int(places.max()) + 1
     pairs = (of[channels] * size + places).unique()  # by structure, then by position
     counts = (pairs // size).bincount(minlength=structures)

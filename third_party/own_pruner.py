@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from . import dependency, graph, heads, running
 from .errors import AdapterError
-from .graph import Meeting
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
 from .heads import Found
 from .upstreams import require
+from .walk import Meeting
 
 require("torch-pruning")
 import torch_pruning as tp  # noqa: E402  (only after its version is known)

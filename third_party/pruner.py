@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from . import graph
+from . import graph, walk
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup, structures_in
 from .heads import Heads, conv1d, owner, weight_dims
 from .upstreams import require
@@ -148,7 +148,7 @@ class Pruner:
                 isomorphic=isomorphic,
                 max_pruning_ratio=max_pruning_ratio,
                 ignored_layers=[*inside, *apart],
-                root_module_types=list(graph.roots()),
+                root_module_types=list(walk.roots()),
                 in_channel_groups={},
                 out_channel_groups={},
                 num_heads={},
@@ -492,7 +492,7 @@ def _rankable(group: Any) -> Any:
     return rankable
 
 
-class _HeadGroup(graph._Group):
+class _HeadGroup(walk.Group):
     """The heads of an attention as upstream's importance and regularizer read a group.
 
     To these a head's channels are those of its values' layer.

@@ -77,7 +77,8 @@ def exact_groups(
         if refused.keys() <= left_out.keys():
             return reading, left_out
         left_out |= refused
-        reading = graph.read_built(reading.graph, model, graph.inside(model, [*ignored, *left_out]))
+        without = graph.ignored_layers(model, [*ignored, *left_out])
+        reading = graph.read_built(reading.graph, model, without)
 
 
 def _facts(group: UpstreamGroup) -> Any:

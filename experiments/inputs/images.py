@@ -180,9 +180,7 @@ class Images:
 
     def steps_per_epoch(self, batch: int) -> int:
         """Full batches in one pass over the training images."""
-        if batch > len(self.train):
-            raise DataError(f"batch {batch} exceeds the {len(self.train)} training images")
-        return len(self.train) // batch
+        return full_batches(len(self.train), batch)
 
     def batch(self, size: int, position: int, seed: int) -> tuple[Tensor, Tensor]:
         """The training batch at a position: augmented and normalised, the same in every run.
@@ -215,6 +213,17 @@ class Images:
             cached = ((seed, epoch), torch.randperm(len(self.train), generator=draw))
             object.__setattr__(self, "_cached_order", cached)
         return cached[1]
+
+
+def full_batches(images: int, batch: int) -> int:
+    """How many batches there are of so many images, without what is left over.
+
+    Raises:
+        DataError: a batch is larger than all of them.
+    """
+    if batch > images:
+        raise DataError(f"batch {batch} exceeds the {images} training images")
+    return images // batch
 
 
 def _chunks(part: Pixels) -> Iterator[Tensor]:

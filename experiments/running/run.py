@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..config import Config, ConfigError, Stage
 from ..errors import RunError, first_line
 from ..files import FileError, load_tensors, save_tensors
 from ..inputs import data, networks
-from ..inputs.images import Images
+from ..inputs.images import Images, full_batches
 from ..inputs.starting import start_from
 from ..names import LAST_SEED, check_text, folder_of
 from ..places import alone_in, check, clean
@@ -226,7 +227,7 @@ def _check_ahead(request: Request, classes: int, training: int) -> None:
     example = torch.randn(2, 3, size, size, generator=draw).to(request.device)
     networks.require_logits(config.network, model, example, classes)
     if request.ranks.count == 1:  # an adapter may ask the other processes, which are waiting
-        _adapter(request, lambda batch: training // batch, model, example).check()
+        _adapter(request, partial(full_batches, training), model, example).check()
 
 
 def _trained(config: Config) -> dict[str, Stage]:

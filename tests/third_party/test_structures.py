@@ -25,7 +25,7 @@ from dpm_core.adapters.depgraph import (
     LeftUnprunedWarning,
     structure_groups,
 )
-from dpm_core.third_party import dependency, graph, running, trial
+from dpm_core.third_party import dependency, graph, running, trial, walk
 from dpm_core.third_party.groups import UnsupportedLayerError
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -507,9 +507,9 @@ def in_pieces(parts: list[int], width: int) -> nn.Module:
 def test_a_walk_takes_no_path_twice(monkeypatch):
     """Each block splits what comes along in another place, so that there are ever more parts."""
     parts, width = [1 + 5 * k % 15 for k in range(40)], 16
-    model, steps, mapped = in_pieces(parts, width).eval(), [], graph._mapped
+    model, steps, mapped = in_pieces(parts, width).eval(), [], walk._mapped
     built = graph.build(model, IMAGES)
-    monkeypatch.setattr(graph, "_mapped", lambda *of: steps.append(of) or mapped(*of))
+    monkeypatch.setattr(walk, "_mapped", lambda *of: steps.append(of) or mapped(*of))
     with graph.upstream(model):
         group = graph.whole(built, model.first, range(width))
     assert len(steps) <= width * built.edges

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import dependency, graph, running
+from .. import dependency, running, walk
 from .gates import GateError, gated
 from .groups import GateGroup
 
@@ -59,7 +59,7 @@ class CostModel:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             running.probe(copied, running.first(example))
         total = counter.get_total_flops() // 2
-        kinds = graph.roots()
+        kinds = walk.roots()
         layers = {n: m for n, m in copied.named_modules() if isinstance(m, kinds)}
         by_name, prefix = counter.get_flop_counts(), type(copied).__name__
         macs = [sum(by_name.get(f"{prefix}.{n}", {}).values()) // 2 for n in layers]
