@@ -612,7 +612,7 @@ def _partly(built: Any, layer: Any, tied: int, names: Mapping[nn.Module, str]) -
         return (
             f"{ties}: {names[other]!r} has {size} {'outputs' if out else 'inputs'}, not "
             f"{last + 1}, so what it mixes lies along another axis than those channels, as "
-            "positions do"
+            "positions do, or torch-pruning takes them for others on their way"
         )
     return (
         f"{ties}: the others go elsewhere, as where a layer's outputs are split in unequal parts, "
