@@ -318,8 +318,22 @@ class GateDecorator(Adapter):
         alive = self._alive()
         self._left = self._method.cost(alive) / self._method.costs.dense
         self._met = self._left <= self.options.target and self._method.even(alive)
-        if self.dpm is not None and self.refills:
+        if self.dpm is None:
+            return
+        if self.refills:
             self.dpm.reserved = {} if self._met else self._method.spare()
+        else:
+            self.dpm.reserved = self._reserved(alive)
+
+    def _reserved(self, alive: Tensor) -> dict[str, int]:
+        """What releases must leave: a released structure is not selected again."""
+        assert self.dpm is not None
+        kept = self._method.table.kept
+        free = kept(self._by_structure(self.dpm.available))
+        decaying = kept(self._by_structure(self.dpm.phases) == Phase.DECAYING)
+        allowed = self._method.releasable(kept(alive) - free, decaying, self._target)
+        names = [group.name for group in self._method.groups]
+        return dict(zip(names, (free.cpu() - allowed).clamp(min=0).tolist(), strict=True))
 
     @property
     def settled(self) -> bool:

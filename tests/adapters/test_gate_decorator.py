@@ -305,6 +305,23 @@ def test_released_gates_come_back_and_the_next_selection_takes_as_many_more():
     assert any(count for _, count in asked)
 
 
+@pytest.mark.parametrize("max_share", [0.5, 1.0])
+@pytest.mark.parametrize(("counted", "least"), [("macs", 0.1185), ("parameters", 0.5673)])
+@pytest.mark.parametrize(("over", "some"), [(0.001, False), (0.05, True)])
+def test_no_more_is_released_than_a_target_near_the_least_allows(
+    counted, least, over, some, max_share
+):
+    everything = SelfRectifying(Trajectory(rate=-1, length=-1e9), max_share=max_share)
+    options = {**SETTINGS, "keep": 0.25, counted: least + over}
+    drive = Drive(CASE, CASE.adapter(CASE.build(), "sr", options=options, rectify=everything)).run()
+    assert drive.adapter.complete
+    assert bool(structures(drive, "release")) == some
+    left = drive.adapter.options.target
+    dense = CASE.build()
+    count = {"macs": lambda m: count_macs(m, EXAMPLE), "parameters": count_parameters}[counted]
+    assert count(drive.model) <= left * count(dense)
+
+
 def test_a_hearing_uses_up_batches_and_no_part_of_a_tick():
     """Its batches are training steps of the stage; a tick is as long as ever."""
     rectify = SelfRectifying(Hearing(batches=2, threshold=1.0), max_share=0.4)  # releases nothing

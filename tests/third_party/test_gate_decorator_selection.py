@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -378,6 +379,33 @@ def test_selected_honours_what_counts_as_left_and_masks_nothing():
     assert len(third) == len(second) + 1
     assert not set(first.tolist()) & set(second.tolist())
     assert run.decorator.macs(alive) < run.decorator.macs() == run.decorator.costs.dense
+
+
+@cache
+def untouched() -> Run:
+    return Run()
+
+
+@given(data=st.data())
+def test_as_many_may_come_back_as_the_target_allows(data):
+    run = untouched()
+    table, sizes = run.decorator.table, run.decorator.table.sizes.tolist()
+    staying = [data.draw(st.integers(0, n)) for n in sizes]
+    going = [data.draw(st.integers(0, n - s)) for n, s in zip(sizes, staying, strict=True)]
+    target = data.draw(st.integers(run.decorator.least() - 10, run.decorator.costs.dense))
+
+    def cost(share: int) -> int:
+        """With what stays, what is protected, and this share of what goes."""
+        alive = torch.zeros_like(table.alive())
+        for g, (n, s, more) in enumerate(zip(sizes, staying, going, strict=True)):
+            left = min(n, max(1, int(0.01 * n)) + s + more * share // max(max(going), 1))
+            alive[(table.group == g).nonzero()[:left, 0]] = True
+        return run.decorator.cost(alive)
+
+    share = max([s for s in range(max(going) + 1) if cost(s) <= target], default=0)
+    expected = [n * share // max(max(going), 1) for n in going]
+    found = run.decorator.releasable(torch.tensor(staying), torch.tensor(going), target)
+    assert found.tolist() == expected
 
 
 @pytest.mark.parametrize("options", [{"fraction": 0}, {"keep": 2}, {"eta": -1}, {"strength": -1}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -187,6 +188,30 @@ class GateDecorator:
         """By group, how many structures have to be free so that any width can be rounded."""
         kept = protected(self.costs.sizes, self.keep) + self.units - 1
         return {g.name: n for g, n in zip(self.groups, kept.tolist(), strict=True)}
+
+    def releasable(self, staying: Tensor, going: Tensor, target: int) -> Tensor:
+        """How many structures that go may come to stay, with the target still in reach (ours).
+
+        Of every group the same share may, and the target is met with every group down to those, to
+        what is protected, and to what stays already.
+
+        Args:
+            staying: int64 (G,), living structures that are not to be selected.
+            going: int64 (G,), structures that may come to stay.
+            target: cost to be met.
+
+        Returns:
+            int64 (G,), at most ``going``; zeros where the target cannot be met without them.
+        """
+        staying, going = staying.cpu(), going.cpu()
+        every = int(going.max())
+        shares = [going * n // max(every, 1) for n in range(every + 1)]
+
+        def fits(share: Tensor) -> bool:
+            return int(self.costs.of(self._least(staying + share))) <= target
+
+        # The cost does not fall with the share.
+        return shares[max(0, bisect.bisect_left(shares, True, key=lambda s: not fits(s)) - 1)]
 
     def _least(self, staying: Tensor) -> Tensor:
         """How many structures each group keeps at least, (G,): the protected, and some others."""
