@@ -21,7 +21,7 @@ from dpm_core.third_party import gate_decorator as method
 from dpm_core.third_party import graph, running
 
 from .base import Adapter, AdapterError, Structures, Training, width_unit
-from .optimizer_state import exchange
+from .optimizer_state import Attributes, exchange
 from .removal import Removal
 
 
@@ -205,7 +205,9 @@ class GateDecorator(Adapter):
                     "parameters in it; give it all parameters of the model that train"
                 )
         self._peaks = tuple(float(group["lr"]) for group in self.param_groups())
+        attributes = Attributes(before)
         self._method = self._decorated(self.model)
+        attributes.finish(self._by_place(), {})
         self._hand_over(before)
 
     def _by_place(self) -> dict[str, nn.Parameter]:
@@ -352,7 +354,10 @@ class GateDecorator(Adapter):
     def take_out(self, going: Structures) -> Removal:
         """Melt: plain BatchNorms again, without the masked structures."""
         before = self._by_place()
+        attributes = Attributes(before)
+        stays = self._method.survivors(self.example) if attributes.divided else {}
         removal = Removal(self._method.melt(self.example))
+        attributes.finish(self._by_place(), stays)
         self._hand_over(before)
         for optimizer in self.optimizers:
             for parameter in self.model.parameters():

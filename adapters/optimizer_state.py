@@ -99,30 +99,30 @@ class Attributes:
     and cannot go on without. Construct this before a removal, call :meth:`finish` after.
 
     Args:
-        model: before the removal.
+        parameters: by name, before the removal.
 
     Attributes:
         divided: whether there are tensors of a parameter's shape among them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._before = {name: p for name, p in model.named_parameters() if vars(p)}
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._before = {name: p for name, p in parameters.items() if vars(p)}
         self.divided = any(_shaped(v, p) for p in self._before.values() for v in vars(p).values())
 
     @torch.no_grad()
-    def finish(self, stays: Mapping[str, list[Tensor]]) -> None:
+    def finish(self, now: Mapping[str, Tensor], stays: Mapping[str, list[Tensor]]) -> None:
         """The model is small: put them on its new parameters; what cannot be divided is left out.
 
         Args:
-            stays: as :meth:`CarryOver.finish` takes it; not needed where nothing is ``divided``.
+            now: the parameters after the removal, by the same names.
+            stays: as :meth:`CarryOver.finish` takes it; not needed where nothing is ``divided``,
+                nor of parameters that lose nothing.
         """
-        now = dict(self._model.named_parameters(remove_duplicate=False))
         for name, old in self._before.items():
             new = now[name]
             for key, value in vars(old).items() if new is not old else ():
                 if _shaped(value, old):
-                    setattr(new, key, _cut(value, stays[name], new))
+                    setattr(new, key, _cut(value, stays.get(name, ()), new))
                 elif _plain(value):
                     setattr(new, key, value)
 

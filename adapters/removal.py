@@ -144,11 +144,11 @@ class Removal:
         several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         optimizers = [unwrapped(one) for one in several if one is not None]
         carried = [CarryOver(model, one) for one in optimizers]
-        attributes = Attributes(model)
+        attributes = Attributes(dict(model.named_parameters()))
         needed = carried or attributes.divided
         stays = dependency.survivors(model, example, plan, by) if needed else {}
         (dependency.cut if cut else dependency.remove)(model, example, plan, by)
-        attributes.finish(stays)
+        attributes.finish(dict(model.named_parameters(remove_duplicate=False)), stays)
         for one in carried:
             one.finish(stays)
 

@@ -120,6 +120,35 @@ def test_fine_tuning_goes_on_with_the_same_optimizer_started_afresh():
     assert len(drive.optimizer.state) == len(parameters)
 
 
+def test_attributes_of_parameters_go_on_with_gates_and_after_them():
+    model = CASE.build()
+    for p in model.parameters():
+        p.no_decay, p.place = True, torch.arange(p.numel()).view_as(p)
+    adapter = CASE.adapter(model, "base")
+    before = {name: p.numel() for name, p in model.named_parameters()}
+    masked: dict[str, torch.Tensor] = {}
+    small: dict[str, torch.Tensor] = {}
+    take_out = adapter.take_out
+
+    def look(going: dict[str, list[int]]) -> Removal:
+        assert all(p.no_decay and p.place.shape == p.shape for p in model.parameters())
+        masked.update((name, p.detach().clone()) for name, p in adapter._by_place().items())
+        removal = take_out(going)
+        small.update((name, p.detach().clone()) for name, p in model.named_parameters())
+        return removal
+
+    adapter.take_out = look
+    Drive(CASE, adapter).run()
+    assert sum(p.numel() < before[name] for name, p in model.named_parameters()) > 0
+    for name, p in model.named_parameters():
+        assert p.no_decay
+        if not name.endswith("norm.bias"):  # which is the shift times the gate
+            assert torch.equal(small[name], masked[name].flatten()[p.place]), name
+        else:
+            weight = model.get_parameter(name.removesuffix("bias") + "weight")
+            assert torch.equal(p.place, weight.place)
+
+
 # ---------------------------------------------------------------------- a user's own optimizer
 
 GATED = ("norm", "inner_norm", "outer_norm")

@@ -19,7 +19,7 @@ from .gates import (
     frozen_convolutions,
     unfreeze,
 )
-from .groups import GateTable, melt, tied_gates
+from .groups import GateTable, melt, survivors, tied_gates
 from .schedule import Turn
 from .selection import KEEP, GateScores, highest, places, protected, select
 
@@ -246,6 +246,10 @@ class GateDecorator:
     def melt(self, example: Any) -> Plan:
         """:func:`melt` the model; nothing else here can be used afterwards."""
         return melt(self.model, example, self.groups, self._frozen)
+
+    def survivors(self, example: Any) -> dict[str, list[Tensor]]:
+        """What :meth:`melt` will leave of the plain model's parameters."""
+        return survivors(self.model, example, self.groups)
 
     def state_dict(self) -> dict[str, Any]:
         """The scores; gates, shifts and masks are in the model's own state."""

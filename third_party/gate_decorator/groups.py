@@ -232,17 +232,7 @@ def melt(
             members only, or a group has no structure left; the model is untouched.
         RemovalError: the plain model would not compute what the gated one does; it is untouched.
     """
-    table = GateTable(groups, gated(model))
-    masks = torch.cat([g.mask for g in table.gates.values()])
-    alive = table.alive()
-    torn = (alive & (table.gather(masks, 1).amin(1) == 0)).nonzero()[:, 0]
-    if len(torn):
-        raise GateError(f"structures {table.split(torn)} are masked in some members only; mask all")
-    empty = [g.name for g, n in zip(groups, table.kept(alive).tolist(), strict=True) if n == 0]
-    if empty:
-        raise GateError(f"groups {empty} have no structure left; unmask one in each")
-    gone = table.split((~alive).nonzero()[:, 0])
-    plan = [(g.name, g.channels_of(gone[g.name])) for g in groups if g.name in gone]
+    plan = _plan(model, groups)
     # In double precision: the real one rounds gate * shift to its own, which is no fault.
     before = dependency.Comparison(model, example)
     plain = before.large.of(model)
@@ -253,3 +243,31 @@ def melt(
     undecorate(model)
     dependency.take_out(model, example, plan)
     return plan
+
+
+def survivors(
+    model: nn.Module, example: Any, groups: Sequence[GateGroup]
+) -> dict[str, list[Tensor]]:
+    """What :func:`melt` will leave: by parameter of the plain model, the positions by dimension.
+
+    Raises:
+        GateError: as :func:`melt`.
+    """
+    plain = running.copied(model)
+    undecorate(plain)
+    return dependency.survivors(plain, example, _plan(model, groups))
+
+
+def _plan(model: nn.Module, groups: Sequence[GateGroup]) -> Plan:
+    """The masked structures, by root layer: sorted positions in the dense layer."""
+    table = GateTable(groups, gated(model))
+    masks = torch.cat([g.mask for g in table.gates.values()])
+    alive = table.alive()
+    torn = (alive & (table.gather(masks, 1).amin(1) == 0)).nonzero()[:, 0]
+    if len(torn):
+        raise GateError(f"structures {table.split(torn)} are masked in some members only; mask all")
+    empty = [g.name for g, n in zip(groups, table.kept(alive).tolist(), strict=True) if n == 0]
+    if empty:
+        raise GateError(f"groups {empty} have no structure left; unmask one in each")
+    gone = table.split((~alive).nonzero()[:, 0])
+    return [(g.name, g.channels_of(gone[g.name])) for g in groups if g.name in gone]
