@@ -38,14 +38,15 @@ HEADER = (
     "pairs",
     "networks",
 )
+OF_RELEASES = ("to chance, points", "released")
 
 
 def keep(records: Sequence[Record], path: Path = KEPT, *, chosen: bool = True) -> None:
     """Add records to the kept ones, in a fixed order; a run that is there is replaced.
 
     Args:
-        records: of ``base`` and ``sp``, on validation images; or, unless ``chosen``, of ``sr`` as
-            well, and on test images.
+        records: of ``base`` and ``sp``, on validation images; or, unless ``chosen``, of any
+            variant, and on test images.
         path: the file, with one record per line.
         chosen: whether a length is chosen by them.
 
@@ -57,8 +58,6 @@ def keep(records: Sequence[Record], path: Path = KEPT, *, chosen: bool = True) -
         name = f"{record.name}, {record.variant}, seed {record.seed}"
         if chosen and record.variant not in ("base", "sp"):
             raise RunError(f"{name} is neither base nor sp; the decay's length is chosen by those")
-        if record.variant not in ("base", "sp", "sr"):
-            raise RunError(f"{name} is none of base, sp and sr, which are compared here")
         if "prune" not in record.settings.stages:
             raise RunError(f"{name} has no stage 'prune', whose steps are compared here")
         if chosen and record.settings.data.validation is None:
@@ -83,6 +82,8 @@ class Row:
         seeds: in order.
         difference: to the base of the same fine-tuning over the seeds that both have, in points;
             ``None`` without any.
+        to_chance: the same, to releasing as many by chance; ``None`` but for ``sr``, and without.
+        released: structures; ``None`` for variants that release none.
     """
 
     allowed: int
@@ -92,6 +93,8 @@ class Row:
     final: Summary
     seeds: list[int]
     difference: Difference | None
+    to_chance: Difference | None = None
+    released: Summary | None = None
 
     @property
     def share(self) -> float | None:
@@ -112,6 +115,8 @@ def rows(records: Sequence[Record]) -> list[Row]:
         for (steps, variant), members in sorted(tried.items()):
             final = _finals(members)
             start = {r.seed: r.network for r in members}
+            chance = _finals(tried.get((steps, "random"), []) if variant == "sr" else [])
+            released = summary([r.structures.released for r in members])
             listed.append(
                 Row(
                     members[0].steps.total,
@@ -121,16 +126,21 @@ def rows(records: Sequence[Record]) -> list[Row]:
                     summary(list(final.values())),
                     sorted(final),
                     None if variant == "base" else difference(final, base, start),
+                    difference(final, chance, start),
+                    None if variant in ("base", "sp") else released,
                 )
             )
     return listed
 
 
 def table(records: Sequence[Record]) -> Table:
-    """The table of :func:`rows`."""
-    lines = []
-    for row in rows(records):
+    """The table of :func:`rows`, with columns of releases where there are any."""
+    lines, found = [], rows(records)
+    releasing = any(row.released for row in found)
+    for row in found:
         versus, share = row.difference, row.share
+        chance, released = row.to_chance, row.released
+        of_releases = [chance.interval if chance else "-", released.text(1) if released else "-"]
         lines.append(
             [
                 f"{row.allowed:,}",
@@ -142,9 +152,10 @@ def table(records: Sequence[Record]) -> Table:
                 versus.interval if versus else "-",
                 str(versus.pairs if versus else len(row.seeds)),
                 str(versus.networks) if versus else "-",
+                *(of_releases if releasing else []),
             ]
         )
-    return Table(HEADER, lines)
+    return Table((*HEADER, *(OF_RELEASES if releasing else ())), lines)
 
 
 def _fine_tuning(record: Record) -> str:

@@ -91,6 +91,7 @@ BUDGETS = [
     *(allowed("base", s, 60.0 + s, epochs=e) for s in range(2) for e in (1, 4)),
     *(allowed("sp", s, 61.0 + s, epochs=1, steps=5) for s in range(2)),
     *(allowed("sr", s, 62.0 + 2 * s, epochs=1, steps=5) for s in range(2)),
+    *(allowed("random", s, 60.0 + s, epochs=1, steps=5) for s in range(2)),
     *(allowed("sp", s, 40.0 + s, epochs=e, steps=100 * e) for s in range(2) for e in (1, 4)),
 ]
 
@@ -106,9 +107,24 @@ def test_a_decays_worth_is_told_by_the_steps_there_are_from_test_images(tmp_path
         for r in lengths.rows(BUDGETS[::-1])
     ]
     assert found == [
-        *((100, "base", None, None), (100, "sp", 5, 1.0), (100, "sr", 5, 2.5)),
+        *((100, "base", None, None), (100, "random", 5, 0.0), (100, "sp", 5, 1.0)),
+        (100, "sr", 5, 2.5),
         *((100, "sp", 100, -20.0), (400, "base", None, None), (400, "sp", 400, -20.0)),
     ]
+
+
+def test_releases_are_set_against_as_many_by_chance():
+    by_variant = {r.variant: r for r in lengths.rows(BUDGETS) if r.steps in (None, 5)}
+    versus = by_variant["sr"].to_chance
+    assert (versus.pairs, versus.mean) == (2, 2.5)
+    assert all(by_variant[v].to_chance is None for v in ("base", "sp", "random"))
+    assert [v for v, row in by_variant.items() if row.released] == ["random", "sr"]
+    lines = lengths.table(BUDGETS).markdown().splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == [*lengths.HEADER, *lengths.OF_RELEASES]
+    (sr,) = [line for line in cells if line[2] == "+SR"]
+    assert sr[-2] == versus.interval
+    assert sr[-1] == by_variant["sr"].released.text(1)
 
 
 def test_runs_are_kept_once_and_the_table_is_printed_from_them(tmp_path, capsys):
@@ -144,7 +160,6 @@ def without_fine_tuning(variant, validation):
         ("lengths", tried("sp", 0, 80.0, validation=None), "measured on test images"),
         ("lengths", without_fine_tuning("sp", 100), "no stage 'prune'"),
         ("budgets", tried("sp", 0, 80.0), "measured on validation images"),
-        ("budgets", allowed("random", 0, 80.0), "none of base, sp and sr"),
         ("budgets", without_fine_tuning("sr", None), "no stage 'prune'"),
     ],
 )
