@@ -19,7 +19,7 @@ from typing import Any
 from ..config import as_before
 from ..errors import RunError
 from ..files import save_text
-from ..record import Record, Variant
+from ..record import ORDER, Record, Variant
 from .grid import Table
 from .kept import as_lines, read
 from .pairs import Difference, difference
@@ -112,7 +112,8 @@ def rows(records: Sequence[Record]) -> list[Row]:
     listed = []
     for tried in cells.values():
         base = _finals(tried.get((0, "base"), []))
-        for (steps, variant), members in sorted(tried.items()):
+        for steps, variant in sorted(tried, key=lambda of: (of[0], ORDER.index(of[1]))):
+            members = tried[steps, variant]
             final = _finals(members)
             start = {r.seed: r.network for r in members}
             chance = _finals(tried.get((steps, "random"), []) if variant == "sr" else [])

@@ -107,8 +107,8 @@ def test_a_decays_worth_is_told_by_the_steps_there_are_from_test_images(tmp_path
         for r in lengths.rows(BUDGETS[::-1])
     ]
     assert found == [
-        *((100, "base", None, None), (100, "random", 5, 0.0), (100, "sp", 5, 1.0)),
-        (100, "sr", 5, 2.5),
+        *((100, "base", None, None), (100, "sp", 5, 1.0), (100, "sr", 5, 2.5)),
+        (100, "random", 5, 0.0),
         *((100, "sp", 100, -20.0), (400, "base", None, None), (400, "sp", 400, -20.0)),
     ]
 
@@ -118,7 +118,7 @@ def test_releases_are_set_against_as_many_by_chance():
     versus = by_variant["sr"].to_chance
     assert (versus.pairs, versus.mean) == (2, 2.5)
     assert all(by_variant[v].to_chance is None for v in ("base", "sp", "random"))
-    assert [v for v, row in by_variant.items() if row.released] == ["random", "sr"]
+    assert [v for v, row in by_variant.items() if row.released] == ["sr", "random"]
     lines = lengths.table(BUDGETS).markdown().splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
     assert cells[0] == [*lengths.HEADER, *lengths.OF_RELEASES]
