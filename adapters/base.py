@@ -32,7 +32,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -52,6 +52,7 @@ from dpm_core import (
 )
 from dpm_core.attachment import Attachment, all_unwrapped
 from dpm_core.groups import is_sharded
+from dpm_core.processes import DECIDE_ALIKE, Processes
 from dpm_core.third_party import running
 from dpm_core.third_party.errors import AdapterError as AdapterError
 from dpm_core.third_party.groups import UpstreamGroup
@@ -291,6 +292,7 @@ class Adapter(ABC):
             AdapterError: it is not due; or the outputs would change by more than rounding (see
                 :meth:`Removal.apply`), or the optimizer's state cannot be divided. Model and
                 optimizer are as they were.
+            DisagreementError: the processes of a run would remove different structures; likewise.
         """
         if not self.due:
             raise AdapterError(
@@ -299,6 +301,8 @@ class Adapter(ABC):
                 else "all is removed that was to go"
             )
         going = self.going()
+        if self.dpm is None:  # else the core has seen to it in every step
+            _require_same_everywhere(going)
         removal = self.take_out(going)
         self._account(removal, going)
         self.follow()
@@ -311,6 +315,7 @@ class Adapter(ABC):
         at_work = self.dpm is not None and not self.complete
         return {
             "version": VERSION,
+            "settings": self._settings(),
             "attached": bool(self.optimizers),
             "clock": self.clock,
             "heard": self._heard if at_work else self.heard,
@@ -329,8 +334,8 @@ class Adapter(ABC):
         make the optimizer, afterwards.
 
         Raises:
-            AdapterError: the state is of another release; or of another model, which then is as it
-                was.
+            AdapterError: the state is of another release, of other settings or of another model,
+                which then is as it was.
         """
         if self.optimizers:
             raise AdapterError("load_state_dict() comes before attach(): make a new adapter")
@@ -341,6 +346,13 @@ class Adapter(ABC):
             )
         if not state.get("attached", True):
             return  # all is to come, as without it
+        now = self._settings()
+        for name, before in state.get("settings", {}).items():  # earlier releases saved none
+            if name in now and now[name] != before:
+                raise AdapterError(
+                    f"the state is of a run with {name} = {before!r}, and here it is "
+                    f"{now[name]!r}; construct the adapter with the same, or start anew"
+                )
         self.lay_out(None if state["removed"] is None else Removal(state["removed"]))
         self.clock, self._heard, self._seen = state["clock"], state["heard"], state["seen"]
         self.decided, self.pruned = state["decided"], state["pruned"]
@@ -554,6 +566,19 @@ class Adapter(ABC):
 
     # ------------------------------------------------------------------ internals
 
+    def _settings(self) -> dict[str, Any]:
+        """What a state can go on with only as it was, as plain values."""
+        settings: dict[str, Any] = {
+            "smooth": None if self.smooth is None else "SmoothPruning",
+            "rectify": None if self.rectify is None else type(self.rectify.criterion).__name__,
+        }
+        if is_dataclass(self.options):
+            for field in fields(self.options):
+                value = getattr(self.options, field.name)
+                if value is None or isinstance(value, bool | int | float | str):
+                    settings[field.name] = value
+        return settings
+
     def _after(self) -> None:
         self.clock += 1
         if self.clock & (self.clock - 1) == 0:  # some begin to keep things after some steps
@@ -632,6 +657,26 @@ def new_optimizer(
         )
     adam: type[torch.optim.Adam] = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
     return adam(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+
+def _require_same_everywhere(going: Structures) -> None:
+    """Refuse a removal that is another one in another process of the run.
+
+    Raises:
+        DisagreementError: in every process, naming a structure.
+    """
+    processes = Processes.found()
+    if processes is None:
+        return
+    try:
+        lines = [
+            f"structure {k} of group {group!r}"
+            for group, structures in sorted(going.items())
+            for k in sorted(torch.as_tensor(structures).tolist())
+        ]
+        processes.require_same("what is removed", lines, DECIDE_ALIKE)
+    finally:
+        processes.close()
 
 
 def _require_whole(model: nn.Module) -> None:

@@ -285,12 +285,14 @@ class TorchPruning(Adapter):
 
     def _account(self, removal: Removal, going: Structures) -> None:
         super()._account(removal, going)
+        self._open, self._selected, self._scores = False, {}, {}
+        self._next = self.clock + (self.options.every or 0)
+        if self.complete:
+            return  # the present core's numbers stay those of its events
         for root, structures in going.items():
             gone = set(torch.as_tensor(structures).tolist())
             self._left[root] = [n for k, n in enumerate(self.numbers(root)) if k not in gone]
-        self._open, self._selected, self._scores = False, {}, {}
-        self._next = self.clock + (self.options.every or 0)
-        if not self.complete and self.dpm is not None:
+        if self.dpm is not None:
             self._heard, self.dpm = self.heard, None
 
     # ------------------------------------------------------------------ saving

@@ -384,7 +384,7 @@ class OwnPruner:
             if key in self._tables:
                 table = self._tables[key]
                 of = torch.tensor(table.structure_at)
-                total = torch.zeros(table.group.structures).scatter_add_(0, of, found)
+                total = found.new_zeros(table.group.structures).scatter_add_(0, of, found)
                 decision.scores[table.group.root] = total / of.bincount()
         return decision
 
@@ -453,7 +453,7 @@ class OwnPruner:
                 plan: Plan = []
                 tables = {t.group.root: t.group for t in self._tables.values()}
                 for root, scores in step.scores.items():
-                    decision.scores[root] = torch.full((size[root],), torch.inf)
+                    decision.scores[root] = scores.new_full((size[root],), torch.inf)
                     decision.scores[root][left[root]] = scores
                 for root, gone in step.structures.items():
                     plan.append((root, tables[root].channels_of(gone)))
