@@ -17,8 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dpm_core.processes import Processes
-
 PATIENCE = timedelta(hours=2)
 """How long a process waits for another: rank 0 downloads and decodes images for all."""
 
@@ -108,17 +106,6 @@ class Ranks:
         finally:
             if self.first:
                 self.wait()
-
-    def require_same(self, what: str, value: object) -> None:
-        """Stop all processes where a value is not the same in each.
-
-        Raises:
-            DisagreementError: in every process.
-        """
-        processes = Processes.found() if self.count > 1 else None
-        if processes is not None:
-            processes.require_same(what, [repr(value)], "Each has to decide from what is the same")
-            processes.close()
 
 
 class Averaging:

@@ -29,7 +29,7 @@ from dpm_core.adapters.registry import ADAPTERS
 from dpm_core.adapters.removal import Removal
 from tests.support import rounding
 from tests.support.frameworks import CASES, EAGER, EXAMPLE, Case, Drive, until_removed
-from tests.support.rounding import exact_outputs
+from tests.support.rounding import exact_outputs, in_double
 from tests.support.snapshot import assert_unchanged, difference, snapshot
 
 VARIANTS = ("base", "sp", "sr")
@@ -539,6 +539,39 @@ def test_a_state_of_something_else_is_refused(case):
     attached(case, adapter)
     with pytest.raises(AdapterError, match="before attach"):
         adapter.load_state_dict(adapter.state_dict())
+
+
+@cases
+def test_a_state_of_other_settings_is_refused(case):
+    variants = ("base", "sp", "sr")
+    for one in variants:
+        state = Drive(case, case.adapter(case.build(), one)).run(stop_after=4).adapter.state_dict()
+        for other in variants:
+            adapter = case.adapter(case.build(), other)
+            if other == one:
+                adapter.load_state_dict(state)
+                continue
+            before = copy.deepcopy(adapter.model.state_dict())
+            with pytest.raises(AdapterError, match=r"(smooth|rectify) = "):
+                adapter.load_state_dict(state)
+            assert all(torch.equal(v, before[k]) for k, v in adapter.model.state_dict().items())
+    options = {**case.options, **case.impossible}
+    with pytest.raises(AdapterError, match=f"{next(iter(case.impossible))} = .*construct"):
+        case.adapter(case.build(), "sr", options=options).load_state_dict(state)
+
+
+@cases
+def test_pytorchs_default_type_is_without_effect(case):
+    ended = []
+    for kind in (torch.float32, torch.float64):
+        model = in_double(case.build())
+        torch.set_default_dtype(kind)
+        try:
+            Drive(case, case.adapter(model, "sr")).run()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        ended.append(model.state_dict())
+    assert difference(*ended) is None
 
 
 @cases

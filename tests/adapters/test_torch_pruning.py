@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,8 @@ def pruner(model: nn.Module, kind: Any = P.BasePruner, importance: Any = None, *
         "out_channel_groups": {},
         "num_heads": {},
     }
-    return kind(model, EXAMPLE, importance or IMP.GroupMagnitudeImportance(), **{**own, **given})
+    example = EXAMPLE.to(next(model.parameters()))
+    return kind(model, example, importance or IMP.GroupMagnitudeImportance(), **{**own, **given})
 
 
 def learn(model: nn.Module, number: int = 99) -> None:
@@ -147,7 +149,7 @@ def train(run: TorchPruning, steps: int = 1) -> None:
     for number in range(steps):
         run.optimizer.zero_grad()
         images, labels = batch(number)
-        functional.cross_entropy(model(images), labels).backward()
+        functional.cross_entropy(model(images.to(run.example)), labels).backward()
         run.optimizer.step()
 
 
@@ -538,6 +540,36 @@ def test_the_first_decision_has_the_gradients_of_the_step_before():
     small = copy.deepcopy(model)
     decaying(run).apply(small, EXAMPLE, cut=True)
     assert same(small, by_upstream(twin, make))
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_events_keep_the_dense_models_numbers_after_the_last_removal(every):
+    model = small_resnet()
+    run = running(model, drawn_in_steps, SMOOTH, EAGER, every=every)
+    before = []
+    while not run.complete:
+        train(run)
+        before = run.events() if run.due else before
+        if run.due:
+            run.remove()
+    assert before
+    assert run.events() == before
+
+
+def test_pytorchs_default_type_is_without_effect():
+    ended = []
+    for kind in (torch.float32, torch.float64):
+        model = small_resnet().double()
+        torch.set_default_dtype(kind)
+        try:
+            make = functools.partial(pruner, iterative_steps=2)
+            run = running(model, make, SMOOTH, EAGER, example=EXAMPLE.double(), every=1)
+            finish(run)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        ended.append(model)
+    assert same(*ended)
+    assert run.removed
 
 
 def test_the_pruners_own_regularization_goes_on_over_a_removal():

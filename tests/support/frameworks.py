@@ -276,8 +276,8 @@ CASES += ROUNDED
 def batch(number: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(1000 + number)
     labels = torch.randint(0, CLASSES, (16,), generator=draw)
-    images = torch.randn(16, 3, 8, 8, generator=draw) + labels.view(-1, 1, 1, 1) * 0.3
-    return images, labels
+    images = torch.randn(16, 3, 8, 8, generator=draw, dtype=torch.float32)
+    return images + labels.view(-1, 1, 1, 1).to(images) * 0.3, labels
 
 
 @dataclass
@@ -306,10 +306,10 @@ class Drive:
         return training.steps + (0 if training.sparse is None else training.sparse.steps)
 
     def loss(self) -> Tensor:
-        device = next(self.model.parameters()).device
-        images, labels = (t.to(device) for t in batch(self.step))
+        like = next(self.model.parameters())
+        images, labels = batch(self.step)
         self.step += 1
-        return functional.cross_entropy(self.model(images), labels)
+        return functional.cross_entropy(self.model(images.to(like)), labels.to(like.device))
 
     def run(self, stop_after: int | None = None) -> Drive:
         if self.optimizer is None:
