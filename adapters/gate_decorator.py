@@ -32,7 +32,9 @@ class GateDecoratorOptions:
     The target is ``macs`` or ``parameters``: exactly one of them has to be given.
 
     The optimizer's learning rate, when it is attached, is the peak of tocks and of fine-tuning;
-    what it is set to later has no effect.
+    what it is set to later has no effect. Where a scheduler has lowered it before the optimizer's
+    first step, as a warm-up does, the peak is what it was before (``initial_lr``), or what the
+    scheduler leads to (OneCycleLR's ``max_lr``).
 
     Attributes:
         macs: share of the dense model's MACs that is left, at most; ``None``: no such target.
@@ -204,7 +206,17 @@ class GateDecorator(Adapter):
                     f"the optimizer does not hold {name!r}, and gates take the places of "
                     "parameters in it; give it all parameters of the model that train"
                 )
-        self._peaks = tuple(float(group["lr"]) for group in self.param_groups())
+        self._peaks = tuple(
+            _peak(group, warm=bool(optimizer.state))
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+        )
+        if min(self._peaks) <= 0:
+            raise AdapterError(
+                "a parameter group's learning rate is 0, and it is the peak of tocks and "
+                "fine-tuning; give it one above 0, or leave what is not to train out of the "
+                "optimizer"
+            )
         attributes = Attributes(before)
         self._method = self._decorated(self.model)
         attributes.finish(self._by_place(), {})
@@ -250,7 +262,8 @@ class GateDecorator(Adapter):
         else:
             if self._tuned_from is None:
                 self._tuned_from = done
-            length, at = self.training.steps - self._tuned_from, done - self._tuned_from
+            length = max(1, self.training.steps - self._tuned_from)
+            at = min(done - self._tuned_from, length - 1)  # who trains on does so at the last rate
             rates = [method.triangle(at, length, low, peak) for peak in self._peaks]
         for group, rate in zip(self.param_groups(), rates, strict=True):
             group["lr"] = rate
@@ -403,6 +416,12 @@ class GateDecorator(Adapter):
         self._method.load_state_dict(state["scores"])
         self._measure()
         self._begin_step()
+
+
+def _peak(group: Mapping[str, Any], warm: bool) -> float:
+    """A group's learning rate; of an optimizer that has not run, without a warm-up."""
+    rate = group["lr"]
+    return float(rate if warm else group.get("max_lr", group.get("initial_lr", rate)))
 
 
 _STANDS_FOR = {"gate": "weight", "shift": "bias"}

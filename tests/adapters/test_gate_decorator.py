@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import SGD
+from torch.optim import lr_scheduler as schedules
 
 from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning, Trajectory
 from dpm_core.adapters.base import AdapterError, count_macs, count_parameters
@@ -160,6 +162,45 @@ def in_two_groups(model: nn.Module) -> dict[bool, list[tuple[str, nn.Parameter]]
         gates: [(n, p) for n, p in model.named_parameters() if (n.split(".")[0] in GATED) == gates]
         for gates in (False, True)
     }
+
+
+@pytest.mark.parametrize("kind", ["none", "warm-up", "one cycle", "decayed"])
+def test_a_warm_up_does_not_lower_the_peak(kind):
+    model = CASE.build()
+    optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+    if kind == "warm-up":
+        schedules.LambdaLR(optimizer, lambda step: min(1.0, step / 10))
+    elif kind == "one cycle":
+        schedules.OneCycleLR(optimizer, max_lr=0.05, total_steps=90)
+    elif kind == "decayed":  # by training that went before
+        decay = schedules.ExponentialLR(optimizer, 0.5)
+        Drive(CASE, CASE.adapter(model, "base"), optimizer=optimizer).loss().backward()
+        optimizer.step()
+        decay.step()
+    adapter = CASE.adapter(model, "base")
+    drive = Drive(CASE, adapter, optimizer=optimizer).run(1)
+    assert adapter._peaks == ((0.025,) if kind == "decayed" else (0.05,))
+    rates = []
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    drive.run()
+    assert max(rates) > 0.8 * adapter._peaks[0]
+
+
+def test_a_peak_of_zero_is_refused_before_gates_are_put_in():
+    model = CASE.build()
+    adapter = CASE.adapter(model, "sp")
+    with refused(AdapterError, "learning rate is 0", "above 0", model=model):
+        adapter.attach(SGD(model.parameters(), lr=0.0))
+    assert not gated(model)
+
+
+def test_who_trains_longer_than_was_said_does_so_at_the_last_rate():
+    drive = Drive(CASE, CASE.adapter(CASE.build(), "base")).run()
+    for _ in range(3):
+        drive.optimizer.zero_grad()
+        drive.loss().backward()
+        drive.optimizer.step()
+        assert drive.optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(("variant", "rate"), [("base", float), ("sr", torch.tensor)])
