@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpm_core import DecayPruning, Phase, SelfRectifying, SmoothPruning, StructureGroup
-from dpm_core.third_party import otov2, running, trial
+from dpm_core.third_party import dependency, otov2, running, trial
 from dpm_core.third_party.groups import UnsupportedLayerError
 from dpm_core.third_party.otov2 import OTO as OTO
 
@@ -238,6 +238,8 @@ class OTOv2(Adapter):
                 f"the group of {root!r} {why}. Upstream's groups and the dependency graph disagree "
                 "on this model, so it cannot be pruned"
             )
+        some = [(g.root, g.channels_of([0])) for g in groups if g.structures > 1]
+        dependency.cut(model, example, some)  # what only the removal itself refuses
         super().check()
 
     # ------------------------------------------------------------------ the run

@@ -31,6 +31,7 @@ import math
 import sys
 import types
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -333,9 +334,16 @@ def groups(oto: Any, model: nn.Module) -> list[UpstreamGroup]:
         model: the model that it was given.
 
     Raises:
-        UnsupportedLayerError: a component's parameters disagree on its number of structures.
+        UnsupportedLayerError: a component's parameters disagree on its number of structures, or
+            upstream lists a parameter twice.
     """
     listed = oto._graph.params_groups()
+    for name, times in Counter(name for group in listed for name in group["names"]).items():
+        if times > 1:
+            raise UnsupportedLayerError(
+                f"upstream has {name!r} in {times} components, as where a layer runs more than "
+                "once, so its optimizer cannot be constructed; prune this model with DepGraph"
+            )
     names = {group["cc_id"]: group["names"] for group in listed}
     parameters = dict(model.named_parameters())
     tables = []

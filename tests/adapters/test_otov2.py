@@ -644,6 +644,48 @@ def test_a_network_that_upstream_cannot_read_is_refused_in_one_line():
     assert "\n" not in message
 
 
+class Conditioned(nn.Module):
+    """A BatchNorm without weight and bias: a branch scales and shifts behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told, self.conv = nn.Linear(3, 6), nn.Conv2d(3, 9, 3)
+        self.norm = nn.BatchNorm2d(9, affine=False)
+        self.scale, self.shift = nn.Linear(6, 9), nn.Linear(6, 9)
+        self.head = nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        told = functional.relu(self.told(x.mean((2, 3))))
+        x = self.norm(self.conv(x)) * self.scale(told)[..., None, None]
+        return self.head(functional.relu(x + self.shift(told)[..., None, None]).mean((2, 3)))
+
+
+class Twice(nn.Module):
+    """Layers that run for each of two parts of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 9, 3), nn.Conv2d(9, 8, 3)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = (
+            self.second(functional.relu(self.first(part))).mean((2, 3)) for part in x.split(5, -1)
+        )
+        return self.head(left - right)
+
+
+def test_what_the_removal_would_refuse_is_refused_before_the_training():
+    message = refusal(stir(Conditioned()), example=IMAGES)
+    assert "'norm' (BatchNorm2d), which has no weight and bias" in message
+
+
+def test_a_layer_that_upstream_lists_twice_is_refused_by_name():
+    message = refusal(stir(Twice()), example=torch.randn(2, 3, 8, 10))
+    assert "'first.weight' in 2 components" in message
+    assert "DepGraph" in message
+
+
 def test_components_that_do_not_fit_are_refused_by_name(monkeypatch):
     original = otov2.graph
 
