@@ -672,7 +672,7 @@ def _require_same_everywhere(going: Structures) -> None:
         lines = [
             f"structure {k} of group {group!r}"
             for group, structures in sorted(going.items())
-            for k in sorted(torch.as_tensor(structures).tolist())
+            for k in sorted(torch.as_tensor(structures, device="cpu").tolist())
         ]
         processes.require_same("what is removed", lines, DECIDE_ALIKE)
     finally:
@@ -716,10 +716,13 @@ def structure_group(group: UpstreamGroup) -> StructureGroup:
     return StructureGroup(
         group.root,
         [
-            Slice(s.parameter, torch.tensor(s.index), s.dim, s.batch_norm, s.name)
+            Slice(s.parameter, torch.tensor(s.index, device="cpu"), s.dim, s.batch_norm, s.name)
             for s in group.shares
         ],
-        [Owner(module, torch.tensor(index), dim) for module, dim, index in group.owners],
+        [
+            Owner(module, torch.tensor(index, device="cpu"), dim)
+            for module, dim, index in group.owners
+        ],
     )
 
 

@@ -501,7 +501,7 @@ class DepGraph(Adapter):
 
     def channels(self, group: str, structures: Sequence[int] | Tensor) -> list[int]:
         """Some structures as output channels of the group's root layer."""
-        return self._groups[group].channels_of(torch.as_tensor(structures).tolist())
+        return self._groups[group].channels_of(torch.as_tensor(structures, device="cpu").tolist())
 
     def remove(self) -> Removal:
         """Remove; the next round starts at its time."""
@@ -516,7 +516,7 @@ class DepGraph(Adapter):
         if self.complete:
             return  # the last core stays, and with it the numbers that its events go by
         for root, structures in going.items():
-            gone = set(torch.as_tensor(structures).tolist())
+            gone = set(torch.as_tensor(structures, device="cpu").tolist())
             self._left[root] = [n for k, n in enumerate(self.numbers(root)) if k not in gone]
         if self.dpm is not None:
             self._heard, self.dpm = self.heard, None

@@ -213,4 +213,6 @@ def root_channels(group: StructureGroup, structures: Sequence[int] | Tensor) -> 
             f"group {group.name!r} has no slice named '{group.name}.weight', so it does not say "
             "which channels its structures are; name groups after their root layers"
         )
-    return sorted(roots[0].cpu()[torch.as_tensor(structures).cpu()].flatten().tolist())
+    return sorted(
+        roots[0].cpu()[torch.as_tensor(structures, device="cpu").cpu()].flatten().tolist()
+    )

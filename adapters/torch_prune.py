@@ -68,7 +68,7 @@ class TorchPrune(Adapter):
         o = self.options
         chosen: Structures = {}
         for name, group in self.grouped().items():
-            free = torch.ones(group.size).bool()
+            free = torch.ones(group.size, device="cpu").bool()
             gone = masked(group, o.amount, o.n, free)
             unit = structures_in(width_unit(o.round_to), len(self.channels(name, [0])))
             count = group.size - (group.size - len(gone)) // unit * unit

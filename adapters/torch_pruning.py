@@ -255,7 +255,7 @@ class TorchPruning(Adapter):
 
     def channels(self, group: str, structures: Sequence[int] | Tensor) -> list[int]:
         """Some structures as output channels of the group's root layer."""
-        return self._groups[group].channels_of(torch.as_tensor(structures).tolist())
+        return self._groups[group].channels_of(torch.as_tensor(structures, device="cpu").tolist())
 
     def take_out(self, going: Structures) -> Removal:
         """By the pruner's graph, after the same removal of a copy has left its outputs alike."""
@@ -290,7 +290,7 @@ class TorchPruning(Adapter):
         if self.complete:
             return  # the present core's numbers stay those of its events
         for root, structures in going.items():
-            gone = set(torch.as_tensor(structures).tolist())
+            gone = set(torch.as_tensor(structures, device="cpu").tolist())
             self._left[root] = [n for k, n in enumerate(self.numbers(root)) if k not in gone]
         if self.dpm is not None:
             self._heard, self.dpm = self.heard, None
@@ -305,7 +305,9 @@ class TorchPruning(Adapter):
             "next": self._next,
             "left": dict(self._left),
             "scores": dict(self._scores),
-            "selected": {g: torch.as_tensor(k).tolist() for g, k in self._selected.items()},
+            "selected": {
+                g: torch.as_tensor(k, device="cpu").tolist() for g, k in self._selected.items()
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

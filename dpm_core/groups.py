@@ -179,7 +179,7 @@ class StructureGroup:
             GroupError: as :func:`require_fit`.
         """
         require_fit([self])
-        left = torch.zeros(structures.numel(), dtype=torch.bool)
+        left = torch.zeros(structures.numel(), dtype=torch.bool, device="cpu")
         for s in self.slices:
             rows = s.index[structures.to(s.index.device)].to(s.parameter.device)
             values = s.parameter.detach().index_select(s.dim, rows.reshape(-1)).movedim(s.dim, 0)
@@ -203,7 +203,7 @@ def require_disjoint(groups: Iterable[StructureGroup]) -> None:
         for s in group.slices:
             storage = s.parameter.untyped_storage().data_ptr()
             here = f"{s.name!r} of group {group.name!r}"
-            taken = torch.zeros(s.parameter.shape[s.dim], dtype=torch.bool)
+            taken = torch.zeros(s.parameter.shape[s.dim], dtype=torch.bool, device="cpu")
             taken[s.index.reshape(-1).cpu()] = True
             for other, there, taken_before in by_storage.get(storage, []):
                 if other.parameter is not s.parameter:
@@ -272,7 +272,8 @@ def _rows(index: Tensor, what: str) -> Tensor:
     Raises:
         GroupError: it is no list of positions.
     """
-    index = torch.as_tensor(index)
+    if not isinstance(index, Tensor):
+        index = torch.as_tensor(index, device="cpu")
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
         raise GroupError(f"{what}: index is {index.dtype}; give integer positions, not a mask")
     if index.dim() not in (1, 2) or index.numel() == 0:

@@ -77,7 +77,7 @@ def gate_derivatives(
     with nullcontext() if processes is None else processes.together("a hearing"):
         summed, samples = _sums(objective, groups, gated, batches, gate, read)
     if processes is not None:
-        samples = int(processes.total(torch.tensor(samples)))
+        samples = int(processes.total(torch.tensor(samples, device="cpu")))
         summed = processes.total(summed)
     mean, square = summed / samples
     return mean, square

@@ -50,8 +50,8 @@ class Numbering:
         for group in by_name:
             self._first[group.name] = self.size
             self.size += group.size
-        sizes = torch.tensor([g.size for g in by_name])
-        self.group_of = torch.repeat_interleave(torch.arange(len(by_name)), sizes)
+        sizes = torch.tensor([g.size for g in by_name], device="cpu")
+        self.group_of = torch.repeat_interleave(torch.arange(len(by_name), device="cpu"), sizes)
 
     def span(self, group: str) -> slice:
         """The numbers of a group's structures.
@@ -94,7 +94,11 @@ class Numbering:
                     "once"
                 )
             parts.append(span.start + local)
-        return torch.cat(parts).sort().values if parts else torch.empty(0, dtype=torch.int64)
+        return (
+            torch.cat(parts).sort().values
+            if parts
+            else torch.empty(0, dtype=torch.int64, device="cpu")
+        )
 
     def groups_of(self, numbers: Tensor) -> list[StructureGroup]:
         """The groups that some structures belong to, in order."""
@@ -103,8 +107,8 @@ class Numbering:
     def all_of(self, groups: Iterable[StructureGroup]) -> Tensor:
         """Numbers of all structures of some groups, in order."""
         spans = [self.span(g.name) for g in groups]
-        runs = [torch.arange(span.start, span.stop) for span in spans]
-        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64)
+        runs = [torch.arange(span.start, span.stop, device="cpu") for span in spans]
+        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def within(self, group: str, numbers: Tensor) -> Tensor:
         """Those of some structures that are of a group, by their numbers in it."""
@@ -149,14 +153,14 @@ def integers(name: str, given: object) -> Tensor:
     if several and not hasattr(given, "dtype"):  # an array knows the kind of its numbers
         values = list(values)
     try:
-        local: Tensor = torch.as_tensor(values)
+        local = values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as cause:
         raise PhaseError(
             f"group {name!r}: structures are given as {str(given)[:40]!r} "
             f"({type(given).__name__}); give a list of their numbers"
         ) from cause
     if local.numel() == 0 and local.dim() == 1:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     plain = local.dim() == 1 and local.layout == torch.strided and not local.is_meta
     kind = local.dtype
     if isinstance(values, list) and any(isinstance(k, bool) for k in values):

@@ -38,7 +38,7 @@ TRANSITIONS: dict[tuple[Phase, Move], Phase] = {
 """Every legal move. A pair that is not here is refused."""
 
 _REFUSED = -1
-_TABLE = torch.full((len(Phase), len(Move)), _REFUSED, dtype=torch.int64)
+_TABLE = torch.full((len(Phase), len(Move)), _REFUSED, dtype=torch.int64, device="cpu")
 for (_phase, _move), _next in TRANSITIONS.items():
     _TABLE[_phase, _move] = _next
 

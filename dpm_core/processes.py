@@ -139,8 +139,8 @@ class Processes:
 
     def _gather(self, values: Sequence[float]) -> Tensor:
         """What every process gives, a row each; (count, values) float64 on the host."""
-        mine = torch.tensor(values, dtype=torch.float64)
-        rows = torch.empty(self.count, len(values), dtype=torch.float64)
+        mine = torch.tensor(values, dtype=torch.float64, device="cpu")
+        rows = torch.empty(self.count, len(values), dtype=torch.float64, device="cpu")
         with _answering():
             dist.all_gather(list(rows), mine, group=self._group)
         return rows

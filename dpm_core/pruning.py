@@ -401,7 +401,7 @@ class DecayPruning:
             restore = self.rectify is not None and self.rectify.restore == "effect"
             released, norms, finished = self._stepping.carry_out(sums, which, restore)
             self._record("release", released, norms)
-            self._record("prune", finished, torch.zeros(finished.numel()))
+            self._record("prune", finished, torch.zeros(finished.numel(), device="cpu"))
             if released.numel() or finished.numel():
                 self._refresh()
         self._stepping.zero()

@@ -71,7 +71,7 @@ def ranks(score: Tensor, candidates: Tensor, group: Tensor, groups: int) -> Tens
     counts = torch.bincount(group, minlength=groups)
     starts = counts.cumsum(0) - counts
     rank = torch.empty_like(group)
-    rank[order] = torch.arange(group.numel()) - starts[group[order]]
+    rank[order] = torch.arange(group.numel(), device="cpu") - starts[group[order]]
     return rank
 
 
@@ -262,7 +262,9 @@ class RandomRelease(Criterion):
         """See :meth:`Criterion.choose`."""
         counts = _counts(self.like, evidence, limits, step)
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        score = torch.rand(evidence.group.numel(), generator=draw, dtype=torch.float64)
+        score = torch.rand(
+            evidence.group.numel(), generator=draw, dtype=torch.float64, device="cpu"
+        )
         return strongest(score, torch.ones_like(score, dtype=torch.bool), evidence.group, counts)
 
 

@@ -219,7 +219,9 @@ class Releases:
         # A released structure must be replaceable, or the target could not be met.
         spare = per_group(self._ledger.available)
         if reserved:
-            spare = spare - torch.tensor([reserved.get(n, 0) for n in self._structures.names])
+            spare = spare - torch.tensor(
+                [reserved.get(n, 0) for n in self._structures.names], device="cpu"
+            )
         limits = torch.minimum(allowed - per_group(immune), spare)
         limits = limits[groups].clamp(min=0)
         if limit is not None:
@@ -249,7 +251,7 @@ class Releases:
         steps[sums.numbers] = ledger.step[sums.numbers] + 1
         resistance[sums.numbers] = sums.resistance
         decayed = steps > 0
-        total = torch.zeros(len(structures.names), dtype=torch.float64)
+        total = torch.zeros(len(structures.names), dtype=torch.float64, device="cpu")
         mean = (resistance[decayed] / steps[decayed]).abs()
         total.index_add_(0, structures.group_of[decayed], mean)
         return self._decision * total / structures.per_group(decayed).clamp_min(1)
@@ -278,13 +280,18 @@ class Releases:
         gated = [structures.within(g.name, decaying) for g in groups]
         read, numbers = gated, decaying
         if criterion.exchanges:
-            read, numbers = [torch.arange(g.size) for g in groups], structures.all_of(groups)
+            read, numbers = (
+                [torch.arange(g.size, device="cpu") for g in groups],
+                structures.all_of(groups),
+            )
         means = gate_derivatives(
             self.objective, groups, gated, criterion.batches, criterion.gate, processes, read
         )
-        derivatives = torch.full((2, structures.size), math.nan, dtype=torch.float64)
+        derivatives = torch.full((2, structures.size), math.nan, dtype=torch.float64, device="cpu")
         derivatives[:, numbers] = torch.stack(means).cpu()
-        derivatives[0, numbers] *= signs.repeat_interleave(torch.tensor([len(r) for r in read]))
+        derivatives[0, numbers] *= signs.repeat_interleave(
+            torch.tensor([len(r) for r in read], device="cpu")
+        )
         return derivatives[0], derivatives[1]
 
 
@@ -325,4 +332,4 @@ def _signs(groups: list[StructureGroup], maximised: set[int]) -> Tensor:
                 "setting of maximize, or use Trajectory()"
             )
         signs.append(-1.0 if kinds.pop() else 1.0)
-    return torch.tensor(signs, dtype=torch.float64)
+    return torch.tensor(signs, dtype=torch.float64, device="cpu")

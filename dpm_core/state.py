@@ -50,7 +50,7 @@ class Ledger:
         """All structures ACTIVE."""
 
         def zeros(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(size, dtype=dtype)
+            return torch.zeros(size, dtype=dtype, device="cpu")
 
         return cls(
             phase=zeros(torch.int64),

@@ -389,7 +389,7 @@ def _set_norms(
     Returns:
         The norms of the structures with ``diagonals`` before, (size,) on the device.
     """
-    target = torch.full((table.size,), -1.0, dtype=torch.float64)
+    target = torch.full((table.size,), -1.0, dtype=torch.float64, device="cpu")
     target[structures] = norms
     wanted = target.to(device=table.device, dtype=table.dtype, non_blocking=True)
     before = table.square_norms(table.parameters(), diagonals).sqrt()

@@ -122,7 +122,7 @@ def _optimize_graph() -> Any:
 
 @contextmanager
 def running(device: torch.device) -> Iterator[None]:
-    """Run upstream inside: its prints are logged, and ``.cuda()`` means ``device``.
+    """Run upstream inside: its prints are logged; ``.cuda()``, and a default device, is ``device``.
 
     Patches the whole process, so that upstream must not run in two threads at once.
     """
@@ -133,7 +133,8 @@ def running(device: torch.device) -> Iterator[None]:
     before = torch.Tensor.__dict__.get("cuda")
     torch.Tensor.cuda = cuda  # type: ignore[assignment,method-assign]
     try:
-        with contextlib.redirect_stdout(_Log()):
+        chosen = torch.get_default_device().type != "cpu"
+        with contextlib.redirect_stdout(_Log()), device if chosen else contextlib.nullcontext():
             yield
     finally:
         if before is None:
@@ -249,9 +250,11 @@ def _statistics_at_zero(oto: OTO, model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def group_norms(group: UpstreamGroup) -> Tensor:
     """The largest magnitude in each of a group's structures, (K,)."""
-    most = torch.zeros(group.structures)
+    most = torch.zeros(group.structures, device="cpu")
     for share in group.shares:
-        rows = share.parameter.movedim(share.dim, 0)[torch.tensor(share.index)].flatten(1)
+        rows = share.parameter.movedim(share.dim, 0)[
+            torch.tensor(share.index, device="cpu")
+        ].flatten(1)
         most = torch.maximum(most, rows.abs().amax(1).float().cpu())
     return most
 

@@ -226,7 +226,7 @@ class OwnPruner:
         count = int(places.max()) + 1
         if len(places.unique()) != count:
             raise UnsupportedLayerError("is ranked by a part of a layer's channels")
-        at = torch.zeros(count, dtype=torch.int64)
+        at = torch.zeros(count, dtype=torch.int64, device="cpu")
         at[places] = channels
         attention, parts = up._is_atten_group(ranked)
         together = up._get_channel_groups(ranked)
@@ -383,7 +383,7 @@ class OwnPruner:
         for key, found in scores.items():
             if key in self._tables:
                 table = self._tables[key]
-                of = torch.tensor(table.structure_at)
+                of = torch.tensor(table.structure_at, device="cpu")
                 total = found.new_zeros(table.group.structures).scatter_add_(0, of, found)
                 decision.scores[table.group.root] = total / of.bincount()
         return decision

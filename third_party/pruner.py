@@ -294,7 +294,7 @@ class Pruner:
         with graph.upstream(self._model), torch.no_grad():
             whole = graph.whole(self._graph, layer, range(group.channels))
             scores = self._ask(whole)
-        return None if scores is None else scores[torch.tensor(group.members)].mean(1)
+        return None if scores is None else scores[torch.tensor(group.members, device="cpu")].mean(1)
 
     def _rankable(self, group: Any) -> Any:
         rankable = _rankable(group)
@@ -573,6 +573,8 @@ def _drawn(model: nn.Module, seed: int) -> Callable[..., Tensor]:
         root = group[0].dep.target.module
         name = names[root.of[0] if isinstance(root, _AsLinear) else root]
         key = zlib.crc32(f"{seed} {name}".encode())
-        return torch.rand(len(group[0].idxs), generator=torch.Generator().manual_seed(key))
+        return torch.rand(
+            len(group[0].idxs), generator=torch.Generator().manual_seed(key), device="cpu"
+        )
 
     return importance

@@ -65,21 +65,23 @@ class CostModel:
         macs = [sum(by_name.get(f"{prefix}.{n}", {}).values()) // 2 for n in layers]
 
         def shapes() -> Tensor:
-            return torch.tensor([m.weight.shape[:2] for m in layers.values()]).T
+            return torch.tensor([m.weight.shape[:2] for m in layers.values()], device="cpu").T
 
         names = [n for n, _ in copied.named_parameters()]
         longest = max(p.dim() for p in copied.parameters())
 
         def extents() -> Tensor:  # of all parameters, as if each had as many dimensions
             every = [copied.get_parameter(n).shape for n in names]
-            return torch.tensor([(*s, *[1] * (longest - len(s))) for s in every]).T
+            return torch.tensor([(*s, *[1] * (longest - len(s))) for s in every], device="cpu").T
 
         self._dims, self._extents = shapes(), extents()
-        self._unit = torch.tensor(macs) // self._dims.prod(0)
+        self._unit = torch.tensor(macs, device="cpu") // self._dims.prod(0)
         self._constant = total - sum(macs)
-        self.sizes = torch.tensor([g.structures for g in groups])
-        self._less = torch.zeros(len(groups), *self._dims.shape, dtype=torch.int64)
-        self._shorter = torch.zeros(len(groups), *self._extents.shape, dtype=torch.int64)
+        self.sizes = torch.tensor([g.structures for g in groups], device="cpu")
+        self._less = torch.zeros(len(groups), *self._dims.shape, dtype=torch.int64, device="cpu")
+        self._shorter = torch.zeros(
+            len(groups), *self._extents.shape, dtype=torch.int64, device="cpu"
+        )
         # A lone structure cannot go.
         first = {g.name: i for i, g in enumerate(groups) if g.structures > 1}
         plan = [(groups[i].name, groups[i].channels_of([0])) for i in first.values()]

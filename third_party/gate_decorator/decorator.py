@@ -87,7 +87,9 @@ class GateDecorator:
         self.fraction, self.eta, self.keep, self.strength = fraction, eta, keep, strength
         self.groups = tied_gates(model, example, ignored=ignored, progress=progress)
         self.costs = CostModel(model, example, self.groups, counted)
-        self.units = torch.tensor([structures_in(round_to, len(g.tied[0])) for g in self.groups])
+        self.units = torch.tensor(
+            [structures_in(round_to, len(g.tied[0])) for g in self.groups], device="cpu"
+        )
         self.gates = decorate(model, [n for g in self.groups for n in g.members])
         self.table = GateTable(self.groups, self.gates)
         self.scores = GateScores(self.table)

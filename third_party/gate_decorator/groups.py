@@ -89,7 +89,7 @@ def tied_gates(
     names = {m: n for n, m in model.named_modules()}
     tied = []
     for group in silenced:
-        members = {names[m]: torch.tensor(index) for m, _, index in group.owners}
+        members = {names[m]: torch.tensor(index, device="cpu") for m, _, index in group.owners}
         area = areas[group.owners[0][0]]
         tied.append(GateGroup(group.root, group.members, members, area))
     if not tied:
@@ -174,7 +174,7 @@ class GateTable:
         wanted = list(range(known.get(name, 0)) if structures is None else structures)
         if name not in known or any(not 0 <= k < known[name] for k in wanted):
             raise GateError(f"{name!r} has no structures {wanted}; groups and sizes: {known}")
-        return torch.tensor(wanted, dtype=torch.int64) + self._first[name]
+        return torch.tensor(wanted, dtype=torch.int64, device="cpu") + self._first[name]
 
     def split(self, ids: Tensor) -> dict[str, list[int]]:
         """Numbers as positions within groups, by group name, in the order given."""
