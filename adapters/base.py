@@ -285,6 +285,9 @@ class Adapter(ABC):
     def remove(self) -> Removal:
         """Make the model physically smaller, in place; its optimizer goes on with what is left.
 
+        Parameters become new objects, with the attributes and gradient hooks of the old ones. What
+        lists parameters, or is kept by them, is to be taken anew (``clip_grad_norm_``, averages).
+
         Returns:
             What this removal took; :attr:`removed` is all of them.
 

@@ -104,7 +104,9 @@ class Removal:
         """Make a model physically smaller, in place; parameters become new objects.
 
         Attributes that somebody has put on parameters, as some optimizers do, go on with the new
-        ones: plain values, and tensors of the parameter's shape with what stays of them.
+        ones: plain values, and tensors of the parameter's shape with what stays of them. So do
+        hooks on their gradients. Lists of parameters, and dictionaries by them, are to be taken
+        anew: a ``clip_grad_norm_`` of the old ones clips nothing.
 
         By torch-pruning's dependency graph, for every framework. The outputs for the example are
         compared before and after, on a copy first, in double precision where the model runs so.
