@@ -263,8 +263,13 @@ class OTOv2(Adapter):
                 those in the options.
 
         Raises:
-            AdapterError: as :meth:`check`, if that was left out.
+            AdapterError: the model is small already; or as :meth:`check`, if that was left out.
         """
+        if self.complete:
+            raise AdapterError(
+                "the model is small, and DHSPG chooses what goes in a large one: train on with "
+                "another optimizer of model.parameters(), in a training of its own"
+            )
         if not self.checked:
             self.check()
         self._graph, o = otov2.graph(self.model, self.example), self.options
