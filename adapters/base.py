@@ -199,6 +199,7 @@ class Adapter(ABC):
         self._state: Mapping[str, Any] | None = None  # to be taken up when attached
         self._type = running.type_of(model)
         self._attached = False
+        self._lacks = ""  # as of Removal
 
     # ------------------------------------------------------------------ for users
 
@@ -306,7 +307,7 @@ class Adapter(ABC):
         going = self.going()
         if self.dpm is None:  # else the core has seen to it in every step
             _require_same_everywhere(going)
-        removal = self.take_out(going)
+        removal = self.take_out(going).leaving(self.model, self._lacks)
         self._account(removal, going)
         self.follow()
         return removal
@@ -369,6 +370,7 @@ class Adapter(ABC):
         if removed is not None:
             self._bring_example()
             removed.apply(self.model, self.example, cut=True)
+            removed = removed.leaving(self.model, self._lacks)
         self.checked, self.removed, self._grouped = True, removed, None
 
     def is_of(self, module: nn.Module) -> bool:
@@ -614,7 +616,8 @@ class Adapter(ABC):
         self.detach()
         self._grouped = None
         self.pruned += sum(len(structures) for structures in going.values())
-        self.removed = removal if self.removed is None else self.removed + removal
+        removed = removal if self.removed is None else self.removed + removal
+        self.removed = removed.leaving(self.model, self._lacks)
 
     @property
     def optimizer(self) -> Optimizer | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,18 @@ class Removal:
             ``torch.compile``. Any
             such pairs are taken; channels are kept in ascending order, and items without any are
             left out where they say nothing.
+        leaves: shapes of the parameters of these layers in the model that was left, by name, where
+            that is known. :meth:`save` holds the model that it is given to them.
+        lacks: why the items are not all that has gone from the dense model; empty: they are, as far
+            as is known. With some, :meth:`save` refuses.
 
     Raises:
         AdapterError: they are no such pairs, or a layer's channels are negative or listed twice.
     """
 
     items: tuple[tuple[str, tuple[int, ...]], ...]
+    leaves: Mapping[str, torch.Size] = field(default_factory=dict, compare=False, repr=False)
+    lacks: str = field(default="", compare=False, repr=False)
 
     def __init__(self, items: Iterable[tuple[str, Iterable[int]]] = ()) -> None:
         try:
@@ -63,7 +69,24 @@ class Removal:
                     f"a removal names {name!r} with channels {list(channels)[:8]}; give the name "
                     "of a layer, and each of its channels once"
                 )
-        object.__setattr__(self, "items", _telling(kept))
+        self._set(_telling(kept), {}, "")
+
+    def _set(self, *values: Any) -> Removal:
+        for name, value in zip(("items", "leaves", "lacks"), values, strict=True):
+            object.__setattr__(self, name, value)
+        return self
+
+    def leaving(self, model: nn.Module, lacks: str = "") -> Removal:
+        """The same removal, with a note of the model that it has left.
+
+        Args:
+            model: without what was removed.
+            lacks: see the class.
+        """
+        layers = dict(model.named_modules())
+        named = [n for n in dict(self.items) if n in layers]
+        own = ((n, layers[n].named_parameters(prefix=n)) for n in named)
+        return Removal()._set(self.items, {p: t.shape for _, of in own for p, t in of}, lacks)
 
     @classmethod
     def of(cls, dpm: DecayPruning) -> Removal:
@@ -90,7 +113,8 @@ class Removal:
             return NotImplemented
         if not self.items:
             return later
-        return Removal((*self, (self.items[-1][0], ()), *later))
+        both = Removal((*self, (self.items[-1][0], ()), *later))
+        return both._set(both.items, later.leaves, self.lacks)
 
     def apply(
         self,
@@ -160,7 +184,7 @@ class Removal:
         """Write the small model and what was removed: see :func:`~.saved.save_pruned`."""
         from .saved import save_pruned
 
-        save_pruned(Path(path), model, self, facts)
+        save_pruned(path, model, self, facts)
 
     @classmethod
     def load(cls, path: Path | str) -> Removal:
@@ -171,7 +195,7 @@ class Removal:
         """
         from .saved import read
 
-        return read(Path(path)).removal
+        return read(path).removal
 
 
 def _telling(

@@ -116,12 +116,22 @@ class TorchPruning(Adapter):
             raise AdapterError(
                 f"{self._own.name} has taken all of its {self._own.steps} steps; construct it anew"
             )
+        self._note_earlier()
         self._groups: dict[str, UpstreamGroup] = {}
         self._selected: Structures = {}
         self._scores: dict[str, Tensor] = {}
         self._open = False  # a decision has fallen, and its removal is to come
         self._next = first  # when the next decision falls
         self._left: dict[str, list[int]] = {}  # by group, what is left of the dense model's numbers
+
+    def _note_earlier(self) -> None:
+        """What the pruner has taken by itself is in no removal of this run."""
+        if self._own.step:
+            self._lacks = (
+                f"{self._own.name} had taken {self._own.step} of its {self._own.steps} steps "
+                "before this run, which knows nothing of what went in them; give save() the sum of "
+                "a Removal of that and of this one, or let a run take all steps"
+            )
 
     @property
     def pruner(self) -> Any:
@@ -156,6 +166,27 @@ class TorchPruning(Adapter):
             raise AdapterError(remedy(root, why) + (f", or {COUNTED}" if also else ""))
         self._own.require_ranking()
         super().check()
+
+    def check_length(self) -> None:
+        """For :meth:`check`: refuse a training that is too short for all of the pruner's decays.
+
+        Where the user calls ``decide()``, the least that it can take counts: one after the other.
+
+        Raises:
+            AdapterError: with both lengths, and what they come of.
+        """
+        if self.training is None:
+            return
+        first, every, decay = self.options.first, self.options.every, self.decay_steps()
+        rounds = 1 if every == 0 else self._own.steps - self._own.step
+        needed = rounds * decay + (0 if every is None else first + (rounds - 1) * every)
+        if needed > self.training.steps:
+            raise AdapterError(
+                f"{rounds} decays of up to {decay} steps, first={first} and every={every} take up "
+                f"to {needed} steps, but the training has {self.training.steps}; give it more "
+                "epochs, shorten smooth.steps, or lower first, every or the pruner's "
+                "iterative_steps"
+            )
 
     def groups(self) -> list[StructureGroup]:
         """Upstream's groups, as far as the pruner may prune them."""
@@ -235,6 +266,7 @@ class TorchPruning(Adapter):
 
     def start(self) -> None:
         """The first decision falls, unless the user says when."""
+        self._note_earlier()
         self.follow()
         self._decide_in_time()
 
@@ -334,6 +366,8 @@ class TorchPruning(Adapter):
         except BaseException:  # of a later part: the earlier ones are taken back
             running.put_back(kept)
             raise
+        if removed is not None:
+            removed = removed.leaving(self.model, self._lacks)
         self.checked, self.removed, self._grouped = True, removed, None
 
     def restore(self, state: Mapping[str, Any]) -> None:

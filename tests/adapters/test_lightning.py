@@ -464,7 +464,7 @@ def test_a_training_with_dhspg_ends_with_its_removal(tmp_path):
     trainer(again).test(other, data, ckpt_path=path, verbose=False)
     assert_same(other, module)
     other, again = going_on()
-    with pytest.raises(AdapterError, match="another optimizer of model.parameters"):
+    with pytest.raises(AdapterError, match=r"another optimizer of model.parameters"):
         trainer(again, epochs=2).fit(other, data, ckpt_path=path)
 
 
