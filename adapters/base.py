@@ -212,7 +212,8 @@ class Adapter(ABC):
         Args:
             optimizer: of the model's parameters; or several, each of a part of them, which step
                 one after the other. Wrappers, such as accelerate's, are looked through. Of several,
-                those that hold nothing of the model are left out.
+                those that hold nothing of the model are left out. It may lack layers that are not
+                pruned, and hold parameters besides the model's.
             loss: runs the model on the next training batch and returns the mean loss; for
                 :class:`~dpm_core.Hearing`, :class:`~dpm_core.Exchange`, and a framework's ranking
                 by gradients alone. Each call uses up a step of the training.
@@ -227,9 +228,9 @@ class Adapter(ABC):
             AttachmentError: see :meth:`dpm_core.DecayPruning.attach`.
         """
         _require_whole(self.model)  # it may have been sharded since
+        self._bring_example()
         optimizers = self._training(all_unwrapped(optimizer))
         self._require_carried(optimizers)
-        self._bring_example()
         if not (self.checked or self.complete):
             self.check()
         before, self._grouped = (self.optimizers, self._loss), None
@@ -632,16 +633,30 @@ class Adapter(ABC):
         """Those that hold parameters of the model."""
         parameters = set(self.model.parameters())
         held = [{p for group in o.param_groups for p in group["params"]} for o in optimizers]
-        own = {p for p in parameters if p.requires_grad}
         optimized = set().union(*held)
-        if not own <= optimized and not optimized <= parameters:
-            raise AdapterError(
-                "the optimizer is of another model: it holds parameters that this one has not, and "
-                "lacks some that this one has, as after a removal. Give the one that went through "
-                "the removal, or a new one of model.parameters()"
-            )
+        lacking = {n: p for n, p in self.model.named_parameters() if p not in optimized}
+        if any(p.requires_grad for p in lacking.values()) and not optimized <= parameters:
+            # It may be of some layers, and of what else trains. Then all that is pruned is in it.
+            pruned = self._pruned() if optimized & parameters else parameters
+            missing = next((n for n, p in lacking.items() if p in pruned), None)
+            if missing is not None:
+                raise AdapterError(
+                    "the optimizer is of another model: it holds parameters that this one has not, "
+                    f"and lacks {missing!r}, as after a removal. Give the one that went through "
+                    "the removal, or a new one of model.parameters()"
+                )
         ours = [o for o, params in zip(optimizers, held, strict=True) if params & parameters]
         return ours or optimizers
+
+    def _pruned(self) -> set[Tensor]:
+        """The parameters that an optimizer needs to have to be this model's."""
+        if not self.carries:
+            return {p for p in self.model.parameters() if p.requires_grad}
+        if not self.complete:
+            return {s.parameter for group in self.grouped().values() for s in group.slices}
+        layers = dict(self.model.named_modules())
+        named = [layers[name] for name, _ in self.removed or () if name in layers]
+        return {p for layer in named for p in layer.parameters()}
 
 
 def new_optimizer(
