@@ -52,13 +52,15 @@ from dpm_core import (
 )
 from dpm_core.attachment import Attachment, all_unwrapped
 from dpm_core.groups import is_sharded
+from dpm_core.numbering import Numbering
 from dpm_core.processes import DECIDE_ALIKE, Processes
+from dpm_core.rectify import require_settings
 from dpm_core.third_party import running
 from dpm_core.third_party.errors import AdapterError as AdapterError
 from dpm_core.third_party.groups import UpstreamGroup
 
 from .optimizer_state import require_carried
-from .removal import Removal, root_channels
+from .removal import Removal, require_example, require_model, root_channels
 
 Loss = Callable[[], Tensor]
 """Runs the model on the next training batch and returns the mean loss."""
@@ -124,7 +126,9 @@ class Adapter(ABC):
         checked: whether :meth:`check` has passed; if not, :meth:`attach` calls it.
 
     Raises:
-        AdapterError: there is a rectifier and no smoothing, or no :meth:`choose` to replace what it
+        ConfigurationError: ``smooth`` or ``rectify`` is something else.
+        AdapterError: the model is no module, or cannot be run on the example;
+            there is a rectifier and no smoothing, or no :meth:`choose` to replace what it
             releases; the model is wrapped in DistributedDataParallel, sharded as FSDP does it, of
             TorchScript, or ``torch.compile`` wraps a part of it;
             or the training is not one that the framework can work in.
@@ -157,6 +161,7 @@ class Adapter(ABC):
         if not isinstance(options, self.Options):
             raise AdapterError(f"{name} takes a {self.Options.__name__}, not {options!r}")
         self.options = options
+        require_settings(smooth, rectify)
         if rectify is not None and smooth is None:
             raise AdapterError(
                 "a rectifier takes back decays, and without smoothing there are none; give a "
@@ -172,6 +177,8 @@ class Adapter(ABC):
                 f"{name} cannot replace what a rectifier releases: leave the rectifier out, or let "
                 "the adapter define choose()"
             )
+        if not isinstance(training, Training | None):
+            raise AdapterError(f"training is {training!r}; give Training(steps, steps_per_epoch)")
         if training is None and self.needs_training:
             raise AdapterError(
                 f"{name} plans by the length of the training; give training=Training(steps, "
@@ -179,8 +186,10 @@ class Adapter(ABC):
             )
         if training is not None and training.sparse is not None and not self.learns_sparse:
             raise AdapterError(f"{name} has no sparse learning; leave out Training's `sparse`")
+        require_model(model)
         model = running.inside(model)
         _require_whole(model)
+        require_example(model, example)
         self.model, self.example = model, example
         self.smooth, self.rectify = smooth, rectify
         self.training, self.seed, self.progress = training, seed, progress
@@ -471,8 +480,14 @@ class Adapter(ABC):
         return removal
 
     def channels(self, group: str, structures: Sequence[int] | Tensor) -> list[int]:
-        """Some structures as output channels of the layer that their group is named after."""
-        return root_channels(self.grouped()[group], structures)
+        """Some structures as output channels of the layer that their group is named after.
+
+        Raises:
+            PhaseError: there is no such group, or these are not numbers of its structures.
+        """
+        groups = self.grouped()
+        Numbering(groups.values()).numbers({group: structures})
+        return root_channels(groups[group], structures)
 
     def own_state(self) -> dict[str, Any]:
         """What this framework has to remember besides, for :meth:`state_dict`."""
@@ -571,6 +586,16 @@ class Adapter(ABC):
             )
 
     # ------------------------------------------------------------------ internals
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, where nothing of the adapter is at work."""
+        if self._attached and self.dpm is not None:
+            raise AdapterError(
+                f"a {type(self).__name__} that is attached cannot be copied or pickled: it works "
+                "on this model and its optimizer. Save its state_dict(); for a copy of the model, "
+                "make a new one of that at its full size, and give it this state"
+            )
+        return self.__dict__.copy()
 
     def _settings(self) -> dict[str, Any]:
         """What a state can go on with only as it was, as plain values."""

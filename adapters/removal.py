@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpm_core import DecayPruning, Phase, StructureGroup
+from dpm_core import DecayPruning, DecayPruningError, Phase, StructureGroup
 from dpm_core.attachment import unwrapped
 from dpm_core.third_party import running
 from dpm_core.third_party.errors import AdapterError
@@ -59,6 +59,8 @@ class Removal:
     def __init__(self, items: Iterable[tuple[str, Iterable[int]]] = ()) -> None:
         try:
             kept = tuple((_plain(name), tuple(sorted(map(_position, c)))) for name, c in items)
+        except DecayPruningError:  # of what gives the items
+            raise
         except (TypeError, ValueError) as cause:
             raise AdapterError(
                 f"a removal is pairs of a layer's name and its output channels ({cause})"
@@ -146,6 +148,7 @@ class Removal:
                 traced anew.
 
         Raises:
+            AdapterError: the model is no module, or cannot be run on the example.
             RemovalError: the outputs would change by more than rounding.
             UnsupportedLayerError: upstream cannot remove this.
             CarryOverError: the optimizer's state cannot be divided by structure. In all cases model
@@ -153,6 +156,7 @@ class Removal:
         """
         from dpm_core.third_party import graph  # only now: it loads torch-pruning
 
+        require_model(model)
         with running.uncompiled(model) as plain:
             self._apply(plain, example, optimizer, cut, graph.build if build is None else build)
 
@@ -166,6 +170,7 @@ class Removal:
     ) -> None:
         from dpm_core.third_party import dependency
 
+        require_example(model, example)
         plan = list(self)
         several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         optimizers = [unwrapped(one) for one in several if one is not None]
@@ -225,6 +230,36 @@ def _position(value: Any) -> int:
     if number < 0 or isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
         raise ValueError(f"{value!r} is no channel's number")
     return number
+
+
+def require_model(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        AdapterError: saying what it is.
+    """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise AdapterError(f"the model is {what}; give an nn.Module, as it is called in training")
+
+
+def require_example(model: nn.Module, example: Any) -> None:
+    """Refuse an example that the model cannot be run on; it stays in its mode.
+
+    Raises:
+        AdapterError: with the first line of the model's own error.
+    """
+    try:
+        running.probe(model, example)
+    except AdapterError:
+        raise
+    except Exception as cause:
+        first = (str(cause).splitlines() or [""])[0]
+        raise AdapterError(
+            f"the model cannot be run on the example ({type(cause).__name__}: {first}); give a "
+            "batch as in training, on the model's device and of its type: a tensor, several in a "
+            "tuple, or a mapping of arguments"
+        ) from cause
 
 
 def root_channels(group: StructureGroup, structures: Sequence[int] | Tensor) -> list[int]:

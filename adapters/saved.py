@@ -29,7 +29,7 @@ from dpm_core import DecayPruningError
 from dpm_core.third_party import running
 
 from .optimizer_state import Attributes
-from .removal import Removal
+from .removal import Removal, require_model
 
 try:
     import fcntl
@@ -83,6 +83,7 @@ class Saved:
 
     def load_into(self, model: nn.Module, example: Tensor) -> nn.Module:
         """Make a dense model the saved one, in place; see :func:`load_pruned`."""
+        require_model(model)
         with running.uncompiled(model) as plain:
             self._load_into(plain, example)
         return model
@@ -270,6 +271,7 @@ def load_pruned(path: Path | str, model: nn.Module, example: Tensor) -> nn.Modul
     Raises:
         DamagedError, VersionError: see :func:`read`.
         MismatchError: names, types or shapes are not those of the saved model.
+        AdapterError: the model is no module.
         OSError: the file is not there, or cannot be read.
     """
     return read(path).load_into(model, example)

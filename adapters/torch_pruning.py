@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dpm_core import SelfRectifying, SmoothPruning, StructureGroup
 from dpm_core.third_party import dependency, running, trial
-from dpm_core.third_party.groups import UpstreamGroup
+from dpm_core.third_party.groups import UnsupportedLayerError, UpstreamGroup
 from dpm_core.third_party.own_pruner import OwnPruner, remedy, traced_example
 
 from .base import Adapter, AdapterError, Structures, structure_group
@@ -64,6 +64,8 @@ class TorchPruningOptions:
             whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
             if not (whole or (name == "every" and steps is None)):
                 raise AdapterError(f"{name} is {steps!r}; give a number of steps from 0")
+        if self.adapt is not None and not callable(self.adapt):
+            raise AdapterError(f"adapt is {self.adapt!r}; give a function of the model, or None")
 
 
 class TorchPruning(Adapter):
@@ -103,7 +105,8 @@ class TorchPruning(Adapter):
         **settings: Any,
     ) -> None:
         options = TorchPruningOptions(first, every, adapt)
-        self._own = OwnPruner(pruner, adapt)
+        self._failures: list[Exception] = []
+        self._own = OwnPruner(pruner, None if adapt is None else _named(adapt, self._failures))
         if example is None:
             example = traced_example(pruner)
         if example is None:
@@ -161,6 +164,8 @@ class TorchPruning(Adapter):
             if why_not is not None:
                 raise AdapterError(remedy(group.root, why_not))
         odd = trial.inexact(self.model, self.example, groups, self.progress, self._own.build)
+        if odd and self._failures:  # rather than to blame a group for it
+            raise self._failures[0]
         for root, why in odd.items():
             also = root in self._own.with_heads and self.options.adapt is None
             raise AdapterError(remedy(root, why) + (f", or {COUNTED}" if also else ""))
@@ -375,3 +380,24 @@ class TorchPruning(Adapter):
         if self.smooth is None:
             self.groups()
         super().restore(state)
+
+
+def _named(
+    adapt: Callable[[nn.Module], object], failures: list[Exception]
+) -> Callable[[nn.Module], object]:
+    """A user's function, whose errors say that they are its own; they are noted, too."""
+
+    def named(model: nn.Module) -> None:
+        try:
+            adapt(model)
+        except Exception as cause:
+            line = (str(cause).splitlines() or [""])[0]
+            why = UnsupportedLayerError(
+                f"the function given as adapt= fails on a copy of the model without some channels "
+                f"({type(cause).__name__}: {line}); let it read all numbers off the layers"
+            )
+            why.__cause__ = cause
+            failures.append(why)
+            raise why from cause
+
+    return named

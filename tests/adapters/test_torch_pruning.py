@@ -934,3 +934,18 @@ def test_what_a_pruner_took_before_a_run_has_to_be_told_when_saving(tmp_path, co
     assert {n: p.shape for n, p in again.named_parameters()} == {
         n: p.shape for n, p in model.named_parameters()
     }
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_an_error_in_a_function_of_ones_own_is_told_as_its_own(always):
+    def adapt(model: nn.Module) -> None:
+        if always or len(model.stem.weight) < 12:
+            raise KeyError("heads")
+
+    model = small_resnet()
+    run = TorchPruning(pruner(model), SMOOTH, adapt=adapt)
+    with pytest.raises(AdapterError, match=r"given as adapt= fails.*KeyError: 'heads'") as raised:
+        run.check()
+    assert isinstance(raised.value.__cause__, KeyError)
+    with pytest.raises(AdapterError, match="adapt is 3; give a function"):
+        TorchPruning(pruner(model), SMOOTH, adapt=3)
