@@ -52,13 +52,15 @@ from dpm_core import (
 )
 from dpm_core.attachment import Attachment, all_unwrapped
 from dpm_core.groups import is_sharded
+from dpm_core.numbering import Numbering
 from dpm_core.processes import DECIDE_ALIKE, Processes
+from dpm_core.rectify import require_settings
 from dpm_core.third_party import running
 from dpm_core.third_party.errors import AdapterError as AdapterError
 from dpm_core.third_party.groups import UpstreamGroup
 
 from .optimizer_state import require_carried
-from .removal import Removal, root_channels
+from .removal import Removal, require_example, require_model, root_channels
 
 Loss = Callable[[], Tensor]
 """Runs the model on the next training batch and returns the mean loss."""
@@ -124,7 +126,9 @@ class Adapter(ABC):
         checked: whether :meth:`check` has passed; if not, :meth:`attach` calls it.
 
     Raises:
-        AdapterError: there is a rectifier and no smoothing, or no :meth:`choose` to replace what it
+        ConfigurationError: ``smooth`` or ``rectify`` is something else.
+        AdapterError: the model is no module, or cannot be run on the example;
+            there is a rectifier and no smoothing, or no :meth:`choose` to replace what it
             releases; the model is wrapped in DistributedDataParallel, sharded as FSDP does it, of
             TorchScript, or ``torch.compile`` wraps a part of it;
             or the training is not one that the framework can work in.
@@ -157,6 +161,7 @@ class Adapter(ABC):
         if not isinstance(options, self.Options):
             raise AdapterError(f"{name} takes a {self.Options.__name__}, not {options!r}")
         self.options = options
+        require_settings(smooth, rectify)
         if rectify is not None and smooth is None:
             raise AdapterError(
                 "a rectifier takes back decays, and without smoothing there are none; give a "
@@ -172,6 +177,8 @@ class Adapter(ABC):
                 f"{name} cannot replace what a rectifier releases: leave the rectifier out, or let "
                 "the adapter define choose()"
             )
+        if not isinstance(training, Training | None):
+            raise AdapterError(f"training is {training!r}; give Training(steps, steps_per_epoch)")
         if training is None and self.needs_training:
             raise AdapterError(
                 f"{name} plans by the length of the training; give training=Training(steps, "
@@ -179,8 +186,10 @@ class Adapter(ABC):
             )
         if training is not None and training.sparse is not None and not self.learns_sparse:
             raise AdapterError(f"{name} has no sparse learning; leave out Training's `sparse`")
+        require_model(model)
         model = running.inside(model)
         _require_whole(model)
+        require_example(model, example)
         self.model, self.example = model, example
         self.smooth, self.rectify = smooth, rectify
         self.training, self.seed, self.progress = training, seed, progress
@@ -199,6 +208,7 @@ class Adapter(ABC):
         self._state: Mapping[str, Any] | None = None  # to be taken up when attached
         self._type = running.type_of(model)
         self._attached = False
+        self._lacks = ""  # as of Removal
 
     # ------------------------------------------------------------------ for users
 
@@ -211,7 +221,8 @@ class Adapter(ABC):
         Args:
             optimizer: of the model's parameters; or several, each of a part of them, which step
                 one after the other. Wrappers, such as accelerate's, are looked through. Of several,
-                those that hold nothing of the model are left out.
+                those that hold nothing of the model are left out. It may lack layers that are not
+                pruned, and hold parameters besides the model's.
             loss: runs the model on the next training batch and returns the mean loss; for
                 :class:`~dpm_core.Hearing`, :class:`~dpm_core.Exchange`, and a framework's ranking
                 by gradients alone. Each call uses up a step of the training.
@@ -226,9 +237,9 @@ class Adapter(ABC):
             AttachmentError: see :meth:`dpm_core.DecayPruning.attach`.
         """
         _require_whole(self.model)  # it may have been sharded since
+        self._bring_example()
         optimizers = self._training(all_unwrapped(optimizer))
         self._require_carried(optimizers)
-        self._bring_example()
         if not (self.checked or self.complete):
             self.check()
         before, self._grouped = (self.optimizers, self._loss), None
@@ -285,6 +296,9 @@ class Adapter(ABC):
     def remove(self) -> Removal:
         """Make the model physically smaller, in place; its optimizer goes on with what is left.
 
+        Parameters become new objects, with the attributes and gradient hooks of the old ones. What
+        lists parameters, or is kept by them, is to be taken anew (``clip_grad_norm_``, averages).
+
         Returns:
             What this removal took; :attr:`removed` is all of them.
 
@@ -303,7 +317,7 @@ class Adapter(ABC):
         going = self.going()
         if self.dpm is None:  # else the core has seen to it in every step
             _require_same_everywhere(going)
-        removal = self.take_out(going)
+        removal = self.take_out(going).leaving(self.model, self._lacks)
         self._account(removal, going)
         self.follow()
         return removal
@@ -366,6 +380,7 @@ class Adapter(ABC):
         if removed is not None:
             self._bring_example()
             removed.apply(self.model, self.example, cut=True)
+            removed = removed.leaving(self.model, self._lacks)
         self.checked, self.removed, self._grouped = True, removed, None
 
     def is_of(self, module: nn.Module) -> bool:
@@ -465,8 +480,14 @@ class Adapter(ABC):
         return removal
 
     def channels(self, group: str, structures: Sequence[int] | Tensor) -> list[int]:
-        """Some structures as output channels of the layer that their group is named after."""
-        return root_channels(self.grouped()[group], structures)
+        """Some structures as output channels of the layer that their group is named after.
+
+        Raises:
+            PhaseError: there is no such group, or these are not numbers of its structures.
+        """
+        groups = self.grouped()
+        Numbering(groups.values()).numbers({group: structures})
+        return root_channels(groups[group], structures)
 
     def own_state(self) -> dict[str, Any]:
         """What this framework has to remember besides, for :meth:`state_dict`."""
@@ -566,6 +587,16 @@ class Adapter(ABC):
 
     # ------------------------------------------------------------------ internals
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, where nothing of the adapter is at work."""
+        if self._attached and self.dpm is not None:
+            raise AdapterError(
+                f"a {type(self).__name__} that is attached cannot be copied or pickled: it works "
+                "on this model and its optimizer. Save its state_dict(); for a copy of the model, "
+                "make a new one of that at its full size, and give it this state"
+            )
+        return self.__dict__.copy()
+
     def _settings(self) -> dict[str, Any]:
         """What a state can go on with only as it was, as plain values."""
         settings: dict[str, Any] = {
@@ -611,7 +642,8 @@ class Adapter(ABC):
         self.detach()
         self._grouped = None
         self.pruned += sum(len(structures) for structures in going.values())
-        self.removed = removal if self.removed is None else self.removed + removal
+        removed = removal if self.removed is None else self.removed + removal
+        self.removed = removed.leaving(self.model, self._lacks)
 
     @property
     def optimizer(self) -> Optimizer | None:
@@ -626,16 +658,30 @@ class Adapter(ABC):
         """Those that hold parameters of the model."""
         parameters = set(self.model.parameters())
         held = [{p for group in o.param_groups for p in group["params"]} for o in optimizers]
-        own = {p for p in parameters if p.requires_grad}
         optimized = set().union(*held)
-        if not own <= optimized and not optimized <= parameters:
-            raise AdapterError(
-                "the optimizer is of another model: it holds parameters that this one has not, and "
-                "lacks some that this one has, as after a removal. Give the one that went through "
-                "the removal, or a new one of model.parameters()"
-            )
+        lacking = {n: p for n, p in self.model.named_parameters() if p not in optimized}
+        if any(p.requires_grad for p in lacking.values()) and not optimized <= parameters:
+            # It may be of some layers, and of what else trains. Then all that is pruned is in it.
+            pruned = self._pruned() if optimized & parameters else parameters
+            missing = next((n for n, p in lacking.items() if p in pruned), None)
+            if missing is not None:
+                raise AdapterError(
+                    "the optimizer is of another model: it holds parameters that this one has not, "
+                    f"and lacks {missing!r}, as after a removal. Give the one that went through "
+                    "the removal, or a new one of model.parameters()"
+                )
         ours = [o for o, params in zip(optimizers, held, strict=True) if params & parameters]
         return ours or optimizers
+
+    def _pruned(self) -> set[Tensor]:
+        """The parameters that an optimizer needs to have to be this model's."""
+        if not self.carries:
+            return {p for p in self.model.parameters() if p.requires_grad}
+        if not self.complete:
+            return {s.parameter for group in self.grouped().values() for s in group.slices}
+        layers = dict(self.model.named_modules())
+        named = [layers[name] for name, _ in self.removed or () if name in layers]
+        return {p for layer in named for p in layer.parameters()}
 
 
 def new_optimizer(

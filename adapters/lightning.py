@@ -51,17 +51,17 @@ class DecayPruningCallback(callbacks.Callback):
         if stage == "fit":
             _require_served(trainer)
             self._own(pl_module)
-        loads, saves = pl_module.on_load_checkpoint, pl_module.on_save_checkpoint
+        # A callback's own come late, and not for weights alone; a module's would be in its copies.
+        files, keep = trainer.strategy, self.on_save_checkpoint
+        loads, saves = files.load_checkpoint, files.save_checkpoint
         lay_out: Any = partial(self._lay_out, pl_module, stage == "fit")
-        keep: Any = partial(self.on_save_checkpoint, trainer, pl_module)
-        # A callback's own hooks are called after the module has loaded, and not for weights alone.
-        pl_module.on_load_checkpoint = lambda checkpoint: (lay_out(checkpoint), loads(checkpoint))
-        pl_module.on_save_checkpoint = lambda checkpoint: (keep(checkpoint), saves(checkpoint))
+        files.load_checkpoint = lambda *a, **k: lay_out(loads(*a, **k))
+        files.save_checkpoint = lambda c, *a, **k: (keep(trainer, pl_module, c), saves(c, *a, **k))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: Any) -> None:
-        """Leave module and optimizers."""
-        for name in ("on_load_checkpoint", "on_save_checkpoint"):
-            vars(pl_module).pop(name, None)
+        """Leave module, optimizers and trainer."""
+        for name in ("load_checkpoint", "save_checkpoint"):
+            vars(trainer.strategy).pop(name, None)
         if self.run is not None:
             self.run.finish()
 
@@ -97,13 +97,12 @@ class DecayPruningCallback(callbacks.Callback):
     def _own(self, module: Any) -> Any:
         if self._make is not None and not (self.run and self.run.is_of(module)):
             self.run = self._make(module)
-        if not isinstance(self.run, Adapter) or not self.run.is_of(module):
-            why = "the callback has no adapter of this module; give it a function that makes one"
-            raise AdapterError(why)
-        return self.run
+        if isinstance(self.run, Adapter) and self.run.is_of(module):
+            return self.run
+        raise AdapterError("the callback has no adapter of this module; give a function for one")
 
-    def _lay_out(self, module: Any, fitting: bool, checkpoint: Mapping[str, Any]) -> None:
-        """Give a module the layers that it had when a checkpoint was saved."""
+    def _lay_out(self, module: Any, fitting: bool, checkpoint: Mapping[str, Any]) -> Any:
+        """Give a module the layers that it had when a checkpoint was saved; return that."""
         state, own = checkpoint.get(KEY), module.state_dict()
         if state is None:
             for name, value in checkpoint["state_dict"].items():
@@ -112,11 +111,11 @@ class DecayPruningCallback(callbacks.Callback):
                         f"{name!r} has another shape in the checkpoint, which tells of no removal; "
                         "save with DecayPruningCallback, or give the module that was saved"
                     )
-            return
+            return checkpoint
         removed = None if state["removed"] is None else Removal(state["removed"])
         run = self._own(module)
         if run.removed == removed and (run.complete or not fitting):
-            return
+            return checkpoint
         if run.removed is not None or (run.optimizers and self._make is None):
             raise AdapterError(
                 "the module has been pruned already, and the checkpoint is of another stage; "
@@ -126,6 +125,7 @@ class DecayPruningCallback(callbacks.Callback):
             run.detach()
             self.run = run = self._make(module)
         run.load_state_dict(state)
+        return checkpoint
 
 
 def _require_served(trainer: Any) -> None:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_core.third_party.errors import AdapterError
+from dpm_core.third_party.tensor_hooks import hand_on
 
 _KNOWN = ("params", "param_groups", "state")
 
@@ -93,10 +94,14 @@ class CarryOver:
 
 
 class Attributes:
-    """What somebody has put on a model's parameters as attributes: ``p.no_decay = True``.
+    """What somebody has put on a model's parameters: attributes, and hooks on their gradients.
 
-    Optimizers read them, and some write their own: timm's AdaHessian does when it is constructed,
-    and cannot go on without. Construct this before a removal, call :meth:`finish` after.
+    Optimizers read attributes, such as ``p.no_decay = True``, and some write their own: timm's
+    AdaHessian does when it is constructed, and cannot go on without. Hooks clip gradients, or step
+    an optimizer as soon as one is there. They go on as they are, in their order, and their handles
+    go on removing them: see :func:`dpm_core.third_party.tensor_hooks.hand_on`.
+
+    Construct this before a removal, call :meth:`finish` after.
 
     Args:
         parameters: by name, before the removal.
@@ -106,7 +111,7 @@ class Attributes:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._before = {name: p for name, p in parameters.items() if vars(p)}
+        self._before = dict(parameters)
         self.divided = any(_shaped(v, p) for p in self._before.values() for v in vars(p).values())
 
     @torch.no_grad()
@@ -120,7 +125,10 @@ class Attributes:
         """
         for name, old in self._before.items():
             new = now[name]
-            for key, value in vars(old).items() if new is not old else ():
+            if new is old:
+                continue
+            hand_on(old, new)
+            for key, value in vars(old).items():
                 if _shaped(value, old):
                     setattr(new, key, _cut(value, stays.get(name, ()), new))
                 elif _plain(value):

@@ -124,6 +124,8 @@ class OTOv2(Adapter):
         training: Training | None = None,
         progress: Callable[[str], object] = str,
         loss: Loss | None = None,
+        state: Mapping[str, Any] | None = None,
+        optimizer_state: Mapping[str, Any] | None = None,
     ) -> Self:
         """In a loop of one's own, as upstream's README has it: work around the optimizer's steps.
 
@@ -137,6 +139,13 @@ class OTOv2(Adapter):
             ...                                                 # the training, as it was
             run.remove()                                        # the model is small
 
+        To go on from a checkpoint, construct all of the dense model, as at the start, and load the
+        model's values first::
+
+            model.load_state_dict(saved["model"])
+            saved_by = {"state": saved["run"], "optimizer_state": saved["optimizer"]}
+            run = OTOv2.of(oto, optimizer, SmoothPruning(200), SelfRectifying(), **saved_by)
+
         Args:
             oto: upstream's, as imported here.
             optimizer: what its ``dhspg`` gave, before it has chosen what goes; it is attached. Its
@@ -148,15 +157,34 @@ class OTOv2(Adapter):
                 stays.
             progress: as of the constructor.
             loss: as of :meth:`attach`.
+            state: what :meth:`state_dict` gave in a run that is to go on.
+            optimizer_state: what the optimizer's gave then. It is loaded here, as the optimizer has
+                to know first what is asked of it.
 
         Raises:
             AdapterError: these are not from here, or the optimizer is another model's or has chosen
-                already; or as the constructor and :meth:`check`.
+                already; one of the two states is missing, does not fit, or is of a run that was
+                over; or as the constructor and :meth:`check`.
         """
-        if not isinstance(oto, otov2.OTO) or not isinstance(optimizer, otov2.DHSPG):
+        if not isinstance(oto, otov2.OTO):
             raise AdapterError(
                 "upstream's own OTO does not run on this PyTorch: import OTO from "
                 "dpm_core.adapters.otov2 instead, and give it with the optimizer of its dhspg()"
+            )
+        if not isinstance(optimizer, otov2.DHSPG):
+            raise AdapterError(
+                f"{type(optimizer).__name__} does not choose what goes in this model: give the "
+                "optimizer of this OTO's dhspg()"
+            )
+        if (state is None) != (optimizer_state is None):
+            raise AdapterError(
+                "going on takes both: state=, which this adapter's state_dict() gave, and "
+                "optimizer_state=, which the optimizer's gave"
+            )
+        if state is not None and state.get("removed") is not None:
+            raise AdapterError(
+                "the state is of a run that was over, whose model is small: reload that with "
+                "load_pruned(), and train it with another optimizer"
             )
         own = {name: getattr(optimizer, name) for name in _OWN}
         first = optimizer.param_groups[0]
@@ -167,13 +195,18 @@ class OTOv2(Adapter):
         run = cls(oto._model, oto._dummy_input, options, smooth, rectify, training=endless)
         run.progress, run._endless, run._graph = progress, training is None, oto
         run._partition = optimizer.partition_step
-        run.check()
+        if state is None:
+            run.check()
+        else:
+            run.load_state_dict(state)
         try:
             if smooth is not None:
                 otov2.DeferringDHSPG.of(optimizer)
-        except UnsupportedLayerError as why:
+            optimizer.round_to = options.unit
+            if optimizer_state is not None:
+                optimizer.load_state_dict(optimizer_state)
+        except (UnsupportedLayerError, ValueError) as why:
             raise AdapterError(str(why)) from why
-        optimizer.round_to = options.unit
         return run.attach(optimizer, loss)
 
     _partition: int | None = None
@@ -265,8 +298,13 @@ class OTOv2(Adapter):
                 those in the options.
 
         Raises:
-            AdapterError: as :meth:`check`, if that was left out.
+            AdapterError: the model is small already; or as :meth:`check`, if that was left out.
         """
+        if self.complete:
+            raise AdapterError(
+                "the model is small, and DHSPG chooses what goes in a large one: train on with "
+                "another optimizer of model.parameters(), in a training of its own"
+            )
         if not self.checked:
             self.check()
         self._graph, o = otov2.graph(self.model, self.example), self.options
@@ -537,6 +575,10 @@ class OTOv2(Adapter):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave, with the next attach()."""
+        if self.optimizers and self._partition is not None:
+            raise AdapterError(
+                "OTOv2.of() has attached already: give it state= and optimizer_state= instead"
+            )
         super().load_state_dict(state)
         self._goal, self._round = state["goal"], state["round"]
 

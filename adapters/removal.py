@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dpm_core import DecayPruning, Phase, StructureGroup
+from dpm_core import DecayPruning, DecayPruningError, Phase, StructureGroup
 from dpm_core.attachment import unwrapped
 from dpm_core.third_party import running
 from dpm_core.third_party.errors import AdapterError
@@ -43,16 +43,24 @@ class Removal:
             ``torch.compile``. Any
             such pairs are taken; channels are kept in ascending order, and items without any are
             left out where they say nothing.
+        leaves: shapes of the parameters of these layers in the model that was left, by name, where
+            that is known. :meth:`save` holds the model that it is given to them.
+        lacks: why the items are not all that has gone from the dense model; empty: they are, as far
+            as is known. With some, :meth:`save` refuses.
 
     Raises:
         AdapterError: they are no such pairs, or a layer's channels are negative or listed twice.
     """
 
     items: tuple[tuple[str, tuple[int, ...]], ...]
+    leaves: Mapping[str, torch.Size] = field(default_factory=dict, compare=False, repr=False)
+    lacks: str = field(default="", compare=False, repr=False)
 
     def __init__(self, items: Iterable[tuple[str, Iterable[int]]] = ()) -> None:
         try:
             kept = tuple((_plain(name), tuple(sorted(map(_position, c)))) for name, c in items)
+        except DecayPruningError:  # of what gives the items
+            raise
         except (TypeError, ValueError) as cause:
             raise AdapterError(
                 f"a removal is pairs of a layer's name and its output channels ({cause})"
@@ -63,7 +71,24 @@ class Removal:
                     f"a removal names {name!r} with channels {list(channels)[:8]}; give the name "
                     "of a layer, and each of its channels once"
                 )
-        object.__setattr__(self, "items", _telling(kept))
+        self._set(_telling(kept), {}, "")
+
+    def _set(self, *values: Any) -> Removal:
+        for name, value in zip(("items", "leaves", "lacks"), values, strict=True):
+            object.__setattr__(self, name, value)
+        return self
+
+    def leaving(self, model: nn.Module, lacks: str = "") -> Removal:
+        """The same removal, with a note of the model that it has left.
+
+        Args:
+            model: without what was removed.
+            lacks: see the class.
+        """
+        layers = dict(model.named_modules())
+        named = [n for n in dict(self.items) if n in layers]
+        own = ((n, layers[n].named_parameters(prefix=n)) for n in named)
+        return Removal()._set(self.items, {p: t.shape for _, of in own for p, t in of}, lacks)
 
     @classmethod
     def of(cls, dpm: DecayPruning) -> Removal:
@@ -90,7 +115,8 @@ class Removal:
             return NotImplemented
         if not self.items:
             return later
-        return Removal((*self, (self.items[-1][0], ()), *later))
+        both = Removal((*self, (self.items[-1][0], ()), *later))
+        return both._set(both.items, later.leaves, self.lacks)
 
     def apply(
         self,
@@ -104,7 +130,9 @@ class Removal:
         """Make a model physically smaller, in place; parameters become new objects.
 
         Attributes that somebody has put on parameters, as some optimizers do, go on with the new
-        ones: plain values, and tensors of the parameter's shape with what stays of them.
+        ones: plain values, and tensors of the parameter's shape with what stays of them. So do
+        hooks on their gradients. Lists of parameters, and dictionaries by them, are to be taken
+        anew: a ``clip_grad_norm_`` of the old ones clips nothing.
 
         By torch-pruning's dependency graph, for every framework. The outputs for the example are
         compared before and after, on a copy first, in double precision where the model runs so.
@@ -120,6 +148,7 @@ class Removal:
                 traced anew.
 
         Raises:
+            AdapterError: the model is no module, or cannot be run on the example.
             RemovalError: the outputs would change by more than rounding.
             UnsupportedLayerError: upstream cannot remove this.
             CarryOverError: the optimizer's state cannot be divided by structure. In all cases model
@@ -127,6 +156,7 @@ class Removal:
         """
         from dpm_core.third_party import graph  # only now: it loads torch-pruning
 
+        require_model(model)
         with running.uncompiled(model) as plain:
             self._apply(plain, example, optimizer, cut, graph.build if build is None else build)
 
@@ -140,6 +170,7 @@ class Removal:
     ) -> None:
         from dpm_core.third_party import dependency
 
+        require_example(model, example)
         plan = list(self)
         several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         optimizers = [unwrapped(one) for one in several if one is not None]
@@ -158,7 +189,7 @@ class Removal:
         """Write the small model and what was removed: see :func:`~.saved.save_pruned`."""
         from .saved import save_pruned
 
-        save_pruned(Path(path), model, self, facts)
+        save_pruned(path, model, self, facts)
 
     @classmethod
     def load(cls, path: Path | str) -> Removal:
@@ -169,7 +200,7 @@ class Removal:
         """
         from .saved import read
 
-        return read(Path(path)).removal
+        return read(path).removal
 
 
 def _telling(
@@ -199,6 +230,36 @@ def _position(value: Any) -> int:
     if number < 0 or isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool:
         raise ValueError(f"{value!r} is no channel's number")
     return number
+
+
+def require_model(model: object) -> None:
+    """Refuse what is no module.
+
+    Raises:
+        AdapterError: saying what it is.
+    """
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise AdapterError(f"the model is {what}; give an nn.Module, as it is called in training")
+
+
+def require_example(model: nn.Module, example: Any) -> None:
+    """Refuse an example that the model cannot be run on; it stays in its mode.
+
+    Raises:
+        AdapterError: with the first line of the model's own error.
+    """
+    try:
+        running.probe(model, example)
+    except AdapterError:
+        raise
+    except Exception as cause:
+        first = (str(cause).splitlines() or [""])[0]
+        raise AdapterError(
+            f"the model cannot be run on the example ({type(cause).__name__}: {first}); give a "
+            "batch as in training, on the model's device and of its type: a tensor, several in a "
+            "tuple, or a mapping of arguments"
+        ) from cause
 
 
 def root_channels(group: StructureGroup, structures: Sequence[int] | Tensor) -> list[int]:

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from dpm_core import DecayPruningError
 from dpm_core.third_party import running
 
-from .removal import Removal
+from .optimizer_state import Attributes
+from .removal import Removal, require_model
 
 try:
     import fcntl
@@ -41,6 +42,13 @@ TEMPORARY = re.compile(
     r"\.(?P<name>.+\.(images|json|jsonl|pt|pt2|onnx|safetensors|png|html|md))\.[a-z0-9_]{8}\.tmp"
 )
 """The names that :func:`write` gives to incomplete files; others leave such files alone."""
+
+
+_NOT_ALL = (
+    "If they are the same, the file was saved with the dense model, or with another removal than "
+    "led to the small one, such as that of the second of two runs: save the small model with the "
+    "sum of all removals"
+)
 
 
 class SavedModelError(DecayPruningError, ValueError):
@@ -75,6 +83,7 @@ class Saved:
 
     def load_into(self, model: nn.Module, example: Tensor) -> nn.Module:
         """Make a dense model the saved one, in place; see :func:`load_pruned`."""
+        require_model(model)
         with running.uncompiled(model) as plain:
             self._load_into(plain, example)
         return model
@@ -90,7 +99,7 @@ class Saved:
             raise MismatchError(
                 "what was removed from the saved model cannot be removed from this one "
                 f"({_first_line(cause)}); build the dense model with the same settings, and give "
-                "an example it can take"
+                f"an example it can take. {_NOT_ALL}"
             ) from cause
         small = trial.state_dict()
         for name, tensor in self.tensors.items():
@@ -98,7 +107,7 @@ class Saved:
                 raise MismatchError(
                     f"{name!r} has shape {tuple(tensor.shape)} in the file and, after the same "
                     f"removal, {tuple(small[name].shape)} in this model; build the dense model "
-                    "with the same settings"
+                    f"with the same settings. {_NOT_ALL}"
                 )
         trial.load_state_dict(self.tensors)
         for name, tensor in trial.state_dict().items():
@@ -108,7 +117,12 @@ class Saved:
                     "tensor with another layer, and the saved model did not, or changes it on "
                     "loading; build the dense model with the same settings"
                 )
-        dependency.take_out(model, example, list(self.removal))  # as was tried on the copy
+        attributes = Attributes(dict(model.named_parameters()))
+        plan, stays = list(self.removal), {}
+        if attributes.divided:
+            stays = dependency.survivors(model, example, plan)
+        dependency.take_out(model, example, plan)  # as was tried on the copy
+        attributes.finish(dict(model.named_parameters(remove_duplicate=False)), stays)
         model.load_state_dict(self.tensors)
 
     def _check_names(self, dense: Mapping[str, Any]) -> None:
@@ -128,7 +142,7 @@ class Saved:
 
 
 def save_pruned(
-    path: Path, model: nn.Module, removal: Removal, facts: Mapping[str, Any] | None = None
+    path: Path | str, model: nn.Module, removal: Removal, facts: Mapping[str, Any] | None = None
 ) -> None:
     """Write a pruned model: parameters, persistent buffers, and what was removed.
 
@@ -139,17 +153,34 @@ def save_pruned(
     Args:
         path: of the file; missing folders are made.
         model: physically small.
-        removal: what was removed from the dense model; after several removals, their sum.
+        removal: all that was removed from the dense model; after several runs, or after a removal
+            of one's own, their sum: ``earlier.removed + later.removed``.
         facts: what else a reader should know, such as how the dense model is built: anything that
             JSON holds.
 
     Raises:
         SavedModelError: the model has something that is no tensor, or none that a file can hold,
-            or the removal or the facts are not what they should be; nothing was written.
+            or the facts are not JSON's; there is no removal, or it is known that it is not all
+            that has gone, or not from this model; nothing was written.
         OSError: the file cannot be written; nothing was.
     """
+    if not isinstance(removal, Removal):
+        raise SavedModelError(
+            f"a pruned model is saved with a Removal, not with {removal!r}; a run's `removed` is "
+            "one after its first removal, and None before"
+        )
+    if removal.lacks:
+        raise SavedModelError(f"the removal is not all that has gone: {removal.lacks}")
     with running.uncompiled(model) as plain:
         layers, state = dict(plain.named_modules()), plain.state_dict()
+        shapes = {name: p.shape for name, p in plain.named_parameters(remove_duplicate=False)}
+    for name, shape in removal.leaves.items():
+        if shapes.get(name, shape) != shape:
+            raise SavedModelError(
+                f"{name!r} has shape {tuple(shapes[name])} in the model given, and the removal has "
+                f"left {tuple(shape)}; give the model as the removal has left it, or, after later "
+                "removals, the sum of all"
+            )
     for name, _ in removal:
         if name not in layers:
             raise SavedModelError(f"the removal names {name!r}, which is no layer of the model")
@@ -186,7 +217,7 @@ def save_pruned(
     write(path, lambda file: file.write(content))
 
 
-def read(path: Path) -> Saved:
+def read(path: Path | str) -> Saved:
     """The content of a file, checked to be what was written.
 
     Raises:
@@ -194,7 +225,7 @@ def read(path: Path) -> Saved:
         VersionError: it is of a later release.
         OSError: it is not there, or cannot be read.
     """
-    content = path.read_bytes()
+    content = Path(path).read_bytes()
     try:
         length = int.from_bytes(content[:8], "little")
         metadata = json.loads(content[8 : 8 + length])["__metadata__"]
@@ -222,11 +253,12 @@ def read(path: Path) -> Saved:
     )
 
 
-def load_pruned(path: Path, model: nn.Module, example: Tensor) -> nn.Module:
+def load_pruned(path: Path | str, model: nn.Module, example: Tensor) -> nn.Module:
     """Make a freshly built dense model the saved one, in place.
 
     Whatever is refused leaves the model as it was: all is tried on a copy first. The model stays on
-    its device and in its mode; parameters become new objects, so make the optimizer afterwards.
+    its device and in its mode; parameters become new objects, with the attributes and gradient
+    hooks of the old ones, so make the optimizer afterwards.
 
     Args:
         path: what :func:`save_pruned` wrote.
@@ -239,18 +271,20 @@ def load_pruned(path: Path, model: nn.Module, example: Tensor) -> nn.Module:
     Raises:
         DamagedError, VersionError: see :func:`read`.
         MismatchError: names, types or shapes are not those of the saved model.
+        AdapterError: the model is no module.
         OSError: the file is not there, or cannot be read.
     """
     return read(path).load_into(model, example)
 
 
-def write(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+def write(path: Path | str, fill: Callable[[BinaryIO], object]) -> None:
     """Write through a temporary file beside the target, flushed to disk before it takes its name.
 
     Args:
         path: the target; missing folders are made.
         fill: writes the content to an open binary file.
     """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         handle, temporary = tempfile.mkstemp(

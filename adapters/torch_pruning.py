@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dpm_core import SelfRectifying, SmoothPruning, StructureGroup
 from dpm_core.third_party import dependency, running, trial
-from dpm_core.third_party.groups import UpstreamGroup
+from dpm_core.third_party.groups import UnsupportedLayerError, UpstreamGroup
 from dpm_core.third_party.own_pruner import OwnPruner, remedy, traced_example
 
 from .base import Adapter, AdapterError, Structures, structure_group
@@ -64,6 +64,8 @@ class TorchPruningOptions:
             whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
             if not (whole or (name == "every" and steps is None)):
                 raise AdapterError(f"{name} is {steps!r}; give a number of steps from 0")
+        if self.adapt is not None and not callable(self.adapt):
+            raise AdapterError(f"adapt is {self.adapt!r}; give a function of the model, or None")
 
 
 class TorchPruning(Adapter):
@@ -103,7 +105,8 @@ class TorchPruning(Adapter):
         **settings: Any,
     ) -> None:
         options = TorchPruningOptions(first, every, adapt)
-        self._own = OwnPruner(pruner, adapt)
+        self._failures: list[Exception] = []
+        self._own = OwnPruner(pruner, None if adapt is None else _named(adapt, self._failures))
         if example is None:
             example = traced_example(pruner)
         if example is None:
@@ -116,12 +119,22 @@ class TorchPruning(Adapter):
             raise AdapterError(
                 f"{self._own.name} has taken all of its {self._own.steps} steps; construct it anew"
             )
+        self._note_earlier()
         self._groups: dict[str, UpstreamGroup] = {}
         self._selected: Structures = {}
         self._scores: dict[str, Tensor] = {}
         self._open = False  # a decision has fallen, and its removal is to come
         self._next = first  # when the next decision falls
         self._left: dict[str, list[int]] = {}  # by group, what is left of the dense model's numbers
+
+    def _note_earlier(self) -> None:
+        """What the pruner has taken by itself is in no removal of this run."""
+        if self._own.step:
+            self._lacks = (
+                f"{self._own.name} had taken {self._own.step} of its {self._own.steps} steps "
+                "before this run, which knows nothing of what went in them; give save() the sum of "
+                "a Removal of that and of this one, or let a run take all steps"
+            )
 
     @property
     def pruner(self) -> Any:
@@ -151,11 +164,34 @@ class TorchPruning(Adapter):
             if why_not is not None:
                 raise AdapterError(remedy(group.root, why_not))
         odd = trial.inexact(self.model, self.example, groups, self.progress, self._own.build)
+        if odd and self._failures:  # rather than to blame a group for it
+            raise self._failures[0]
         for root, why in odd.items():
             also = root in self._own.with_heads and self.options.adapt is None
             raise AdapterError(remedy(root, why) + (f", or {COUNTED}" if also else ""))
         self._own.require_ranking()
         super().check()
+
+    def check_length(self) -> None:
+        """For :meth:`check`: refuse a training that is too short for all of the pruner's decays.
+
+        Where the user calls ``decide()``, the least that it can take counts: one after the other.
+
+        Raises:
+            AdapterError: with both lengths, and what they come of.
+        """
+        if self.training is None:
+            return
+        first, every, decay = self.options.first, self.options.every, self.decay_steps()
+        rounds = 1 if every == 0 else self._own.steps - self._own.step
+        needed = rounds * decay + (0 if every is None else first + (rounds - 1) * every)
+        if needed > self.training.steps:
+            raise AdapterError(
+                f"{rounds} decays of up to {decay} steps, first={first} and every={every} take up "
+                f"to {needed} steps, but the training has {self.training.steps}; give it more "
+                "epochs, shorten smooth.steps, or lower first, every or the pruner's "
+                "iterative_steps"
+            )
 
     def groups(self) -> list[StructureGroup]:
         """Upstream's groups, as far as the pruner may prune them."""
@@ -235,6 +271,7 @@ class TorchPruning(Adapter):
 
     def start(self) -> None:
         """The first decision falls, unless the user says when."""
+        self._note_earlier()
         self.follow()
         self._decide_in_time()
 
@@ -336,6 +373,8 @@ class TorchPruning(Adapter):
         except BaseException:  # of a later part: the earlier ones are taken back
             running.put_back(kept)
             raise
+        if removed is not None:
+            removed = removed.leaving(self.model, self._lacks)
         self.checked, self.removed, self._grouped = True, removed, None
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -343,3 +382,24 @@ class TorchPruning(Adapter):
         if self.smooth is None:
             self.groups()
         super().restore(state)
+
+
+def _named(
+    adapt: Callable[[nn.Module], object], failures: list[Exception]
+) -> Callable[[nn.Module], object]:
+    """A user's function, whose errors say that they are its own; they are noted, too."""
+
+    def named(model: nn.Module) -> None:
+        try:
+            adapt(model)
+        except Exception as cause:
+            line = (str(cause).splitlines() or [""])[0]
+            why = UnsupportedLayerError(
+                f"the function given as adapt= fails on a copy of the model without some channels "
+                f"({type(cause).__name__}: {line}); let it read all numbers off the layers"
+            )
+            why.__cause__ = cause
+            failures.append(why)
+            raise why from cause
+
+    return named

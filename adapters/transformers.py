@@ -27,7 +27,7 @@ from transformers.training_args import ParallelMode
 
 from .base import Adapter, AdapterError, Loss
 from .removal import Removal
-from .saved import read, write
+from .saved import read, save_pruned, write
 
 STATE = "decay_pruning.pt"  # the adapter's state, in every checkpoint's folder
 PRUNED = "pruned.safetensors"  # the pruned model, in the folder of save_pruned_pretrained()
@@ -119,8 +119,12 @@ class DecayPruningCallback(TrainerCallback):
 
 
 def save_pruned_pretrained(folder: str | Path, model: Any, removal: Removal) -> None:
-    """Write a pruned model of transformers, and its configuration, to a folder."""
-    removal.save(Path(folder) / PRUNED, model)
+    """Write a pruned model of transformers, and its configuration, to a folder.
+
+    Raises:
+        SavedModelError, OSError: see :func:`.saved.save_pruned`.
+    """
+    save_pruned(Path(folder) / PRUNED, model, removal)
     model.config.save_pretrained(folder)
 
 

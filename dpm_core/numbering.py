@@ -32,11 +32,20 @@ class Numbering:
         group_of: (size,), the place of each structure's group in ``names``.
 
     Raises:
-        GroupError: no groups, or two of one name.
+        GroupError: no groups, something else than groups, or two of one name.
     """
 
     def __init__(self, groups: Iterable[StructureGroup]) -> None:
-        by_name = sorted(groups, key=lambda g: g.name)
+        listed = list(groups) if isinstance(groups, Iterable) else [groups]
+        alone = isinstance(groups, StructureGroup | Mapping)
+        odd = [g for g in listed if alone or not isinstance(g, StructureGroup)]
+        if odd:
+            given = type(groups if alone else odd[0]).__name__
+            raise GroupError(
+                f"structure groups are given as, or hold, a {given}; give a list of "
+                "StructureGroups: [group], or list(groups.values())"
+            )
+        by_name = sorted(listed, key=lambda g: g.name)
         self.groups: dict[str, StructureGroup] = {g.name: g for g in by_name}
         self.names = list(self.groups)
         if not by_name:

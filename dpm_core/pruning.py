@@ -19,7 +19,7 @@ from .events import Event, Kind, checked_events, events_of
 from .groups import StructureGroup, require_disjoint, require_fit
 from .numbering import Numbering
 from .phases import Phase
-from .rectify import SelfRectifying
+from .rectify import SelfRectifying, require_settings
 from .releases import Choice, Refill, Releases, Sums
 from .state import VERSION, Ledger, check_groups, check_header, require_available
 from .stepping import Stepping
@@ -70,8 +70,10 @@ class DecayPruning:
         rectify: how decisions are taken back; ``None`` for Smooth Pruning alone.
 
     Raises:
-        GroupError: no groups, two of one name, overlapping slices, or several devices.
-        ConfigurationError: the decay is too short for Self-Rectifying.
+        GroupError: no groups, something else than groups, two of one name, overlapping slices, or
+            several devices.
+        ConfigurationError: the decay is too short for Self-Rectifying, or something else is given
+            for one of the two.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class DecayPruning:
         smooth: SmoothPruning | None = None,
         rectify: SelfRectifying | None = None,
     ) -> None:
+        require_settings(smooth, rectify)
         self._structures = Numbering(groups)
         self.groups: dict[str, StructureGroup] = self._structures.groups
         require_disjoint(self.groups.values())

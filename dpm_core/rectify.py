@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .decay import SmoothPruning
 from .errors import ConfigurationError
 
 
@@ -293,6 +294,26 @@ class LeastResistant(Criterion):
         return strongest(-resistance, everyone, evidence.group, counts)
 
 
+def require_settings(smooth: object, rectify: object) -> None:
+    """Refuse what is given in place of a SmoothPruning and a SelfRectifying.
+
+    Raises:
+        ConfigurationError: naming the argument, and what it takes.
+    """
+    if isinstance(smooth, SelfRectifying) or isinstance(rectify, SmoothPruning):
+        raise ConfigurationError(
+            "smooth and rectify have changed places; give a SmoothPruning first, or both by name"
+        )
+    if not isinstance(smooth, SmoothPruning | None):
+        steps = smooth if type(smooth) is int and smooth > 0 else 20
+        raise ConfigurationError(f"smooth is {smooth!r}; give SmoothPruning({steps}), or None")
+    if not isinstance(rectify, SelfRectifying | None):
+        criterion = f"{type(rectify).__name__}(...)" if isinstance(rectify, Criterion) else ""
+        raise ConfigurationError(
+            f"rectify is {rectify!r}; give SelfRectifying({criterion}), or None"
+        )
+
+
 def _require_batches(criterion: Hearing | Exchange) -> None:
     batches = criterion.batches
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
@@ -302,6 +323,11 @@ def _require_batches(criterion: Hearing | Exchange) -> None:
 
 
 def _copy_schedule(control: RandomRelease | LeastResistant) -> None:
+    if not isinstance(control.like, Criterion):
+        raise ConfigurationError(
+            f"{type(control).__name__}.like is {control.like!r}; give a Criterion, such as "
+            "Trajectory() or Hearing()"
+        )
     for setting in ("at", "earliest", "batches", "gate", "exchanges"):
         object.__setattr__(control, setting, getattr(control.like, setting))
 

@@ -103,9 +103,12 @@ class Releases:
         if not criterion.batches:
             return None
         if model is None or loss is None:
+            lacks = [n for n, v in (("model", model), ("loss", loss)) if v is None]
             raise AttachmentError(
-                f"{type(criterion).__name__} runs a hearing and needs the model and its loss: "
-                "attach(optimizer, model=model, loss=closure)"
+                f"{type(criterion).__name__} runs a hearing, for which attach() lacks "
+                f"{' and '.join(lacks)}: give attach(optimizer, "
+                f"{', '.join(f'{n}={n}' for n in lacks)}); loss is a function that runs the model "
+                "on the next batch"
             )
         for group in self._structures.groups.values():
             if not group.owners:

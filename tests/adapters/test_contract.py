@@ -6,14 +6,17 @@ import copy
 import functools
 import io
 import itertools
+import pickle
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
 from dpm_core import (
     AttachmentError,
+    ConfigurationError,
+    DecayPruningError,
     Exchange,
     Hearing,
     LeastResistant,
@@ -441,6 +444,22 @@ def test_what_contradicts_itself_is_refused(case):
         kind(model, EXAMPLE, options, None, SelfRectifying(), training=Training(99, 3))
     with pytest.raises(AdapterError, match="takes a "):
         kind(model, EXAMPLE, case.options, training=Training(99, 3))
+    with pytest.raises(AdapterError, match="training is 99; give Training"):
+        kind(model, EXAMPLE, options, training=99)
+    for settings, message in (
+        ((6,), r"give SmoothPruning\(6\)"),
+        ((SmoothPruning(6), True), "rectify is True"),
+        ((SmoothPruning(6), Hearing()), r"give SelfRectifying\(Hearing"),
+        ((SelfRectifying(), SmoothPruning(6)), "changed places"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            kind(model, EXAMPLE, options, *settings, training=Training(99, 3))
+    for other in (None, type(model), model.state_dict()):
+        with pytest.raises(AdapterError, match=r"the model is .*give an nn\.Module"):
+            kind(other, EXAMPLE, options, training=Training(99, 3))
+    for other in (None, "images", EXAMPLE[:, :2], EXAMPLE.double(), (EXAMPLE, 1), {"y": EXAMPLE}):
+        with pytest.raises(AdapterError, match=r"cannot be run on the example .*give a batch"):
+            kind(model, other, options, training=Training(99, 3))
     rectified = model, EXAMPLE, options, SmoothPruning(6)
     if refills:
 
@@ -467,6 +486,24 @@ def test_frozen_layers_are_refused_before_anything_is_changed(case, variant):
     with pytest.raises(AdapterError, match="frozen"):
         case.adapter(model, variant).check()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@cases
+@pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps])
+def test_a_copy_of_an_adapter_at_work_is_refused_by_its_own_name(case, how):
+    drive = Drive(case, case.adapter(case.build(), "sp"))
+    drive.run(3)
+    with pytest.raises(AdapterError, match=r"attached cannot be copied or pickled.*state_dict\(\)"):
+        how((drive.model, drive.optimizer, drive.adapter))
+
+
+@cases
+def test_a_hearing_without_a_loss_names_what_attach_takes(case):
+    adapter = case.adapter(case.build(), "sr", rectify=SelfRectifying(Hearing(1)))
+    adapter.training = replace(adapter.training, steps=999)
+    with pytest.raises(DecayPruningError, match=r"give attach\(optimizer, loss") as raised:
+        adapter.attach(case.new_optimizer(adapter))
+    assert "model=" not in str(raised.value)
 
 
 @cases

@@ -28,6 +28,7 @@ from experiments.inputs import models
 from tests.support import rounding, torchvisions
 from tests.support.frameworks import (
     CASES,
+    EAGER,
     EXAMPLE,
     Case,
     Drive,
@@ -540,3 +541,39 @@ def test_frozen_layers_are_in_the_groups_too_and_stay_frozen():
     Removal([("inner", [0, 3])]).apply(model, EXAMPLE, cut=True)
     assert model.inner.out_channels == 14
     assert model.outer.in_channels == 14
+
+
+@pytest.mark.parametrize("variant", ["base", "sp", "sr"])
+def test_an_optimizer_of_what_is_pruned_and_of_a_loss_of_ones_own(variant):
+    """The lower layers are not trained, and not frozen, either; the loss has parameters."""
+    torch.manual_seed(0)
+    lower, middle, upper = nn.Linear(4, 8), nn.Linear(8, 12), nn.Linear(12, 2)
+    model, loss = nn.Sequential(lower, nn.ReLU(), middle, nn.ReLU(), upper), nn.Linear(2, 2)
+    x = torch.randn(6, 4)
+    run = DepGraph(
+        model,
+        x,
+        DepGraphOptions(ratio=0.5, ignored=("0",)),
+        None if variant == "base" else SmoothPruning(6),
+        EAGER if variant == "sr" else None,
+    )
+    stale = torch.optim.SGD([*upper.parameters(), *loss.parameters()], lr=0.1)
+    with pytest.raises(AdapterError, match=r"another model.*lacks '2.weight'"):
+        run.attach(stale)
+    trained = [*middle.parameters(), *upper.parameters(), *loss.parameters()]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    run.attach(optimizer)
+    first = lower.weight.detach().clone()
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss(model(x)).square().sum().backward()
+        optimizer.step()
+        if run.due:
+            run.remove()
+    assert run.complete
+    assert torch.equal(model[0].weight, first)
+    assert len(model[2].weight) == 6
+    run.detach()
+    run.attach(optimizer)  # as for another stage
+    with pytest.raises(AdapterError, match="another model"):
+        run.attach(stale)

@@ -151,6 +151,19 @@ def test_attributes_of_parameters_go_on_with_gates_and_after_them():
             assert torch.equal(p.place, weight.place)
 
 
+def test_hooks_on_gradients_go_on_with_gates_and_after_them():
+    model, seen = CASE.build(), set()
+    names = [name for name, _ in model.named_parameters()]
+    for name, p in model.named_parameters():
+        p.register_hook(lambda g, n=name: seen.add((n, g.numel())))
+    adapter = CASE.adapter(model, "base")
+    before = {name: p.numel() for name, p in model.named_parameters()}
+    Drive(CASE, adapter).run()
+    after = {name: p.numel() for name, p in model.named_parameters()}
+    assert sum(after[name] < before[name] for name in names) > 0
+    assert seen == {*before.items(), *after.items()}
+
+
 # ---------------------------------------------------------------------- a user's own optimizer
 
 GATED = ("norm", "inner_norm", "outer_norm")

@@ -15,7 +15,7 @@ from torch.nn import functional
 from dpm_core import Hearing, SelfRectifying, SmoothPruning
 from dpm_core.adapters.base import Adapter, AdapterError, Training, UnfinishedWarning
 from dpm_core.adapters.depgraph import DepGraph, DepGraphOptions
-from dpm_core.adapters.saved import MismatchError
+from dpm_core.adapters.saved import MismatchError, SavedModelError
 from tests.support.frameworks import CASES, EAGER, Drive, batch
 
 transformers = pytest.importorskip("transformers")
@@ -371,3 +371,9 @@ def test_what_holds_on_to_parameters_is_refused(changed):
     settings = SimpleNamespace(output_dir="out", **{**usual, **changed})
     with pytest.raises(AdapterError, match="several processes, FSDP and DeepSpeed"):
         callback.on_train_begin(settings, None, None, model, None)
+
+
+def test_a_model_from_which_nothing_is_removed_yet_is_not_saved_as_pruned(tmp_path):
+    with pytest.raises(SavedModelError, match="not with None"):
+        save_pruned_pretrained(tmp_path / "small", nn.Linear(2, 2), None)
+    assert not (tmp_path / "small").exists()

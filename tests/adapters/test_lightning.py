@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -364,14 +365,107 @@ def test_a_training_that_breaks_off_leaves_module_and_optimizer(tmp_path):
 
     module, callback = Breaking(), DecayPruningCallback(pruning("sp"))
     saver = OnExceptionCheckpoint(tmp_path, "last")
+    breaking = trainer(callback, saver, enable_checkpointing=True)
     with pytest.raises(ZeroDivisionError):
-        trainer(callback, saver, enable_checkpointing=True).fit(module, loader())
+        breaking.fit(module, loader())
     assert callback.run.removed
-    assert not {"on_load_checkpoint", "on_save_checkpoint"} & vars(module).keys()
+    assert not {"load_checkpoint", "save_checkpoint"} & vars(breaking.strategy).keys()
     assert not callback.run.optimizer._optimizer_step_pre_hooks
     other, again = Lit(), DecayPruningCallback(pruning("sp"))
     trainer(again).fit(other, loader(), ckpt_path=tmp_path / "last.ckpt")
     assert again.run.removed == callback.run.removed
+
+
+class Copying(lightning.Callback):
+    """Copies the module in a step, by ``copy.deepcopy`` or by its bytes, as averages do."""
+
+    def __init__(self, by: str, step: int) -> None:
+        self.by, self.step, self.copy = by, step, None
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
+        if trainer.global_step == self.step:
+            if self.by == "deepcopy":
+                self.copy = copy.deepcopy(pl_module)
+            else:
+                file = io.BytesIO()
+                torch.save(pl_module, file)
+                file.seek(0)
+                self.copy = torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("by", ["deepcopy", "save"])
+@pytest.mark.parametrize("step", [3, 12])
+def test_a_copy_that_is_taken_in_a_training_is_a_module_by_itself(by, step, tmp_path):
+    """It saves and loads what it is itself, whatever becomes of the original."""
+    copying, callback = Copying(by, step), DecayPruningCallback(pruning("sp"))
+    module = Lit()
+    trainer(callback, copying).fit(module, loader())
+    assert callback.run.removed
+    taken, path = copying.copy, tmp_path / "copy.ckpt"
+    small = step == 12
+    assert (taken.net[0].weight.shape == module.net[0].weight.shape) == small
+    alone = trainer(epochs=1)
+    alone.fit(taken, loader())
+    alone.save_checkpoint(path)
+    assert KEY not in torch.load(path, weights_only=False)
+    other = copy.deepcopy(module) if small else Lit()
+    trainer().test(other, loader(), ckpt_path=path, verbose=False)
+    assert_same(other, taken)
+
+
+def test_a_module_that_looks_into_a_checkpoint_finds_its_layers_as_they_were_then(tmp_path):
+    """Also where it keeps weights of its own there, and where these alone are saved."""
+
+    class Keeping(Lit):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["first"] = self.net[0].weight.detach().clone()
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            self.first = torch.empty_like(self.net[0].weight).copy_(checkpoint["first"])
+
+    module, callback = Keeping(), DecayPruningCallback(pruning("sp"))
+    saves = every_epoch(tmp_path, save_weights_only=True)
+    trainer(callback, saves).fit(module, loader())
+    other = Keeping()
+    again = DecayPruningCallback(pruning("sp"))
+    last = tmp_path / f"{EPOCHS - 1}.ckpt"
+    trainer(again).test(other, loader(), ckpt_path=last, verbose=False)
+    assert_same(other, module)
+    assert torch.equal(other.first, module.net[0].weight)
+
+
+def test_a_training_with_dhspg_ends_with_its_removal(tmp_path):
+    """A checkpoint from after it gives its model, and cannot be gone on with: DHSPG is over."""
+    case = next(c for c in CASES if c.name == "otov2")
+
+    class Choosing(Lit):
+        def training_step(self, index: Tensor, _: int) -> Tensor:
+            return functional.cross_entropy(self.net(batch(int(index))[0]), batch(int(index))[1])
+
+        def configure_optimizers(self) -> Any:
+            return self.run[0].dhspg(variant="sgd", lr=case.learning_rate)
+
+        test_step = training_step
+
+    def made(module: Any) -> Adapter:
+        module.run = (case.adapter(module.net, "sp"),)
+        return module.run[0]
+
+    def going_on() -> tuple[Any, Any]:
+        return Choosing(case.build()), DecayPruningCallback(made)
+
+    data, path = DataLoader(torch.arange(case.stages["prune"])), tmp_path / "end.ckpt"
+    module, callback = going_on()
+    whole = trainer(callback, epochs=1)
+    whole.fit(module, data)
+    whole.save_checkpoint(path)
+    assert callback.run.removed
+    other, again = going_on()
+    trainer(again).test(other, data, ckpt_path=path, verbose=False)
+    assert_same(other, module)
+    other, again = going_on()
+    with pytest.raises(AdapterError, match=r"another optimizer of model.parameters"):
+        trainer(again, epochs=2).fit(other, data, ckpt_path=path)
 
 
 def test_a_dense_training_is_gone_on_with(tmp_path):

@@ -743,6 +743,57 @@ def test_attributes_go_on_where_no_optimizer_does():
     assert all(torch.equal(p.average, p) and p.no_decay for p in model.parameters())
 
 
+def test_hooks_on_gradients_go_on_in_their_order_until_their_handles_remove_them():
+    model = build("resnet20", 3, 10, seed=0)
+    whole = set(model.parameters())
+    seen: list[tuple[str, str, torch.Size]] = []
+    handles, clipping = [], []
+    for name, p in model.named_parameters():
+        clipping.append(p.register_hook(lambda g: g.clamp(-1e-3, 1e-3)))
+        handles += [
+            p.register_hook(lambda g, n=name: seen.append(("second", n, g.shape))),
+            p.register_post_accumulate_grad_hook(
+                lambda q, n=name: seen.append(("after", n, q.grad.shape))
+            ),
+        ]
+    Removal(PLANS["resnet20"]).apply(model, EXAMPLE, cut=True)
+    Removal(LATER["resnet20"]).apply(model, EXAMPLE, cut=True)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    assert 0 < sum(p not in whole for p in model.parameters()) < len(whole)
+
+    def largest() -> float:
+        model.zero_grad()
+        functional.cross_entropy(1e3 * model(EXAMPLE + 1), torch.tensor([0, 1])).backward()
+        return max(float(p.grad.abs().max()) for p in model.parameters())
+
+    assert largest() == pytest.approx(1e-3)
+    assert len(seen) == 2 * len(shapes)
+    for name, shape in shapes.items():
+        assert [(k, s) for k, n, s in seen if n == name] == [("second", shape), ("after", shape)]
+    for handle in (*handles, *clipping):
+        handle.remove()
+    assert largest() > 1
+    assert len(seen) == 2 * len(shapes)
+
+
+def test_parameters_that_hooks_train_are_trained_after_a_removal_too():
+    """An optimizer that steps as soon as a gradient is there, so that no gradients are kept."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    @torch.no_grad()
+    def train(parameter: torch.Tensor) -> None:
+        parameter.sub_(parameter.grad)
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(train)
+    Removal([("0", [1, 2])]).apply(model, torch.randn(3, 4), cut=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(3, 4)).square().sum().backward()
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, was - p.grad)
+        assert p.grad.any()
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_tensors_that_a_state_keeps_under_a_name_are_refused(inside):
     """As TRAC does: copies of all parameters, by parameter, under one name."""

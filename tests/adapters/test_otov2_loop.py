@@ -43,14 +43,19 @@ def net(seed: int = 0) -> nn.Module:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    model.train()
     for number in range(steps):
-        draw = torch.Generator().manual_seed(number)
-        images = torch.randn(16, 1, 8, 8, generator=draw)
-        labels = torch.randint(5, (16,), generator=draw)
-        optimizer.zero_grad()
-        functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
+        train_on(model, optimizer, number)
+
+
+def train_on(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    """One step, with a batch by its number."""
+    model.train()
+    draw = torch.Generator().manual_seed(number)
+    images = torch.randn(16, 1, 8, 8, generator=draw)
+    labels = torch.randint(5, (16,), generator=draw)
+    optimizer.zero_grad()
+    functional.cross_entropy(model(images), labels).backward()
+    optimizer.step()
 
 
 def outputs(model: nn.Module) -> Tensor:
@@ -175,12 +180,10 @@ def test_what_is_not_from_here_or_comes_too_late_is_refused():
     model = net()
     oto = OTO(model, EXAMPLE)
     optimizer = oto.dhspg(variant="sgd", lr=0.1, **PRUNING)
-    for other in (
-        (types.SimpleNamespace(), optimizer),
-        (oto, torch.optim.SGD(model.parameters(), 0.1)),
-    ):
-        with pytest.raises(AdapterError, match=r"import OTO from dpm_core\.adapters\.otov2"):
-            OTOv2.of(*other, SmoothPruning(5))
+    with pytest.raises(AdapterError, match=r"import OTO from dpm_core\.adapters\.otov2"):
+        OTOv2.of(types.SimpleNamespace(), optimizer, SmoothPruning(5))
+    with pytest.raises(AdapterError, match=r"SGD does not choose.*give the optimizer of this OTO"):
+        OTOv2.of(oto, torch.optim.SGD(model.parameters(), 0.1), SmoothPruning(5))
     foreign = OTO(net(), EXAMPLE).dhspg(variant="sgd", lr=0.1, **PRUNING)
     with pytest.raises(AdapterError, match="of another model"):
         OTOv2.of(oto, foreign, SmoothPruning(5))
@@ -189,3 +192,56 @@ def test_what_is_not_from_here_or_comes_too_late_is_refused():
         OTOv2.of(oto, optimizer, SmoothPruning(5))
     with pytest.raises(AdapterError, match="give model and dummy_input"):
         OTO().initialize(model)
+
+
+@pytest.mark.parametrize("divisible", [1, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_loop_of_ones_own_goes_on_from_a_checkpoint_in_the_same_bits(variant, divisible):
+    length, settings = 30, {**PRUNING, "group_divisible": divisible}
+
+    def start(**saved) -> tuple[nn.Module, torch.optim.Optimizer, OTOv2]:
+        model = net()
+        oto = OTO(model, EXAMPLE)
+        optimizer = oto.dhspg(variant="sgd", lr=0.1, **settings)
+        if saved:
+            model.load_state_dict(saved.pop("model"))
+        training = Training(length)
+        return model, optimizer, OTOv2.of(
+            oto, optimizer, *VARIANTS[variant], training=training, **saved
+        )  # fmt: skip
+
+    def go_on(model, optimizer, run, first: int) -> None:
+        for number in range(first, length):
+            train_on(model, optimizer, number)
+        run.remove()
+
+    model, optimizer, run = start()
+    saved = []
+    for number in range(length):
+        saved.append(
+            copy.deepcopy(
+                {
+                    "model": model.state_dict(),
+                    "optimizer_state": optimizer.state_dict(),
+                    "state": run.state_dict(),
+                }
+            )
+        )
+        train_on(model, optimizer, number)
+    last = {"optimizer_state": optimizer.state_dict(), "model": copy.deepcopy(model.state_dict())}
+    run.remove()
+    assert len(model[0].weight) < 16
+    for stop in (2, 7, 12, 25):
+        other = start(**saved[stop])
+        go_on(*other, stop)
+        assert other[2].removed == run.removed
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, other[0].state_dict()[name]), (stop, name)
+    with pytest.raises(AdapterError, match=r"run that was over.*load_pruned"):
+        start(**last, state=run.state_dict())
+    with pytest.raises(AdapterError, match=r"give it state= and optimizer_state="):
+        start()[2].load_state_dict(saved[7]["state"])
+    with pytest.raises(AdapterError, match="going on takes both"):
+        start(model=saved[7]["model"], state=saved[7]["state"])
+    with pytest.raises(AdapterError, match="no state of"):
+        start(**{**saved[7], "optimizer_state": {"groups": {}}})

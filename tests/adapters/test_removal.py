@@ -399,3 +399,17 @@ def test_a_file_with_an_odd_plan_is_refused(tmp_path):
         written(tmp_path / "m", dict(small_resnet().state_dict()), plan)
         with pytest.raises(DamagedError):
             Removal.load(tmp_path / "m")
+
+
+def test_other_things_than_a_model_and_its_example_are_refused():
+    model, removal = (
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
+        Removal([("0", [1])]),
+    )
+    for other in (None, nn.Linear, model.state_dict()):
+        with pytest.raises(AdapterError, match=r"give an nn\.Module"):
+            removal.apply(other, torch.randn(3, 4), cut=True)
+    for example in (None, torch.randn(3, 5), torch.zeros(3, 4).long()):
+        with pytest.raises(AdapterError, match="cannot be run on the example"):
+            removal.apply(model, example, cut=True)
+    assert len(model[0].weight) == 8

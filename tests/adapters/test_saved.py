@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dpm_core.adapters import saved
+from dpm_core.adapters.depgraph import DepGraph, DepGraphOptions
 from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.saved import (
     DamagedError,
@@ -213,6 +214,29 @@ def test_a_model_on_a_gpu(tmp_path, cuda):
     assert {t.device.type for t in there.state_dict().values()} == {"cuda"}
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_path_may_be_text(tmp_path, kind):
+    path = kind(tmp_path / "folder" / "small.safetensors")
+    save_pruned(path, small(), SMALL_REMOVAL)
+    assert same_bits(load_pruned(path, Small(), SMALL_EXAMPLE), small())
+    assert read(path).removal == Removal.load(path) == SMALL_REMOVAL
+    saved.write(path, lambda file: file.write(b"else"))
+    assert Path(path).read_bytes() == b"else"
+
+
+def test_what_is_on_the_dense_models_parameters_stays_on_those_that_are_loaded(tmp_path):
+    save_pruned(tmp_path / "m", small(), SMALL_REMOVAL)
+    model, seen = Small(), []
+    for name, p in model.named_parameters():
+        p.no_decay, p.place = True, torch.arange(p.numel()).view_as(p)
+        p.register_hook(lambda g, n=name: seen.append((n, g.shape)))
+    load_pruned(tmp_path / "m", model, SMALL_EXAMPLE)
+    model(torch.randn(2, 1, 2, 2)).sum().backward()
+    assert sorted(seen) == sorted((n, p.shape) for n, p in model.named_parameters())
+    assert all(p.no_decay and p.place.shape == p.shape for p in model.parameters())
+    assert model.conv.bias.place.tolist() == [0, 2]
+
+
 # ---------------------------------------------------------------------- what is refused
 
 
@@ -244,6 +268,50 @@ def test_nothing_is_written_where_saving_is_refused(tmp_path):
         save_pruned(path, Extra(2, 2), Removal())
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def runs(count: int, model: nn.Module) -> list[DepGraph]:
+    """As many runs of the framework alone, one after the other."""
+    made = []
+    for _ in range(count):
+        run = DepGraph(model, EXAMPLE, DepGraphOptions(ratio=0.25))
+        run.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        run.remove()
+        made.append(run)
+    return made
+
+
+def test_a_removal_is_saved_with_the_model_that_it_has_left(tmp_path):
+    model, path = build("vgg-digits", 3, 10), tmp_path / "m"
+    first, second = runs(2, model)
+    whole = first.removed + second.removed
+    for removal, other in (
+        (first.removed, build("vgg-digits", 3, 10)),
+        (first.removed, model),
+        (whole, build("vgg-digits", 3, 10)),
+    ):
+        with pytest.raises(SavedModelError, match=r"the removal has left.*sum of all"):
+            removal.save(path, other)
+    with pytest.raises(SavedModelError, match=r"not with None.*None before"):
+        save_pruned(path, model, None)
+    assert not path.exists()
+    whole.save(path, model)
+    assert same_bits(load_pruned(path, build("vgg-digits", 3, 10), EXAMPLE), model)
+
+
+def test_a_removal_that_is_not_all_is_named_as_a_cause_when_loading(tmp_path):
+    """What cannot be known when saving: the second of two runs alone, a hand-written removal."""
+    model, path = build("vgg-digits", 3, 10), tmp_path / "m"
+    _, second = runs(2, model)
+    small = copy.deepcopy(model)
+    by_hand = Removal(second.removed)
+    for removal, of in ((second.removed, small), (by_hand, build("vgg-digits", 3, 10))):
+        removal.save(path, of)
+        dense = build("vgg-digits", 3, 10)
+        check = untouched(dense)
+        with pytest.raises(MismatchError, match=r"second of two runs.*sum of all removals"):
+            load_pruned(path, dense, EXAMPLE)
+        check()
 
 
 @pytest.mark.parametrize(

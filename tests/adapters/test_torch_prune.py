@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from dpm_core import Phase, Slice, SmoothPruning
+from dpm_core import Phase, PhaseError, Slice, SmoothPruning
 from dpm_core.adapters import torch_prune
 from dpm_core.adapters.base import AdapterError, count_macs
 from dpm_core.adapters.torch_prune import TorchPrune, TorchPruneOptions, rows_of
@@ -231,3 +231,30 @@ def test_a_layer_that_cannot_be_served_is_refused_by_name():
     model = nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 5))
     with pytest.raises(UnsupportedLayerError, match=r"'1' \(LayerNorm\).*ignored"):
         adapter(model, example=torch.randn(2, 12)).check()
+
+
+@pytest.mark.parametrize("smooth", [None, SmoothPruning(4)])
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"another": [0]}, "no group 'another'"),
+        ({"inner": torch.zeros(16, dtype=torch.bool)}, "bool|whole numbers|integers"),
+        ({"inner": [16]}, "0 to 15"),
+        ({"inner": [3, 3]}, "listed twice"),
+    ],
+)
+def test_what_an_adapter_of_ones_own_selects_is_checked_in_all_variants(smooth, chosen, message):
+    class Own(TorchPrune):
+        def selection(self):
+            return chosen if self.checked else super().selection()
+
+    model = small_resnet()
+    run = Own(model, EXAMPLE, TorchPruneOptions(0.4), smooth)
+
+    def work() -> None:
+        run.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        run.remove()
+
+    with pytest.raises(PhaseError, match=message):
+        work()
+    assert len(model.inner.weight) == 16

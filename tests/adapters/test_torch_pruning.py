@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dpm_core import Hearing, Phase, SelfRectifying, SmoothPruning
-from dpm_core.adapters.base import AdapterError
+from dpm_core.adapters.base import AdapterError, Training
 from dpm_core.adapters.depgraph import DepGraph, LeftUnprunedWarning
 from dpm_core.adapters.removal import Removal
-from dpm_core.adapters.saved import load_pruned
+from dpm_core.adapters.saved import SavedModelError, load_pruned
 from dpm_core.adapters.torch_pruning import TorchPruning
 from dpm_core.third_party import dependency
 from tests.support.frameworks import CLASSES, EAGER, EXAMPLE, Grouped, batch, small_resnet
@@ -896,3 +896,88 @@ def test_a_removal_that_is_refused_leaves_all_as_it_was(monkeypatch):
     assert shapes(model) == shapes(
         by_upstream(small_resnet(), lambda m: pruner(m, iterative_steps=2))
     )
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    first=st.integers(0, 4),
+    every=st.sampled_from([0, 1, 3, None]),
+    rounds=st.integers(1, 3),
+    decay=st.sampled_from([0, 1, 4]),
+)
+def test_a_training_is_long_enough_by_the_check_if_and_only_if_it_is(first, every, rounds, decay):
+    """Against the run itself, with as many steps as the check allows at least, and one fewer."""
+    x = torch.randn(3, 4)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    def run(steps: int) -> TorchPruning:
+        model = copy.deepcopy(dense)
+        own = P.BasePruner(
+            model, x, IMP.GroupMagnitudeImportance(), pruning_ratio=0.5,
+            iterative_steps=rounds, ignored_layers=[model[2]],
+        )  # fmt: skip
+        smooth = SmoothPruning(decay) if decay else None
+        return TorchPruning(own, smooth, first=first, every=every, training=Training(steps))
+
+    needed = 0
+    endless = run(10**6)
+    optimizer = torch.optim.SGD(endless.model.parameters(), lr=1e-3)
+    endless.attach(optimizer)
+    while True:
+        while endless.due or (every is None and not endless.complete and not endless._open):
+            endless.remove() if endless.due else endless.decide()
+        if endless.complete:
+            break
+        optimizer.zero_grad()
+        endless.model(x).square().sum().backward()
+        optimizer.step()
+        needed += 1
+    run(max(needed, 1)).check()
+    if needed > 1:
+        with pytest.raises(AdapterError, match=f"to {needed} steps.*the training has {needed - 1}"):
+            run(needed - 1).check()
+
+
+@pytest.mark.parametrize("constructed", ["before", "after"])
+def test_what_a_pruner_took_before_a_run_has_to_be_told_when_saving(tmp_path, constructed):
+    model = small_resnet()
+    own = pruner(model, iterative_steps=2)
+    dense_widths = {n: len(p) for n, p in model.named_parameters()}
+    run = TorchPruning(own, None) if constructed == "before" else None
+    own.step()
+    run = run or TorchPruning(own, None)
+    run.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    removal = run.remove()
+    path = tmp_path / "small.safetensors"
+    for told in (removal, run.removed, run.removed + Removal()):
+        with pytest.raises(SavedModelError, match="had taken 1 of its 2 steps before"):
+            told.save(path, model)
+    assert not path.exists()
+    twin = small_resnet()
+    first = TorchPruning(pruner(twin, iterative_steps=2), None, every=None)
+    first.attach(torch.optim.SGD(twin.parameters(), lr=0.1))
+    first.decide()
+    whole = first.remove() + run.removed
+    assert sum(len(c) for _, c in whole) > 0
+    assert any(len(p) < dense_widths[n] for n, p in model.named_parameters())
+    whole.save(path, model)
+    again = load_pruned(path, small_resnet(), EXAMPLE)
+    assert {n: p.shape for n, p in again.named_parameters()} == {
+        n: p.shape for n, p in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_an_error_in_a_function_of_ones_own_is_told_as_its_own(always):
+    def adapt(model: nn.Module) -> None:
+        if always or len(model.stem.weight) < 12:
+            raise KeyError("heads")
+
+    model = small_resnet()
+    run = TorchPruning(pruner(model), SMOOTH, adapt=adapt)
+    with pytest.raises(AdapterError, match=r"given as adapt= fails.*KeyError: 'heads'") as raised:
+        run.check()
+    assert isinstance(raised.value.__cause__, KeyError)
+    with pytest.raises(AdapterError, match="adapt is 3; give a function"):
+        TorchPruning(pruner(model), SMOOTH, adapt=3)

@@ -22,6 +22,7 @@ from dpm_core import (
     GradientError,
     GroupError,
     Hearing,
+    LeastResistant,
     Phase,
     PhaseError,
     RandomRelease,
@@ -105,7 +106,7 @@ def test_a_hearing_without_model_or_loss_is_refused(lacking: str, criterion) -> 
     dpm = DecayPruning(toy.groups, SmoothPruning(4), SelfRectifying(criterion))
     given = {"model": toy.model, "loss": lambda: toy.loss(0)}
     del given[lacking]
-    words = (type(criterion).__name__, "attach(optimizer, model=model, loss=closure)")
+    words = (type(criterion).__name__, f"lacks {lacking}: give attach(optimizer, {lacking}=")
     with refused(AttachmentError, *words, model=toy.model, optimizer=optimizer, dpm=dpm):
         dpm.attach(optimizer, **given)
 
@@ -525,3 +526,46 @@ def test_states_that_are_read_out_are_copies() -> None:
     assert len(dpm.events) == 1
     toy.train_step(optimizer, 1)
     assert not same_bits(toy.model.conv1.weight[0], torch.zeros_like(toy.model.conv1.weight[0]))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((4,), ("smooth is 4", "SmoothPruning(4)")),
+        ((True,), ("smooth is True", "give SmoothPruning(20)")),
+        (("linear",), ("smooth is 'linear'",)),
+        ((SmoothPruning,), ("smooth is <class",)),
+        ((SmoothPruning(8), True), ("rectify is True", "give SelfRectifying()")),
+        ((SmoothPruning(8), Trajectory()), ("rectify is", "SelfRectifying(Trajectory(...))")),
+        ((SmoothPruning(8), "hearing"), ("rectify is 'hearing'",)),
+        ((SelfRectifying(), SmoothPruning(8)), ("changed places",)),
+        ((None, SmoothPruning(8)), ("changed places",)),
+    ],
+)
+def test_other_things_than_settings_are_refused_where_they_are_given(
+    given: tuple[Any, ...], words: tuple[str, ...]
+) -> None:
+    toy = make("conv", torch.float64)
+    with says(ConfigurationError, *words):
+        DecayPruning(toy.groups, *given)
+
+
+@pytest.mark.parametrize("kind", [RandomRelease, LeastResistant])
+def test_a_control_of_no_criterion_is_refused(kind: type[Criterion]) -> None:
+    with says(ConfigurationError, f"{kind.__name__}.like is 'hearing'", "give a Criterion"):
+        kind(like="hearing")
+
+
+def test_other_things_than_a_list_of_groups_are_refused() -> None:
+    groups = list(make("conv", torch.float64).groups)
+    for given, name in (
+        (groups[0], "StructureGroup"),
+        ({g.name: g for g in groups}, "dict"),
+        ([*groups, "another"], "str"),
+        ([groups], "list"),
+        (None, "NoneType"),
+    ):
+        with says(GroupError, f"a {name}", "list of StructureGroups"):
+            DecayPruning(given)
+    DecayPruning(g for g in groups)
+    DecayPruning(tuple(groups))

@@ -67,6 +67,24 @@ def saved(*names: str) -> object:
     return names
 
 
+def gradient_hooks() -> object:
+    """Hooks that two parameters share run on both, and their handles still remove them."""
+    old, new = (nn.Parameter(torch.zeros(n)) for n in (2, 3))
+    seen: list[int] = []
+    handles = [
+        old.register_hook(lambda gradient: seen.append(len(gradient))),
+        old.register_post_accumulate_grad_hook(lambda parameter: seen.append(-len(parameter))),
+    ]
+    assert new._backward_hooks is new._post_accumulate_grad_hooks is None
+    new._backward_hooks = old._backward_hooks
+    new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
+    new.sum().backward()
+    for handle in handles:
+        handle.remove()
+    new.sum().backward()
+    return seen == [3, -3]
+
+
 def put_out() -> object:
     """The shape of what an operation has put out."""
     x = torch.zeros(2, 3, requires_grad=True)
@@ -118,6 +136,8 @@ USED: dict[str, Callable[[], object]] = {
     "_optimizer_step_pre_hooks": step_hooks,
     "_patch_step_function": lambda: callable(torch.optim.Optimizer._patch_step_function),
     "_forward_pre_hooks": forward_hooks,
+    "_backward_hooks": gradient_hooks,
+    "_post_accumulate_grad_hooks": gradient_hooks,
     "_per_optimizer_states": scaler_states,
     "_version": version,
     "_fsdp_flattened": flattened,
