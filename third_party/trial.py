@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -185,7 +186,11 @@ class Trial:
             example = running.shortened(model, example, ROWS)
             self._copy(model, example, groups, build, running.Precision(model, example).double)
         dense, again = self._dense, running.outputs(self._model, self._example)
-        little = [100 * dense.eps * running.size(t) for t in dense.values]
+        self._rounding = running.rounding(self._model, self._example, dense)
+        # Not as measured: if passes differ, that is in the measurement.
+        little = [
+            replace(measured, moved=10 * dense.eps * measured.size) for measured in self._rounding
+        ]
         differs = running.unlike(dense, again, little, doubts=False)
         if differs is not None and "finite" not in differs:
             raise UnsupportedLayerError(
@@ -193,7 +198,6 @@ class Trial:
                 "can be said of a removal; give it in a state in which it answers the same example "
                 "alike"
             )
-        self._rounding = running.rounding(self._model, self._example, dense)
         training = running.outputs_in_training(self._model, self._example)
         self._in_training = None if training is None or training.draws else training
         if self._in_training is not None:

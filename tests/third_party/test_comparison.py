@@ -1,0 +1,165 @@
+"""Outputs of two passes are the same to rounding, or they are not, whatever else is in them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from dpm_core.adapters.depgraph import structure_groups
+from dpm_core.third_party import dependency, running
+from dpm_core.third_party.groups import UnsupportedLayerError
+
+IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(2))
+SOME = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+LARGEST = torch.finfo(torch.float32).min
+
+
+class Net(nn.Module):
+    """Two convolutions and two linear layers; what lies between them is given, and what is last."""
+
+    def __init__(self, between: Any, last: Any) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3)
+        self.f, self.o = nn.Linear(5 * 4, 6), nn.Linear(6, 4)
+        self.between, self.last = between, last
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.between(self, F.relu(self.b(F.relu(self.a(x)))))
+        return self.last(self.o(F.relu(self.f(x))))
+
+
+def masked(y: Tensor, by: float) -> Tensor:
+    return y.masked_fill(torch.tensor([False, True, False, True]), by)
+
+
+def beside(y: Tensor, constant: float) -> Tensor:
+    return torch.cat([y, torch.full((len(y), 1), constant).to(y)], 1)
+
+
+def added(y: Tensor, constant: float) -> Tensor:
+    return y + torch.tensor([0.0, constant, 0.0, 0.0]).to(y)
+
+
+class Columns(nn.Module):
+    """A layer's outputs, each times a number of its own, and one more added."""
+
+    def __init__(self, layer: nn.Module, scales: Tensor, constants: Tensor) -> None:
+        super().__init__()
+        self.layer, self.scales, self.constants = layer, scales, constants
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.scales.to(x) + self.constants.to(x)
+
+
+LAST = {
+    "filled": masked,
+    "added to a column": added,
+    "added": lambda y, c: y + c,
+    "beside": beside,
+    "in another output": lambda y, c: (y, torch.tensor([c])),
+    "with what varies as much": lambda y, c: torch.cat([y, y[:, :2] * c], 1),
+    "added and taken away": lambda y, c: torch.cat([y, (y + c) - c], 1),
+    "infinite": lambda y, c: masked(added(y, c), -torch.inf),
+}
+CONSTANTS = [1.0, -1e4, 5e8, -1e9, 1.76e9, 1e11]
+BETWEEN = {
+    "same": lambda m, x: x.flatten(1),
+    "other columns": lambda m, x: x.permute(0, 2, 3, 1).flatten(1),
+    "more than zeros": lambda m, x: torch.sigmoid(x).flatten(1),
+}
+
+
+def draw_last(data: Any) -> Any:
+    name = data.draw(st.sampled_from(sorted(LAST)), "last")
+    constants = [*CONSTANTS, LARGEST] if name in ("filled", "beside") else CONSTANTS
+    constant = data.draw(st.sampled_from(constants), "constant")
+    return lambda y: LAST[name](y, constant)
+
+
+@SOME
+@given(st.data())
+def test_no_constant_in_the_outputs_hides_a_difference_or_is_one(data):
+    last = draw_last(data)
+    between = data.draw(st.sampled_from(sorted(BETWEEN)), "between")
+    model = Net(BETWEEN[between], last)
+    if between == "same":
+        assert {g.name for g in structure_groups(model, IMAGES)} == {"a", "b", "f"}
+    else:
+        with pytest.raises(UnsupportedLayerError, match="'b' gives different outputs"):
+            structure_groups(model, IMAGES)
+        assert {g.name for g in structure_groups(model, IMAGES, ("b",))} == {"a", "f"}
+
+
+@SOME
+@given(st.data())
+def test_no_constant_in_the_outputs_hides_a_difference_at_the_removal(data):
+    model, channels = Net(BETWEEN["same"], draw_last(data)), [1, 4]
+    zeros = data.draw(st.booleans(), "zeros")
+    if zeros:
+        dependency.set_to_zero(model, IMAGES, [("b", channels)])
+        dependency.remove(model, IMAGES, [("b", channels)])
+        assert model.b.out_channels == 3
+    else:
+        with pytest.raises(dependency.RemovalError, match=r"changes the outputs by \de-0[0-4] of"):
+            dependency.remove(model, IMAGES, [("b", channels)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@SOME
+@given(st.data())
+def test_a_difference_is_seen_in_each_element_by_itself(dtype, data):
+    """What depends on parameters is of a drawn size in each column, and so is what is constant."""
+    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 9999), "seed"))
+    scales = 10.0 ** torch.randint(-6, 7, (12,), generator=draw)
+    most = 1e-4 / torch.finfo(dtype).eps
+    constants = scales * most * 10.0 ** -torch.randint(9, (12,), generator=draw)
+    constants = torch.where(torch.rand(12, generator=draw) < 0.5, 0.0, constants)
+    weight, x = (torch.randn(n, 7, generator=draw).to(dtype) for n in (12, 3))
+
+    model = Columns(nn.Linear(7, 12), scales, constants).to(dtype)
+    model.layer.weight.data = weight
+    dense = running.outputs(model, x)
+    measured = running.rounding(model, x, dense)
+    order = torch.randperm(7, generator=draw)
+    model.layer.weight.data = weight[:, order]
+    regrouped = running.outputs(model, x[:, order])
+    assert running.unlike(dense, regrouped, measured, doubts=False) is None
+
+    wrong, column = dense.values[0].clone(), data.draw(st.integers(0, 11), "column")
+    wrong[1, column] += 0.1 * scales[column]
+    other = running.Outputs([wrong], dense.draws, dense.eps)
+    why = running.unlike(dense, other, measured, doubts=False)
+    assert why is not None
+    assert "changes the outputs" in why
+
+
+# ---------------------------------------------------------------------- little to compare
+
+
+def test_outputs_that_rounding_drowns_are_no_proof():
+    model = Net(BETWEEN["other columns"], lambda y: y + 1e18)
+    with pytest.raises(UnsupportedLayerError, match=r"cannot be checked: what .* is lost in round"):
+        structure_groups(model, IMAGES)
+
+
+def test_a_network_that_bears_no_other_parameters_is_compared_by_its_size():
+    """Every parameter is as it was, to its last digits, or the network refuses to run."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    before = [p.clone() for p in model.parameters()]
+
+    def strict(*_: Any) -> None:
+        assert all(map(torch.equal, model.parameters(), before))
+
+    model.register_forward_pre_hook(strict)
+    x = torch.randn(6, 5).double()
+    found = running.outputs(model, x)
+    (measured,) = running.rounding(model, x, found)
+    assert torch.equal(measured.varies, found.values[0].abs())
+    assert bool((measured.allowed >= measured.moved).all())
+    assert running.unlike(found, found, [measured], doubts=True) is None
