@@ -71,7 +71,8 @@ class Comparison:
     """What a model computes on an example, to hold what a removal leaves of it against.
 
     In double precision if the model runs in it; in evaluation mode, and also in training mode, in
-    which other parts may run, if the example can be run in it and the pass draws no random numbers.
+    which other parts may run, if the example can be run in it. Dropout and noise are at their mean
+    then; a pass that draws anything else, such as an order, is not compared.
 
     Args:
         model: the large model; stays as it is.

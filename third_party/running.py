@@ -458,17 +458,21 @@ class Watched(TorchDispatchMode):
     Args:
         counting: whether to count floating-point operations, as PyTorch's FlopCounterMode counts
             them all together, which takes several times as long for counting them by module, too.
+        average: whether dropout, and draws from common distributions, give their mean, the same
+            whatever is drawn; the first ten thousand times, as a pass may draw until it has what it
+            wants.
 
     Attributes:
-        draws: shapes of what was drawn, in order.
+        draws: shapes of what was drawn, in order, but for means.
         eps: machine epsilon of the coarsest precision that something was computed in.
         counted: floating-point operations, if they are counted: each operation's, with the
             addresses of the storages that it was given.
     """
 
-    def __init__(self, counting: bool = False) -> None:
+    def __init__(self, counting: bool = False, average: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.counting = counting
+        self.counting, self.average = counting, average
+        self._means = 0
         self.counted: list[tuple[int, list[int]]] = []
         self.draws: list[torch.Size] = []
         self.eps = 0.0
@@ -488,7 +492,13 @@ class Watched(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
             _WHOLE.add(func)
-        drawing = _draws(func)
+        drawing = _draws(func, args, kwargs)
+        mean = _mean(func, args) if drawing and self.average and self._means < 10_000 else None
+        if mean is not None:
+            self._means += 1
+            drawing = False
+            if isinstance(mean, list):  # the same operation that drops nothing
+                args = mean
         if drawing:
             torch.manual_seed(len(self.draws))
             own = kwargs.get("generator")
@@ -496,6 +506,8 @@ class Watched(TorchDispatchMode):
                 self._generators.setdefault(own, own.get_state())
                 own.manual_seed(len(self.draws))
         out = func(*args, **kwargs)
+        if isinstance(mean, Tensor):
+            out.copy_(mean)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self.eps = max(self.eps, _eps(tensor.dtype))
@@ -516,9 +528,58 @@ _WHOLE: set[Any] = {torch.ops.prim.device.default}
 """Operations that are no composition of others."""
 
 
+def _draws(operation: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation draws random numbers: an attention may, but only if it drops some."""
+    if not _may_draw(operation):
+        return False
+    place = _dropout_at(operation)
+    if place is None:
+        return True
+    given = operation._schema.arguments[place]
+    chance = args[place] if place < len(args) else kwargs.get(given.name, given.default_value)
+    return bool(chance)
+
+
 @functools.cache
-def _draws(operation: Any) -> bool:
+def _may_draw(operation: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in operation.tags
+
+
+@functools.cache
+def _dropout_at(operation: Any) -> int | None:
+    """Which argument is the share that an operation drops out by itself; ``None``: it does not."""
+    name = "p" if operation._overloadpacket is torch.ops.aten.native_dropout else "dropout"
+    names = [a.name for a in operation._schema.arguments]
+    return next((i for i, n in enumerate(names) if n in (name, f"{name}_p")), None)
+
+
+_BERNOULLI = torch.ops.aten.bernoulli.default
+
+
+def _mean(operation: Any, args: Any) -> Tensor | list[Any] | None:
+    """What an operation draws on average, or its arguments with no dropout; ``None``: unknown."""
+    aten, place = torch.ops.aten, _dropout_at(operation)
+    if place is not None:
+        return [0.0 if i == place else a for i, a in enumerate(args)]
+    packet = operation._overloadpacket
+    numbers = [float(a) for a in args[1:] if isinstance(a, int | float)]
+    first, second = (*numbers, 0.0, 1.0)[:2] if len(numbers) != 1 else (numbers[0], 1.0)
+    if isinstance(args[0], Tensor) and (packet == aten.normal or operation is _BERNOULLI):
+        return args[0].clone()
+    if operation is aten.bernoulli_.Tensor:
+        return args[1].clone()  # type: ignore[no-any-return]
+    means = {
+        aten.rand: 0.5,
+        aten.rand_like: 0.5,
+        aten.randn: 0.0,
+        aten.randn_like: 0.0,
+        aten.uniform_: (first + second) / 2,
+        aten.normal_: first,
+        aten.bernoulli_: first if numbers else 0.5,
+        aten.bernoulli: first,
+        aten.exponential_: 1 / first if first else 1.0,
+    }
+    return torch.tensor(means[packet], dtype=torch.float64) if packet in means else None
 
 
 @functools.cache
@@ -554,7 +615,7 @@ class Outputs:
 
     Attributes:
         values: all output tensors, detached.
-        draws: shapes of what the pass drew.
+        draws: shapes of what the pass drew; in training mode of what has no mean there.
         eps: machine epsilon of the coarsest precision that it computed in.
     """
 
@@ -565,8 +626,11 @@ class Outputs:
 
 @torch.no_grad()
 def outputs(model: nn.Module, example: Any, *, training: bool = False) -> Outputs:
-    """A model's outputs, with the same random draws each time; the model stays as it is."""
-    watched = Watched()
+    """A model's outputs, with the same random draws each time; the model stays as it is.
+
+    In training mode dropout and noise are at their mean: what they draw depends on the widths.
+    """
+    watched = Watched(average=training)
     given = tensors(probe(model, example, training=training, watched=watched))
     values = [t.detach().to_dense() if t.layout != torch.strided else t.detach() for t in given]
     return Outputs([t.clone() for t in values], watched.draws, watched.eps)

@@ -121,6 +121,8 @@ def inexact(
     if not groups:
         return {}
     trial = Trial(model, example, groups, build)
+    if trial.draws_in_training:
+        progress("not compared in training mode, in which the forward pass draws other than means")
     faults = {g.root: trial.unfelt(g) or trial.parts_ties(g) for g in groups}
     odd = {root: why for root, why in faults.items() if why is not None}
     while left := [g for g in groups if g.root not in odd]:
@@ -169,6 +171,10 @@ class Trial:
         example: of its inputs, on its device.
         groups: of it.
         build: gives the graph that removals go by.
+
+    Attributes:
+        draws_in_training: whether the outputs in training mode are not compared, because they
+            depend on draws other than dropout's, and uniform and normal ones, in which it is run.
     """
 
     def __init__(
@@ -205,6 +211,7 @@ class Trial:
                 self._model, self._example, self._in_training, training=True
             )
         self._runs_in_training = training is not None
+        self.draws_in_training = training is not None and bool(training.draws)
         self._silent = self._without_effect()
 
     def _copy(

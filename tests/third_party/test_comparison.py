@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from dpm_core.adapters.depgraph import structure_groups
-from dpm_core.third_party import dependency, running
+from dpm_core.third_party import dependency, running, trial
 from dpm_core.third_party.groups import UnsupportedLayerError
 
 IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(2))
@@ -137,6 +137,103 @@ def test_a_difference_is_seen_in_each_element_by_itself(dtype, data):
     why = running.unlike(dense, other, measured, doubts=False)
     assert why is not None
     assert "changes the outputs" in why
+
+
+# ---------------------------------------------------------------------- random draws in training
+
+
+def path(x: Tensor, share: float) -> Tensor:
+    """Stochastic depth: whole samples are dropped."""
+    return x * x.new_empty(len(x), 1, 1, 1).bernoulli_(1 - share).div(1 - share)
+
+
+def layer_drop(x: Tensor, share: float) -> Tensor:
+    return x if torch.rand(()) < share else F.relu(x)
+
+
+DRAWS = {
+    "dropout": lambda x, p: F.dropout(x, p),
+    "of channels": lambda x, p: F.dropout2d(x, p),
+    "alpha": lambda x, p: F.alpha_dropout(x, p),
+    "fused": lambda x, p: torch.native_dropout(x, p, True)[0],
+    "of samples": path,
+    "of layers": layer_drop,
+    "uniform noise": lambda x, p: x * (1 + p * torch.empty_like(x).uniform_(-1, 1)),
+    "normal noise": lambda x, p: x + p * torch.randn_like(x),
+    "a choice": lambda x, p: x * F.gumbel_softmax(x.new_zeros(2), tau=1 + p)[0],
+    "a matrix's": lambda x, p: F.scaled_dot_product_attention(x, x, x, dropout_p=p),
+}
+ONLY_IN_TRAINING = {
+    "nothing": lambda x: x,
+    "scaled positions": lambda x: torch.cat([x[:, :2] * 2, x[:, 2:]], 1),
+    "more than zeros": lambda x: x - 0.1,
+}
+
+
+class Training(nn.Module):
+    """A layer, and what happens to its outputs in training alone."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        for part in self.parts if self.training else ():
+            x = part(x)
+        return self.o(F.relu(self.b(x)).mean((2, 3)))
+
+
+@SOME
+@given(st.data())
+def test_no_random_draw_hides_a_difference_in_training(data):
+    share = data.draw(st.sampled_from([0.05, 0.2, 0.5]), "share")
+    names = data.draw(st.lists(st.sampled_from(sorted(DRAWS)), min_size=1, max_size=2), "draws")
+    drawing = [lambda x, f=DRAWS[n]: f(x, share) for n in names]
+    what = data.draw(st.sampled_from(sorted(ONLY_IN_TRAINING)), "what")
+    model, plan = Training(*drawing, ONLY_IN_TRAINING[what]), [("a", [0, 3])]
+    dependency.set_to_zero(model, IMAGES, plan)
+    if what == "nothing":
+        assert {g.name for g in structure_groups(model, IMAGES)} == {"a", "b"}
+        dependency.remove(model, IMAGES, plan)
+        return
+    with pytest.raises(UnsupportedLayerError, match=r"'a' gives different .* in training mode"):
+        structure_groups(model, IMAGES)
+    with pytest.raises(dependency.RemovalError, match="in training mode"):
+        dependency.remove(model, IMAGES, plan)
+
+
+def test_draws_that_have_no_mean_are_said_to_keep_training_mode_from_comparison():
+    def shuffled(x: Tensor) -> Tensor:
+        return x[torch.randperm(len(x))]
+
+    said: list[str] = []
+    model = Training(shuffled, ONLY_IN_TRAINING["scaled positions"])
+    trial.exact_groups(model, IMAGES, progress=said.append)
+    assert any("not compared in training mode" in line for line in said)
+
+
+def test_a_pass_that_draws_until_it_likes_the_numbers_comes_to_an_end():
+    def picky(x: Tensor) -> Tensor:
+        while torch.rand(()) < 0.9:
+            pass
+        return x
+
+    found = running.outputs(Training(picky), IMAGES, training=True)
+    assert found.draws
+
+
+def test_an_attention_without_dropout_draws_nothing():
+    def attend(p: float) -> list[torch.Size]:
+        part = Training(lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=p))
+        watched = running.Watched()
+        with torch.no_grad():
+            running.probe(part, IMAGES, training=True, watched=watched)
+        return watched.draws
+
+    assert not attend(0.0)
+    assert attend(0.1)
 
 
 # ---------------------------------------------------------------------- little to compare
