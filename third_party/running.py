@@ -900,28 +900,112 @@ def draw_values(model: nn.Module, example: Any, scale: float = 1.0) -> None:
 
     Norms with running statistics get those of the example, but lower means: a norm that reads
     zeros then puts out positive values, which no ReLU hides.
+
+    A network may refuse such values, or have hardly a finite output with them, as where it needs a
+    positive definite matrix. Then only PyTorch's own layers get them, else none; the others keep
+    theirs, moved by a hundredth if the network bears that.
+
+    Raises:
+        OwnError: the network does not run with its own values either.
     """
+    own = [(p, p.clone()) for p in model.parameters() if p.is_floating_point() and p.numel()]
+    layers = {p for m in model.modules() if _is_layer(m) for p in m.parameters(recurse=False)}
+    everything = {p for p, _ in own}
+    finite: float | None = None
+    for drawn, by in ((everything, 0.0), *((d, b) for d in (layers, set()) for b in (0.01, 0.0))):
+        _set_values(own, drawn, scale, by)
+        try:
+            now = _run_for_statistics(model, example)
+            if now < 1 and finite is None:
+                _set_values(own, set(), scale, 0.0)
+                finite = _run_for_statistics(model, example)
+                _set_values(own, drawn, scale, by)
+                now = _run_for_statistics(model, example)
+        except Exception as fault:
+            cause = fault
+            continue
+        if finite is None or now >= finite / 2:
+            return
+    line = (str(cause).splitlines() or [""])[0]
+    raise OwnError(
+        "the network's own forward pass fails on a copy of it, with its own parameters, in "
+        f"evaluation mode, on some of the example ({type(cause).__name__}: {line}). Give an "
+        "example, or the network in a state, with which it runs"
+    ) from cause
+
+
+class OwnError(AdapterError):
+    """A network fails by itself, whatever is removed from it."""
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+@torch.no_grad()
+def _set_values(
+    own: Sequence[tuple[nn.Parameter, Tensor]], drawn: set[nn.Parameter], scale: float, by: float
+) -> None:
+    """Draw the values of some parameters; the others get their own, moved by a share of each."""
     draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in model.parameters():
-            if not tensor.is_floating_point() or not tensor.numel():
-                continue
-            if tensor.dim() > 1:
-                size = scale * (2 / tensor[0].numel()) ** 0.5
-                drawn = size * torch.randn(tensor.shape, generator=draw)
-            else:
-                drawn = torch.rand(tensor.shape, generator=draw) + 0.5
-            tensor.copy_(drawn)
+    for parameter, value in own:
+        if parameter.dim() > 1:
+            size = scale * (2 / parameter[0].numel()) ** 0.5
+            new = size * torch.randn(parameter.shape, generator=draw)
+        else:
+            new = torch.rand(parameter.shape, generator=draw) + 0.5
+        parameter.copy_(new if parameter in drawn else value)
+        if by and parameter not in drawn:
+            noise = 2 * torch.rand(parameter.shape, generator=draw) - 1
+            parameter.mul_(1 + by * noise.to(parameter))
+
+
+def _run_for_statistics(model: nn.Module, example: Any) -> float:
+    """Run a model, of which norms take the statistics; returns which share of it is finite."""
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    if not norms:
-        return
     hooks = [m.register_forward_pre_hook(_take_statistics) for m in norms]
+    kept = parts(model)
     try:
-        with torch.no_grad(), evaluating(model), same_draws(), Watched():
-            call(model, example)
+        with torch.no_grad(), evaluating(model), same_draws(), as_written(), Watched():
+            found = [t for t in tensors(call(model, example)) if _real(t)]
     finally:
+        put_back(kept)
         for hook in hooks:
             hook.remove()
+    number = sum(t.numel() for t in found)
+    return sum(int(t.isfinite().sum()) for t in found) / number if number else 1.0
+
+
+def settle(model: nn.Module, example: Any) -> list[str]:
+    """Let a model have what it keeps from one call to the next, as after training.
+
+    Parameters and the statistics of norms stay.
+
+    Returns:
+        Names of the attributes that keep tensors.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _NormBase)]
+    values = [(b, b.clone()) for m in norms for b in m.buffers(recurse=False)]
+    before = {(n, k): v for n, m in model.named_modules() for k, v in vars(m).items()}
+    for training in (True, False):
+        kept = parts(model)
+        quiet = in_mode(model, training), same_draws(), fast_path_off(), as_written()
+        try:
+            with ExitStack() as stack:
+                for context in (*quiet, Watched(average=training), torch.no_grad()):
+                    stack.enter_context(context)
+                call(model, example)
+        except Exception:  # a mode that the example does not allow
+            put_back(kept)
+    with torch.no_grad():
+        for buffer, value in values:
+            buffer.copy_(value)
+    return [
+        f"{n}.{k}" if n else k
+        for n, m in model.named_modules()
+        for k, v in vars(m).items()
+        if v is not before.get((n, k)) and tensors([v])
+    ]
 
 
 def _take_statistics(norm: nn.Module, given: tuple[Tensor, ...]) -> None:

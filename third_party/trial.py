@@ -231,6 +231,7 @@ class Trial:
         self._example = running.doubled(example) if double else example
         self._own = {id(s.parameter): copies[id(s.parameter)] for g in groups for s in g.shares}
         running.draw_values(self._model, self._example)
+        self._keeps = running.settle(self._model, self._example)
         self._dense = running.outputs(self._model, self._example)
 
     def _without_effect(self) -> set[nn.Module]:
@@ -283,12 +284,16 @@ class Trial:
             if self._runs_in_training and subset is _anywhere:
                 in_training = running.outputs(self._model, self._example, training=True)
         except Exception as cause:  # whatever the removal of other channels than these breaks
-            line = (str(cause).splitlines() or [type(cause).__name__])[0]
-            return f"cannot be removed ({type(cause).__name__}: {line})"
+            keeps = ", ".join(map(repr, self._keeps[:4])) + (", ..." if self._keeps[4:] else "")
+            state = f"; the model keeps {keeps} from call to call, maybe as wide" if keeps else ""
+            return f"cannot be removed ({_line(cause)}{state})"
         finally:
             running.put_back(kept)
         with self._at_zero(groups, chosen):
-            zeroed = running.outputs(self._model, self._example)
+            try:
+                zeroed = running.outputs(self._model, self._example)
+            except Exception as cause:  # a network that wants values other than zero
+                return f"cannot run with channels at zero ({_line(cause)})"
             why = running.unlike(zeroed, removed, self._rounding, doubts=True)
             if why is None and self._in_training is not None and subset is _anywhere:
                 other = running.outputs(self._model, self._example, training=True)
@@ -359,6 +364,10 @@ class Trial:
         finally:
             for parameter, value in values:
                 parameter.copy_(value)
+
+
+def _line(cause: Exception) -> str:
+    return f"{type(cause).__name__}: {(str(cause).splitlines() or [type(cause).__name__])[0]}"
 
 
 def _seeded(root: str) -> torch.Generator:

@@ -260,3 +260,151 @@ def test_a_network_that_bears_no_other_parameters_is_compared_by_its_size():
     assert torch.equal(measured.varies, found.values[0].abs())
     assert bool((measured.allowed >= measured.moved).all())
     assert running.unlike(found, found, [measured], doubts=True) is None
+
+
+# ---------------------------------------------------------------------- values and what is kept
+
+
+def symmetric(p: Tensor) -> Tensor:
+    assert torch.allclose(p, p.T)
+    return torch.linalg.eigh(p).eigenvectors
+
+
+def shares(p: Tensor) -> Tensor:
+    assert torch.allclose(p.sum(0), torch.ones(3).to(p))
+    return p
+
+
+def positive(p: Tensor) -> Tensor:
+    assert bool((p >= 0).all())
+    return p
+
+
+DEMANDS = {
+    "positive definite": torch.linalg.cholesky,
+    "not negative": positive,
+    "a root": torch.sqrt,
+    "a scale": lambda p: torch.distributions.Normal(0.0, p + 1e-3).variance,
+    "symmetric": symmetric,
+    "shares": shares,
+}
+
+
+class Demanding(nn.Module):
+    """A parameter of which not all values will do."""
+
+    def __init__(self, demands: Any, between: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.p = nn.Parameter(torch.eye(3))
+        self.norm = nn.BatchNorm1d(8)
+        self.demands, self.between = demands, between
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.between(F.relu(self.norm(self.a(x)))))
+        for demand in self.demands:
+            p = demand(self.p)
+        return self.o(F.relu(y)) @ p
+
+
+@SOME
+@given(st.data())
+def test_a_network_that_refuses_drawn_values_is_tried_out_with_its_own(data):
+    names = data.draw(st.lists(st.sampled_from(sorted(DEMANDS)), min_size=1), "demands")
+    right = data.draw(st.booleans(), "right")
+    model = Demanding([DEMANDS[n] for n in names], (lambda x: x) if right else torch.sigmoid)
+    example, plan = torch.randn(5, 6), [("a", [0, 3])]
+    assert running.outputs(model, example).values[0].isfinite().all()
+    if right:
+        assert {g.name for g in structure_groups(model, example)} == {"a", "b"}
+        dependency.cut(model, example, plan)
+        assert model.a.out_features == 6
+        return
+    with pytest.raises(UnsupportedLayerError, match="'a' gives different outputs"):
+        structure_groups(model, example)
+
+
+def test_drawn_values_stay_wherever_the_network_bears_them():
+    model = Demanding([DEMANDS["symmetric"]], torch.relu)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    running.draw_values(model, torch.randn(5, 6))
+    near = {n for n, p in model.named_parameters() if (p - before[n]).abs().max() <= 0.011}
+    assert near == {"p"}
+
+
+def test_what_is_wrong_with_the_network_itself_is_said_to_be_its_own():
+    def broken(_: Tensor) -> Tensor:
+        raise ValueError("no such table")
+
+    with pytest.raises(running.OwnError, match=r"own forward pass.*\(ValueError: no such table\)"):
+        running.draw_values(Demanding([broken], torch.relu), torch.randn(5, 6))
+
+
+class Keeping(nn.Module):
+    """Something is kept from one call for the next one."""
+
+    def __init__(self, keep: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.kept: Tensor | None = None
+        self.register_buffer("number", torch.zeros(()))
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(F.relu(self.b(self.keep(self, F.relu(self.a(x))))))
+
+
+def features(m: Keeping, x: Tensor) -> Tensor:
+    last, m.kept = m.kept, x.detach()
+    return x if last is None else x + 0.5 * last[: len(x)]
+
+
+def in_training(m: Keeping, x: Tensor) -> Tensor:
+    return features(m, x) if m.training else x
+
+
+def mean(m: Keeping, x: Tensor) -> Tensor:
+    last = x.detach().mean(0) if m.kept is None else m.kept
+    m.kept = 0.9 * last + 0.1 * x.detach().mean(0)
+    return x - m.kept
+
+
+def table(m: Keeping, x: Tensor) -> Tensor:
+    if m.kept is None:
+        m.kept = torch.arange(x.shape[1]).to(x) + 1
+    return x * m.kept
+
+
+def centre(m: Keeping, x: Tensor) -> Tensor:
+    if m.training:
+        m.number.mul_(0.5).add_(0.5 * x.detach().mean())
+    return x - m.number
+
+
+def shown(m: Keeping, x: Tensor) -> Tensor:
+    m.kept = x
+    return x
+
+
+def counted(m: Keeping, x: Tensor) -> Tensor:
+    m.number.add_(1)
+    return x * (1 + 1 / m.number)
+
+
+KEPT = {
+    **dict.fromkeys((features, in_training, mean, table), "'a' cannot be removed .*keeps 'kept'"),
+    centre: "'a' gives different outputs",
+    **dict.fromkeys((shown, counted)),
+}
+
+
+@pytest.mark.parametrize("keep", KEPT, ids=lambda f: f.__name__)
+def test_what_is_kept_between_calls_is_there_when_a_removal_is_tried_out(keep):
+    model, example = Keeping(keep), torch.randn(4, 6)
+    if KEPT[keep] is None:
+        assert {g.name for g in structure_groups(model, example)} == {"a", "b"}
+    else:
+        with pytest.raises(UnsupportedLayerError, match=KEPT[keep]):
+            structure_groups(model, example)
+    assert model.kept is None
+    assert not model.number
