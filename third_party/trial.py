@@ -310,21 +310,32 @@ class Trial:
         The words follow those of :meth:`unlike`.
         """
         chosen = {group.root: subset(group.structures, _seeded(group.root))}
+        for training in (False, True) if self._runs_in_training else (False,):
+            why = self._parting(group, chosen, training)
+            if why is not None:
+                return f": {why}" + (", in training mode" if training else "")
+        return REASONS
+
+    def _parting(
+        self, group: UpstreamGroup, chosen: dict[str, list[int]], training: bool
+    ) -> str | None:
         with parting.followed(self._model) as removed:
             kept = running.parts(self._model)
             try:
                 self._remove([group], chosen)
                 removed.clear()
-                running.outputs(self._model, self._example)
+                running.outputs(self._model, self._example, training=training)
             except Exception:  # as it is reported
                 if not removed:
-                    return REASONS
+                    return None
             finally:
                 running.put_back(kept)
         with parting.followed(self._model) as zeroed, self._at_zero([group], chosen):
-            running.outputs(self._model, self._example)
-        why = parting.cause(self._model, zeroed, removed)
-        return REASONS if why is None else f": {why}"
+            try:
+                running.outputs(self._model, self._example, training=training)
+            except Exception:  # as it is reported
+                return None
+        return parting.cause(self._model, zeroed, removed)
 
     def _remove(self, groups: Sequence[UpstreamGroup], chosen: dict[str, list[int]]) -> None:
         with graph.upstream(self._model):
