@@ -277,16 +277,17 @@ class Trial:
         The words follow the groups' names.
         """
         chosen = {g.root: subset(g.structures, _seeded(g.root)) for g in groups}
-        kept = running.parts(self._model)
+        kept, mode = running.parts(self._model), ""
         try:
             self._remove(groups, chosen)
             removed = running.outputs(self._model, self._example)
             if self._runs_in_training and subset is _anywhere:
+                mode = ", in training mode"
                 in_training = running.outputs(self._model, self._example, training=True)
         except Exception as cause:  # whatever the removal of other channels than these breaks
             keeps = ", ".join(map(repr, self._keeps[:4])) + (", ..." if self._keeps[4:] else "")
             state = f"; the model keeps {keeps} from call to call, maybe as wide" if keeps else ""
-            return f"cannot be removed ({_line(cause)}{state})"
+            return f"cannot be removed ({_line(cause)}{state}){mode}"
         finally:
             running.put_back(kept)
         with self._at_zero(groups, chosen):
@@ -313,7 +314,7 @@ class Trial:
         for training in (False, True) if self._runs_in_training else (False,):
             why = self._parting(group, chosen, training)
             if why is not None:
-                return f": {why}" + (", in training mode" if training else "")
+                return f": {why}"
         return REASONS
 
     def _parting(
