@@ -71,7 +71,8 @@ class Comparison:
     """What a model computes on an example, to hold what a removal leaves of it against.
 
     In double precision if the model runs in it; in evaluation mode, and also in training mode, in
-    which other parts may run, if the example can be run in it and the pass draws no random numbers.
+    which other parts may run, if the example can be run in it. Dropout and noise are at their mean
+    then; a pass that draws anything else, such as an order, is not compared.
 
     Args:
         model: the large model; stays as it is.
@@ -357,12 +358,12 @@ def survivors(
         return dict(trial.named_parameters(remove_duplicate=False))
 
     shapes = {n: p.shape for n, p in parameters().items()}
-    dtypes = {n: p.dtype for n, p in parameters().items()}
+    values = {n: p.detach().clone() for n, p in parameters().items()}
     codes = {n: torch.arange(shape.numel()).view(shape).double() for n, shape in shapes.items()}
     for part in separate(plan):
         for name, parameter in parameters().items():  # positions as weights would overflow
             parameter.grad = None
-            parameter.data = torch.zeros_like(codes[name], dtype=dtypes[name]).to(parameter.device)
+            parameter.data = values[name].flatten()[codes[name].long().to(parameter.device)]
         built = _fitting(build, part)(trial, example)
         for name, parameter in parameters().items():
             parameter.data = codes[name].to(parameter.device)  # exact to 2^53

@@ -165,6 +165,11 @@ class Tracing:
     def _traceable(self, outputs: Any) -> list[Tensor]:
         """The outputs that upstream can trace, each once."""
         traceable = {t.grad_fn: t for t in running.tensors(outputs) if t.grad_fn is not None}
+        if not traceable and torch.is_inference_mode_enabled():
+            raise UnsupportedLayerError(
+                "channels cannot be traced within torch.inference_mode(), which keeps no "
+                "gradients; do this outside of it"
+            )
         if not traceable:
             raise UnsupportedLayerError(
                 "no output of the model depends on its parameters, so its channels cannot be "

@@ -36,7 +36,9 @@ from .errors import AdapterError
 TIMES = 10.0
 """Outputs may differ by this times the measured rounding: a removal regroups sums. Ours."""
 FLOOR = 1e-8
-"""Outputs may always differ by this share of their size, in double precision. Ours."""
+"""An element of the outputs may always differ by this share of what it varies by. Ours."""
+SHARE = 1e-4
+"""As far as this share, rounding measured in one element is allowed in all. Ours."""
 HOPELESS = 0.1
 """If rounding alone may move outputs by this share, comparing them says nothing. Ours."""
 
@@ -456,17 +458,21 @@ class Watched(TorchDispatchMode):
     Args:
         counting: whether to count floating-point operations, as PyTorch's FlopCounterMode counts
             them all together, which takes several times as long for counting them by module, too.
+        average: whether dropout, and draws from common distributions, give their mean, the same
+            whatever is drawn; the first ten thousand times, as a pass may draw until it has what it
+            wants.
 
     Attributes:
-        draws: shapes of what was drawn, in order.
+        draws: shapes of what was drawn, in order, but for means.
         eps: machine epsilon of the coarsest precision that something was computed in.
         counted: floating-point operations, if they are counted: each operation's, with the
             addresses of the storages that it was given.
     """
 
-    def __init__(self, counting: bool = False) -> None:
+    def __init__(self, counting: bool = False, average: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.counting = counting
+        self.counting, self.average = counting, average
+        self._means = 0
         self.counted: list[tuple[int, list[int]]] = []
         self.draws: list[torch.Size] = []
         self.eps = 0.0
@@ -486,7 +492,13 @@ class Watched(TorchDispatchMode):
             if parts is not NotImplemented:
                 return parts
             _WHOLE.add(func)
-        drawing = _draws(func)
+        drawing = _draws(func, args, kwargs)
+        mean = _mean(func, args) if drawing and self.average and self._means < 10_000 else None
+        if mean is not None:
+            self._means += 1
+            drawing = False
+            if isinstance(mean, list):  # the same operation that drops nothing
+                args = mean
         if drawing:
             torch.manual_seed(len(self.draws))
             own = kwargs.get("generator")
@@ -494,6 +506,8 @@ class Watched(TorchDispatchMode):
                 self._generators.setdefault(own, own.get_state())
                 own.manual_seed(len(self.draws))
         out = func(*args, **kwargs)
+        if isinstance(mean, Tensor):
+            out.copy_(mean)
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor):
                 self.eps = max(self.eps, _eps(tensor.dtype))
@@ -514,9 +528,58 @@ _WHOLE: set[Any] = {torch.ops.prim.device.default}
 """Operations that are no composition of others."""
 
 
+def _draws(operation: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operation draws random numbers: an attention may, but only if it drops some."""
+    if not _may_draw(operation):
+        return False
+    place = _dropout_at(operation)
+    if place is None:
+        return True
+    given = operation._schema.arguments[place]
+    chance = args[place] if place < len(args) else kwargs.get(given.name, given.default_value)
+    return bool(chance)
+
+
 @functools.cache
-def _draws(operation: Any) -> bool:
+def _may_draw(operation: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in operation.tags
+
+
+@functools.cache
+def _dropout_at(operation: Any) -> int | None:
+    """Which argument is the share that an operation drops out by itself; ``None``: it does not."""
+    name = "p" if operation._overloadpacket is torch.ops.aten.native_dropout else "dropout"
+    names = [a.name for a in operation._schema.arguments]
+    return next((i for i, n in enumerate(names) if n in (name, f"{name}_p")), None)
+
+
+_BERNOULLI = torch.ops.aten.bernoulli.default
+
+
+def _mean(operation: Any, args: Any) -> Tensor | list[Any] | None:
+    """What an operation draws on average, or its arguments with no dropout; ``None``: unknown."""
+    aten, place = torch.ops.aten, _dropout_at(operation)
+    if place is not None:
+        return [0.0 if i == place else a for i, a in enumerate(args)]
+    packet = operation._overloadpacket
+    numbers = [float(a) for a in args[1:] if isinstance(a, int | float)]
+    first, second = (*numbers, 0.0, 1.0)[:2] if len(numbers) != 1 else (numbers[0], 1.0)
+    if isinstance(args[0], Tensor) and (packet == aten.normal or operation is _BERNOULLI):
+        return args[0].clone()
+    if operation is aten.bernoulli_.Tensor:
+        return args[1].clone()  # type: ignore[no-any-return]
+    means = {
+        aten.rand: 0.5,
+        aten.rand_like: 0.5,
+        aten.randn: 0.0,
+        aten.randn_like: 0.0,
+        aten.uniform_: (first + second) / 2,
+        aten.normal_: first,
+        aten.bernoulli_: first if numbers else 0.5,
+        aten.bernoulli: first,
+        aten.exponential_: 1 / first if first else 1.0,
+    }
+    return torch.tensor(means[packet], dtype=torch.float64) if packet in means else None
 
 
 @functools.cache
@@ -552,7 +615,7 @@ class Outputs:
 
     Attributes:
         values: all output tensors, detached.
-        draws: shapes of what the pass drew.
+        draws: shapes of what the pass drew; in training mode of what has no mean there.
         eps: machine epsilon of the coarsest precision that it computed in.
     """
 
@@ -563,8 +626,11 @@ class Outputs:
 
 @torch.no_grad()
 def outputs(model: nn.Module, example: Any, *, training: bool = False) -> Outputs:
-    """A model's outputs, with the same random draws each time; the model stays as it is."""
-    watched = Watched()
+    """A model's outputs, with the same random draws each time; the model stays as it is.
+
+    In training mode dropout and noise are at their mean: what they draw depends on the widths.
+    """
+    watched = Watched(average=training)
     given = tensors(probe(model, example, training=training, watched=watched))
     values = [t.detach().to_dense() if t.layout != torch.strided else t.detach() for t in given]
     return Outputs([t.clone() for t in values], watched.draws, watched.eps)
@@ -642,22 +708,84 @@ def doubled(example: Any) -> Any:
 _PLACES = 1000
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding does to an output, and how much of it depends on the parameters.
+
+    Both are measured for each element by itself: one that holds a large constant, as masked logits
+    and time stamps do, says nothing of the others.
+
+    Attributes:
+        moved: how far an element moves if every parameter moves by its last digit; its own last
+            digit at least.
+        varies: how far it would move if every parameter moved by its whole size. That is the size
+            of the element without what is constant in it; 0 if all of it is.
+        size: the magnitude of each element.
+    """
+
+    moved: Tensor
+    varies: Tensor
+    size: Tensor
+
+    @functools.cached_property
+    def allowed(self) -> Tensor:
+        """By how much rounding may change each element when a removal regroups sums.
+
+        One measurement may happen to leave an element where it is, so the largest movement of all
+        elements holds for each, as far as it is a small share of what the element varies by. What
+        is small, the typical element tells.
+        """
+        moved, varying = TIMES * self.moved, self.varies > 0
+        some = self.varies[varying]
+        if not some.numel():
+            return moved
+        share = max(SHARE, float((moved[varying] / some).median()))
+        # An element may happen to vary by little; if it is small as well, that is no chance.
+        least = self.size.minimum(some.kthvalue(1 + len(some) // 10).values)
+        others = (share * self.varies.maximum(least)).clamp(max=moved[varying].max())
+        return torch.maximum(torch.where(varying, others, 0.0), moved).maximum(FLOOR * self.varies)
+
+
 @torch.no_grad()
 def rounding(
     model: nn.Module, example: Any, given: Outputs, *, training: bool = False
-) -> list[float]:
+) -> list[Rounding]:
     """What rounding does to each of a model's outputs.
 
-    Every parameter is moved by its last digit, up or down, and put back.
+    Every parameter is moved, up or down, and put back: by its last digit, and by a tenth (by less
+    where the model does not bear that, or puts out other infinities).
 
     Args:
         model: in the precision of the comparison.
         example: of its inputs.
         given: its :func:`outputs` for the example, in the same mode.
         training: the mode.
+    """
+    moved = _moved(model, example, 0.0, given, training)
+    varied = None
+    for by in _STEPS:
+        varied = _moved(model, example, by, given, training)
+        if varied is not None and all(map(_finite_alike, given.values, varied)):
+            break
+        varied = None
+    found: list[Rounding] = []
+    for i, value in enumerate(given.values):
+        size = sizes(value)
+        change = torch.zeros_like(size) if moved is None else _apart(value, moved[i])
+        varies = size if varied is None else _apart(value, varied[i]) / by
+        found.append(Rounding(change.maximum(size * given.eps), varies, size))
+    return found
 
-    Returns:
-        The largest change of each output, where both are finite.
+
+_STEPS = (0.1, 1e-3, 1e-6)
+
+
+def _moved(
+    model: nn.Module, example: Any, by: float, given: Outputs, training: bool
+) -> list[Tensor] | None:
+    """Outputs with every parameter moved by a share of it, or its last digit if that is more.
+
+    ``None`` where the model does not run so, or gives another number of outputs.
     """
     draw = torch.Generator().manual_seed(1)
     kept = [(p, p.clone()) for p in model.parameters() if _real(p)]
@@ -670,19 +798,22 @@ def rounding(
         for parameter, value in kept:
             kind = value.device, value.dtype
             if kind not in rows:
-                rows[kind] = signs.to(*kind) * max(given.eps, torch.finfo(value.dtype).eps)
+                rows[kind] = signs.to(*kind)
             place = int(torch.randint(_PLACES, (), generator=draw))
             row = rows[kind][place : place + value.numel()]
-            parameter.addcmul_(value, row.view(value.shape))
-        moved = outputs(model, example, training=training)
+            share = max(by, given.eps, torch.finfo(value.dtype).eps)
+            parameter.addcmul_(value, row.view(value.shape), value=share)
+        values = outputs(model, example, training=training).values
+        return values if len(values) == len(given.values) else None
+    except Exception:  # a network that wants a sum of one, say
+        return None
     finally:
         for parameter, value in kept:
             parameter.copy_(value)
-    return [_apart(a, b) for a, b in zip(given.values, moved.values, strict=False)]
 
 
 def unlike(
-    before: Outputs, after: Outputs, rounding: Sequence[float], *, doubts: bool
+    before: Outputs, after: Outputs, rounding: Sequence[Rounding], *, doubts: bool
 ) -> str | None:
     """How outputs differ by more than rounding, in words that follow "its removal"; or ``None``.
 
@@ -699,24 +830,35 @@ def unlike(
     numbers = [t for t in before.values if _real(t)]
     if numbers and not any(bool(t.isfinite().any()) for t in numbers):
         return "cannot be checked: no output of the model is finite"
-    for one, other, moved in zip(before.values, after.values, rounding, strict=True):
+    felt = not numbers
+    for one, other, measured in zip(before.values, after.values, rounding, strict=True):
         if not _real(one):
             if before.eps < 1e-12 and not torch.equal(one, other):  # else rounding may decide
                 return "changes an output of whole numbers"
             continue
         if not torch.equal(one.isfinite(), other.isfinite()):
             return "makes finite outputs infinite, or infinite ones finite"
-        large, off, allowed = size(one), _apart(one, other), TIMES * moved
-        if off > max(allowed, FLOOR * large):
-            share = f"{off / large:.0e} of their size" if large > 0 else f"{off:.0e} from zero"
+        off, allowed, varies = _apart(one, other), measured.allowed, measured.varies
+        wrong = off > allowed
+        if bool(wrong.any()):
+            # A constant in an element is none of its size.
+            large = min(float(varies[wrong].max()), size(one[wrong]))
+            most = float(off[wrong].max())
+            share = f"{most / large:.0e} of their size" if large > 0 else f"{most:.0e} from zero"
             drawn = before.draws != after.draws
             draws = "; the forward pass draws random numbers by its channels" if drawn else ""
             return f"changes the outputs by {share}{draws}"
-        if doubts and allowed > HOPELESS * large:
+        # What varies by no more than its last digits is constant.
+        real = varies > 1000 * before.eps * measured.size
+        hopeless = TIMES * measured.moved[real] > HOPELESS * varies[real]
+        felt = felt or bool(real.any())
+        if doubts and 2 * int(hopeless.sum()) > len(hopeless):
             return (
-                f"cannot be checked: rounding alone may move the outputs by {allowed:.0e}, and "
-                f"they are no larger than {large:.0e}"
+                f"cannot be checked: rounding alone may move the outputs by {allowed.max():.0e}, "
+                f"and they vary by no more than {varies.max():.0e}"
             )
+    if doubts and not felt:
+        return "cannot be checked: what the parameters do to the outputs is lost in rounding"
     return None
 
 
@@ -724,11 +866,25 @@ def _real(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
-    if one.shape != other.shape or not one.numel() or not _real(one):
-        return 0.0
-    both = one.isfinite() & other.isfinite()
-    return float((one - other)[both].abs().max()) if bool(both.any()) else 0.0
+def sizes(tensor: Tensor) -> Tensor:
+    """The magnitude of each element; 0 where it is not finite, or no floating-point number."""
+    if not _real(tensor):
+        return torch.zeros_like(tensor, dtype=torch.float32)
+    small = tensor.is_floating_point() and tensor.element_size() < 4
+    return torch.where(tensor.isfinite(), (tensor.float() if small else tensor).abs(), 0.0)
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """The difference of each element; 0 where it is not finite in both, or shapes differ."""
+    if one.shape != other.shape or not _real(one):
+        return torch.zeros_like(sizes(one))
+    small = one.is_floating_point() and one.element_size() < 4
+    off = (one.float() - other.float() if small else one - other).abs()
+    return torch.where(one.isfinite() & other.isfinite(), off, 0.0)
+
+
+def _finite_alike(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.isfinite(), other.isfinite())  # also says whether shapes differ
 
 
 def size(tensor: Tensor) -> float:
@@ -744,28 +900,112 @@ def draw_values(model: nn.Module, example: Any, scale: float = 1.0) -> None:
 
     Norms with running statistics get those of the example, but lower means: a norm that reads
     zeros then puts out positive values, which no ReLU hides.
+
+    A network may refuse such values, or have hardly a finite output with them, as where it needs a
+    positive definite matrix. Then only PyTorch's own layers get them, else none; the others keep
+    theirs, moved by a hundredth if the network bears that.
+
+    Raises:
+        OwnError: the network does not run with its own values either.
     """
+    own = [(p, p.clone()) for p in model.parameters() if p.is_floating_point() and p.numel()]
+    layers = {p for m in model.modules() if _is_layer(m) for p in m.parameters(recurse=False)}
+    everything = {p for p, _ in own}
+    finite: float | None = None
+    for drawn, by in ((everything, 0.0), *((d, b) for d in (layers, set()) for b in (0.01, 0.0))):
+        _set_values(own, drawn, scale, by)
+        try:
+            now = _run_for_statistics(model, example)
+            if now < 1 and finite is None:
+                _set_values(own, set(), scale, 0.0)
+                finite = _run_for_statistics(model, example)
+                _set_values(own, drawn, scale, by)
+                now = _run_for_statistics(model, example)
+        except Exception as fault:
+            cause = fault
+            continue
+        if finite is None or now >= finite / 2:
+            return
+    line = (str(cause).splitlines() or [""])[0]
+    raise OwnError(
+        "the network's own forward pass fails on a copy of it, with its own parameters, in "
+        f"evaluation mode, on some of the example ({type(cause).__name__}: {line}). Give an "
+        "example, or the network in a state, with which it runs"
+    ) from cause
+
+
+class OwnError(AdapterError):
+    """A network fails by itself, whatever is removed from it."""
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+@torch.no_grad()
+def _set_values(
+    own: Sequence[tuple[nn.Parameter, Tensor]], drawn: set[nn.Parameter], scale: float, by: float
+) -> None:
+    """Draw the values of some parameters; the others get their own, moved by a share of each."""
     draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in model.parameters():
-            if not tensor.is_floating_point() or not tensor.numel():
-                continue
-            if tensor.dim() > 1:
-                size = scale * (2 / tensor[0].numel()) ** 0.5
-                drawn = size * torch.randn(tensor.shape, generator=draw)
-            else:
-                drawn = torch.rand(tensor.shape, generator=draw) + 0.5
-            tensor.copy_(drawn)
+    for parameter, value in own:
+        if parameter.dim() > 1:
+            size = scale * (2 / parameter[0].numel()) ** 0.5
+            new = size * torch.randn(parameter.shape, generator=draw)
+        else:
+            new = torch.rand(parameter.shape, generator=draw) + 0.5
+        parameter.copy_(new if parameter in drawn else value)
+        if by and parameter not in drawn:
+            noise = 2 * torch.rand(parameter.shape, generator=draw) - 1
+            parameter.mul_(1 + by * noise.to(parameter))
+
+
+def _run_for_statistics(model: nn.Module, example: Any) -> float:
+    """Run a model, of which norms take the statistics; returns which share of it is finite."""
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    if not norms:
-        return
     hooks = [m.register_forward_pre_hook(_take_statistics) for m in norms]
+    kept = parts(model)
     try:
-        with torch.no_grad(), evaluating(model), same_draws(), Watched():
-            call(model, example)
+        with torch.no_grad(), evaluating(model), same_draws(), as_written(), Watched():
+            found = [t for t in tensors(call(model, example)) if _real(t)]
     finally:
+        put_back(kept)
         for hook in hooks:
             hook.remove()
+    number = sum(t.numel() for t in found)
+    return sum(int(t.isfinite().sum()) for t in found) / number if number else 1.0
+
+
+def settle(model: nn.Module, example: Any) -> list[str]:
+    """Let a model have what it keeps from one call to the next, as after training.
+
+    Parameters and the statistics of norms stay.
+
+    Returns:
+        Names of the attributes that keep tensors.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _NormBase)]
+    values = [(b, b.clone()) for m in norms for b in m.buffers(recurse=False)]
+    before = {(n, k): v for n, m in model.named_modules() for k, v in vars(m).items()}
+    for training in (True, False):
+        kept = parts(model)
+        quiet = in_mode(model, training), same_draws(), fast_path_off(), as_written()
+        try:
+            with ExitStack() as stack:
+                for context in (*quiet, Watched(average=training), torch.no_grad()):
+                    stack.enter_context(context)
+                call(model, example)
+        except Exception:  # a mode that the example does not allow
+            put_back(kept)
+    with torch.no_grad():
+        for buffer, value in values:
+            buffer.copy_(value)
+    return [
+        f"{n}.{k}" if n else k
+        for n, m in model.named_modules()
+        for k, v in vars(m).items()
+        if v is not before.get((n, k)) and tensors([v])
+    ]
 
 
 def _take_statistics(norm: nn.Module, given: tuple[Tensor, ...]) -> None:

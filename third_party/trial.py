@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -120,6 +121,8 @@ def inexact(
     if not groups:
         return {}
     trial = Trial(model, example, groups, build)
+    if trial.draws_in_training:
+        progress("not compared in training mode, in which the forward pass draws other than means")
     faults = {g.root: trial.unfelt(g) or trial.parts_ties(g) for g in groups}
     odd = {root: why for root, why in faults.items() if why is not None}
     while left := [g for g in groups if g.root not in odd]:
@@ -168,6 +171,10 @@ class Trial:
         example: of its inputs, on its device.
         groups: of it.
         build: gives the graph that removals go by.
+
+    Attributes:
+        draws_in_training: whether the outputs in training mode are not compared, because they
+            depend on draws other than dropout's, and uniform and normal ones, in which it is run.
     """
 
     def __init__(
@@ -185,7 +192,11 @@ class Trial:
             example = running.shortened(model, example, ROWS)
             self._copy(model, example, groups, build, running.Precision(model, example).double)
         dense, again = self._dense, running.outputs(self._model, self._example)
-        little = [100 * dense.eps * running.size(t) for t in dense.values]
+        self._rounding = running.rounding(self._model, self._example, dense)
+        # Not as measured: if passes differ, that is in the measurement.
+        little = [
+            replace(measured, moved=10 * dense.eps * measured.size) for measured in self._rounding
+        ]
         differs = running.unlike(dense, again, little, doubts=False)
         if differs is not None and "finite" not in differs:
             raise UnsupportedLayerError(
@@ -193,7 +204,6 @@ class Trial:
                 "can be said of a removal; give it in a state in which it answers the same example "
                 "alike"
             )
-        self._rounding = running.rounding(self._model, self._example, dense)
         training = running.outputs_in_training(self._model, self._example)
         self._in_training = None if training is None or training.draws else training
         if self._in_training is not None:
@@ -201,6 +211,7 @@ class Trial:
                 self._model, self._example, self._in_training, training=True
             )
         self._runs_in_training = training is not None
+        self.draws_in_training = training is not None and bool(training.draws)
         self._silent = self._without_effect()
 
     def _copy(
@@ -220,6 +231,7 @@ class Trial:
         self._example = running.doubled(example) if double else example
         self._own = {id(s.parameter): copies[id(s.parameter)] for g in groups for s in g.shares}
         running.draw_values(self._model, self._example)
+        self._keeps = running.settle(self._model, self._example)
         self._dense = running.outputs(self._model, self._example)
 
     def _without_effect(self) -> set[nn.Module]:
@@ -265,19 +277,24 @@ class Trial:
         The words follow the groups' names.
         """
         chosen = {g.root: subset(g.structures, _seeded(g.root)) for g in groups}
-        kept = running.parts(self._model)
+        kept, mode = running.parts(self._model), ""
         try:
             self._remove(groups, chosen)
             removed = running.outputs(self._model, self._example)
             if self._runs_in_training and subset is _anywhere:
+                mode = ", in training mode"
                 in_training = running.outputs(self._model, self._example, training=True)
         except Exception as cause:  # whatever the removal of other channels than these breaks
-            line = (str(cause).splitlines() or [type(cause).__name__])[0]
-            return f"cannot be removed ({type(cause).__name__}: {line})"
+            keeps = ", ".join(map(repr, self._keeps[:4])) + (", ..." if self._keeps[4:] else "")
+            state = f"; the model keeps {keeps} from call to call, maybe as wide" if keeps else ""
+            return f"cannot be removed ({_line(cause)}{state}){mode}"
         finally:
             running.put_back(kept)
         with self._at_zero(groups, chosen):
-            zeroed = running.outputs(self._model, self._example)
+            try:
+                zeroed = running.outputs(self._model, self._example)
+            except Exception as cause:  # a network that wants values other than zero
+                return f"cannot run with channels at zero ({_line(cause)})"
             why = running.unlike(zeroed, removed, self._rounding, doubts=True)
             if why is None and self._in_training is not None and subset is _anywhere:
                 other = running.outputs(self._model, self._example, training=True)
@@ -294,21 +311,32 @@ class Trial:
         The words follow those of :meth:`unlike`.
         """
         chosen = {group.root: subset(group.structures, _seeded(group.root))}
+        for training in (False, True) if self._runs_in_training else (False,):
+            why = self._parting(group, chosen, training)
+            if why is not None:
+                return f": {why}"
+        return REASONS
+
+    def _parting(
+        self, group: UpstreamGroup, chosen: dict[str, list[int]], training: bool
+    ) -> str | None:
         with parting.followed(self._model) as removed:
             kept = running.parts(self._model)
             try:
                 self._remove([group], chosen)
                 removed.clear()
-                running.outputs(self._model, self._example)
+                running.outputs(self._model, self._example, training=training)
             except Exception:  # as it is reported
                 if not removed:
-                    return REASONS
+                    return None
             finally:
                 running.put_back(kept)
         with parting.followed(self._model) as zeroed, self._at_zero([group], chosen):
-            running.outputs(self._model, self._example)
-        why = parting.cause(self._model, zeroed, removed)
-        return REASONS if why is None else f": {why}"
+            try:
+                running.outputs(self._model, self._example, training=training)
+            except Exception:  # as it is reported
+                return None
+        return parting.cause(self._model, zeroed, removed)
 
     def _remove(self, groups: Sequence[UpstreamGroup], chosen: dict[str, list[int]]) -> None:
         with graph.upstream(self._model):
@@ -348,6 +376,10 @@ class Trial:
         finally:
             for parameter, value in values:
                 parameter.copy_(value)
+
+
+def _line(cause: Exception) -> str:
+    return f"{type(cause).__name__}: {(str(cause).splitlines() or [type(cause).__name__])[0]}"
 
 
 def _seeded(root: str) -> torch.Generator:

@@ -145,6 +145,7 @@ USED: dict[str, Callable[[], object]] = {
     "_foreach_norm": foreach,
     "_python_dispatch": dispatch_mode,
     "_overloadpacket": lambda: torch.ops.aten.mm.default._overloadpacket is torch.ops.aten.mm,
+    "_schema": lambda: torch.ops.aten.native_dropout.default._schema.arguments[1].name == "p",
     "_optimize_graph": otov2._optimize_graph,
     "_BatchNorm": lambda: issubclass(nn.BatchNorm2d, nn.modules.batchnorm._BatchNorm),
     "_NormBase": lambda: issubclass(nn.InstanceNorm2d, nn.modules.batchnorm._NormBase),

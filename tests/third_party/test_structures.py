@@ -734,9 +734,19 @@ def test_a_head_that_only_training_runs_is_noticed():
         return (y, m.aux(maps.mean((2, 3)))) if m.training else y
 
     model = Net(run, a=conv(3, 8), b=conv(8, 8), o=nn.Linear(8, 5), aux=nn.Linear(8, 5))
-    with pytest.raises(UnsupportedLayerError, match="group of 'a' cannot be removed"):
+    why = r"group of 'a' cannot be removed.*, in training mode: 'aux' \(Linear\) cannot go on"
+    with pytest.raises(UnsupportedLayerError, match=why):
         structure_groups(model, IMAGES)
     assert sizes(model, IMAGES, ignored=("a",)) == {"b": 8}
+
+
+def test_inference_mode_is_named_as_what_keeps_channels_from_being_traced():
+    model = two_layers(lambda m, x: hidden(m, x)[1])
+    with (
+        torch.inference_mode(),
+        pytest.raises(UnsupportedLayerError, match=r"inference_mode.*outside"),
+    ):
+        structure_groups(model, IMAGES)
 
 
 def test_a_model_that_answers_alike_never_is_refused_for_that():

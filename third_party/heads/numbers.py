@@ -98,8 +98,7 @@ class _Trial:
         both give the same outputs.
         """
         model, example = self._model, self._example
-        dense = running.outputs(model, example)
-        rounding = [100 * dense.eps * running.size(t) for t in dense.values]
+        rounding = running.rounding(model, example, running.outputs(model, example))
         gone = [0] if heads.count < 4 else [0, heads.count // 2]
         kept = running.parts(model)
         with _at_zero(heads.group(model), gone):
