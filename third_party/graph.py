@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -130,6 +131,7 @@ class Tracing:
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.heads = heads.find(model, example)
         self._put_out: list[Any] = []
+        self._ran: set[nn.Module] = set()
 
     def settings(self) -> dict[str, Any]:
         """Upstream's arguments, the same for its graph and for its pruners."""
@@ -141,22 +143,24 @@ class Tracing:
         }
 
     def finish(self, built: Any) -> Any:
-        """Note on the graph which tensors are its outputs, and which layers have heads."""
+        """Note on the graph its outputs, which layers have heads, and what the outputs feel."""
         built.put_out, built.heads = set(self._put_out), self.heads
         built.counted = heads.Found()
+        built.ran, built.felt = self._ran, _felt(self._put_out)
         return built
 
-    @staticmethod
-    def _forward(model: nn.Module, example: Any) -> Any:
+    def _forward(self, model: nn.Module, example: Any) -> Any:
         layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         own = {m: m.__dict__.get("forward") for m in layers}
         for layer in layers:
             layer.forward = _in_one_piece(layer.forward)
+        noting = register_module_forward_pre_hook(lambda module, _given: self._ran.add(module))
         try:
             eager = running.as_written()
             with running.same_draws(), running.untouched(model), eager, running.Watched():
                 return running.call(model, example)
         finally:
+            noting.remove()
             for layer, forward in own.items():
                 del layer.forward
                 if forward is not None:
@@ -172,6 +176,17 @@ class Tracing:
             )
         self._put_out += traceable
         return list(traceable.values())
+
+
+def _felt(put_out: Iterable[Any]) -> set[Any]:
+    """The parameters that some outputs depend on, by autograd's nodes."""
+    ahead = list(put_out)
+    seen = set(ahead)
+    while ahead:
+        fresh = {node for node, _ in ahead.pop().next_functions if node is not None} - seen
+        seen |= fresh
+        ahead += fresh
+    return {node.variable for node in seen if hasattr(node, "variable")}
 
 
 class _Piece(torch.autograd.Function):
@@ -477,11 +492,10 @@ def _tables(built: Any, model: nn.Module, of: Iterable[str]) -> Iterator[tuple[s
             yield name, of_heads.group(model)
             continue
         layer: Any = layers.get(name)
-        if layer not in built.module2node or not isinstance(layer, kinds):
-            raise UnsupportedLayerError(
-                f"{name!r} is no convolution or linear layer of the model that its outputs depend "
-                "on"
-            )
+        if not isinstance(layer, kinds):
+            raise UnsupportedLayerError(f"{name!r} is no convolution or linear layer of the model")
+        if layer not in built.module2node:
+            raise UnsupportedLayerError(f"{name!r} {walk.missing(built, layer)}")
         channels = range(built.get_pruner_of_module(layer).get_out_channels(layer))
         try:
             yield name, _table(built, whole(built, layer, channels), names)

@@ -179,11 +179,16 @@ class Trial:
     ) -> None:
         graph.require_plain_weights(model)
         example = running.informative(example)
+        double = True
         try:
-            self._copy(model, running.first(example, ROWS), groups, build, double=True)
+            self._copy(model, running.first(example, ROWS), groups, build, double)
         except Exception:  # rows that are no samples, or a layer that insists on its own precision
-            example = running.shortened(model, example, ROWS)
-            self._copy(model, example, groups, build, running.Precision(model, example).double)
+            few = running.shortened(model, example, ROWS)
+            double = running.Precision(model, few).double
+            self._copy(model, few, groups, build, double)
+        layers = (self._model.get_submodule(g.root) for g in groups if not g.heads)
+        if any(layer not in self._graph.module2node for layer in layers):  # few rows run fewer
+            self._copy(model, example, groups, build, double)
         dense, again = self._dense, running.outputs(self._model, self._example)
         little = [100 * dense.eps * running.size(t) for t in dense.values]
         differs = running.unlike(dense, again, little, doubts=False)
@@ -245,7 +250,18 @@ class Trial:
         """Why a group cannot be checked, if a layer that it passes through has no effect."""
         with graph.upstream(self._model):
             plan = [(group.root, group.channels_of(range(group.structures)))]
-            touched = dependency.gathered(self._graph, self._model, plan)
+            try:  # what the removal will ask
+                tied = dict(graph._tables(self._graph, self._model, [group.root]))
+                touched = dependency.gathered(self._graph, self._model, plan)
+            except UnsupportedLayerError as why:
+                return f"cannot be removed: {why.__cause__ or why}"
+        of = group.structure_of()
+        for together in tied[group.root].members:
+            if len({of.get(c) for c in together}) > 1:
+                return (
+                    f"cannot be removed in these structures: its channels {together[:8]} only go "
+                    "together"
+                )
         names = {m: n for n, m in self._model.named_modules()}
         layers = [dep.target.module for dep, _ in touched]
         layers += [self._model.get_submodule(name) for name in group.layers]

@@ -104,10 +104,11 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
     Raises:
         EndlessWalkError: it does not end within a bound, see :data:`WALK` and :data:`PAIRS`.
         OverflowError: a reshape would make more positions than any layer has.
-        ValueError: the layer is not in the graph.
+        UnsupportedLayerError: the layer is not in the graph.
     """
     if layer not in built.module2node:
-        raise ValueError(f"{layer} is not in the dependency graph")
+        name = {m: n for n, m in built.model.named_modules()}.get(layer, type(layer).__name__)
+        raise UnsupportedLayerError(f"{name!r} {missing(built, layer)}")
     if isinstance(layer, tp.ops.TORCH_CONV) and layer.groups == layer.out_channels > 1:
         function = tp.function.prune_depthwise_conv_out_channels
     _update_maps(built)
@@ -149,6 +150,18 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
             group.met[at] = arrived.all()
             group._group.append(arrived.item())
     return group
+
+
+def missing(built: Any, layer: nn.Module) -> str:
+    """Why a layer is not in the graph, in words that follow its name."""
+    felt = getattr(built, "felt", ())
+    if any(p in felt for p in layer.parameters(recurse=False)):
+        return "is not in the graph: the model uses its parameters without running the layer itself"
+    return (
+        "is not in the graph: no output depends on it for this example, with the weights that the "
+        "model has now. If the input decides which layers run, as in a mixture of experts, give an "
+        "example that runs all of them, or name it in `ignored`"
+    )
 
 
 class _Reached:

@@ -25,7 +25,7 @@ from dpm_core.adapters.depgraph import (
     LeftUnprunedWarning,
     structure_groups,
 )
-from dpm_core.third_party import dependency, graph, running, trial, walk
+from dpm_core.third_party import dependency, graph, groups, running, trial, walk
 from dpm_core.third_party.groups import UnsupportedLayerError
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -833,3 +833,21 @@ def test_layers_without_a_shape_yet_are_refused():
     model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.raises(UnsupportedLayerError, match=r"'0\.weight' has no shape yet"):
         structure_groups(model, torch.randn(2, 4))
+
+
+def test_what_a_removal_would_refuse_is_refused_by_the_trial_of_any_frameworks_groups():
+    model = Net(
+        lambda self, x: self.b(torch.relu(self.norm(self.a(x)))),
+        a=conv(3, 6),
+        norm=nn.BatchNorm2d(6, affine=False),
+        b=conv(6, 2),
+    )
+    own = [[k] for k in range(6)]
+    shares = [groups.Share(f"a.{n}", p, 0, False, own) for n, p in model.a.named_parameters()]
+    (why,) = trial.inexact(model, IMAGES, [groups.UpstreamGroup("a", own, shares=shares)]).values()
+    assert "cannot be removed: involves 'norm'" in why
+
+    model = Net(lambda self, x: self.b(torch.relu(self.a(x))), a=conv(3, 6), b=conv(6, 4, groups=2))
+    shares = [groups.Share(f"a.{n}", p, 0, False, own) for n, p in model.a.named_parameters()]
+    (why,) = trial.inexact(model, IMAGES, [groups.UpstreamGroup("a", own, shares=shares)]).values()
+    assert "cannot be removed in these structures: its channels [0, 3] only go together" in why
