@@ -42,6 +42,8 @@ def exact_groups(
 ) -> tuple[graph.Reading, dict[str, str]]:
     """A network's groups, all tried out, and why the others are left out, by their root.
 
+    Parts that the example does not run are named as well: they are as they were after a removal.
+
     Where a group is left out, its other layers are asked anew, without the root: what upstream then
     takes for a group has been tried as well.
 
@@ -63,8 +65,9 @@ def exact_groups(
         for why in reading.refused.values():
             raise UnsupportedLayerError(why)
         require_exact({} if tried else inexact(model, example, reading.groups, progress))
-        return reading, {}
+        return reading, graph.unreached(reading.graph, model)
     left_out: dict[str, str] = {}
+    named_with: set[str] = set()
     exact: list[Any] = []
     while True:
         fresh = [g for g in reading.groups if _facts(g) not in exact]
@@ -74,8 +77,14 @@ def exact_groups(
             odd |= inexact(model, example, [g for g in fresh if g.root not in odd], progress)
         exact += [_facts(g) for g in fresh if g.root not in odd]
         refused = reading.refused | {root: named(root, why) for root, why in odd.items()}
+        named_with |= {layer for layers in reading.layers.values() for layer in layers}
+        named_with |= {layer for g in fresh if g.root in odd for layer in g.layers}
         if refused.keys() <= left_out.keys():
-            return reading, left_out
+            for root, other in reading.beside.items():
+                if other in left_out and root not in named_with:
+                    why = f"has channels of {other!r} in it, whose group is left out"
+                    left_out[root] = named(root, why)
+            return reading, left_out | graph.unreached(reading.graph, model)
         left_out |= refused
         without = graph.ignored_layers(model, [*ignored, *left_out])
         reading = graph.read_built(reading.graph, model, without)

@@ -183,3 +183,55 @@ def test_a_layer_that_is_used_by_its_weight_alone_is_named():
     with pytest.raises(UnsupportedLayerError, match=r"'b' is not in the graph: .* its parameters"):
         graph.tables(model, ROWS, ["b"])
     running.outputs(model, ROWS)  # it is as it was
+
+
+class Branching(nn.Module):
+    """Long inputs go through a block that short ones do not; another is never run."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.a, self.o = nn.Linear(10, 9), nn.Linear(9, 3)
+        self.long = nn.Sequential(nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 9))
+        self.idle = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.a(x))
+        return self.o(self.long(h) if len(x) > self.length else h)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("length", [10, 100])
+def test_parts_that_the_example_does_not_run_are_named(skip, length):
+    run = DepGraph(
+        Branching(length),
+        ROWS,
+        DepGraphOptions(ratio=0.5, skip_unsupported=skip),
+        SmoothPruning(3),
+    )
+    assert set(run.skipped) == ({"long", "idle"} if length > len(ROWS) else {"idle"})
+    run.check()
+
+
+class Attending(nn.Module):
+    """One attention without heads, whose values have another width than queries and keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w, self.o = nn.Linear(10, 9), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.query, self.key, self.value = nn.Linear(9, 5), nn.Linear(9, 5), nn.Linear(9, 6)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.a(x))
+        share = (self.query(x) @ self.key(x).transpose(-2, -1)).softmax(-1)
+        return self.o(torch.relu(self.w(share @ self.value(x))))
+
+
+def test_every_layer_that_a_refusal_leaves_is_named():
+    model = Attending()
+    options = DepGraphOptions(ratio=0.5, skip_unsupported=True)
+    run = DepGraph(model, ROWS.view(4, 10, 10), options, SmoothPruning(3))
+    said = " ".join(run.skipped.values())
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and name != "o":
+            assert name in run.grouped() or repr(name) in said, name

@@ -739,7 +739,8 @@ def test_a_head_that_only_training_runs_is_noticed():
     model = Net(run, a=conv(3, 8), b=conv(8, 8), o=nn.Linear(8, 5), aux=nn.Linear(8, 5))
     with pytest.raises(UnsupportedLayerError, match="group of 'a' cannot be removed"):
         structure_groups(model, IMAGES)
-    assert sizes(model, IMAGES, ignored=("a",)) == {"b": 8}
+    with pytest.warns(LeftUnprunedWarning, match="'aux' has no part in the outputs"):
+        assert sizes(model, IMAGES, ignored=("a",)) == {"b": 8}
 
 
 def test_a_model_that_answers_alike_never_is_refused_for_that():
