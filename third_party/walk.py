@@ -419,6 +419,20 @@ def _concat_sizes(built: Any, node: Any) -> tuple[list[int | None], list[int]]:
     return sizes, made
 
 
+def _map_slice(built: Any, node: Any) -> None:
+    """The map of a slice, unless it is along positions behind the channels, such as time.
+
+    Upstream takes the last of three dimensions for that of the channels, as in linear layers.
+    """
+    if not hasattr(node, "behind"):  # what autograd has kept is of the time of the tracing
+        shape, dim = node.grad_fn._saved_self_sym_sizes, node.grad_fn._saved_dim
+        dim -= 2**64 if dim >= 2**63 else 0
+        width = _shape_infer.infer_out_channels_recursively(built, node.inputs[0], [0])
+        node.behind = len(shape) > 2 and dim % len(shape) > 1 and shape[1] == width != shape[dim]
+    if not node.behind:
+        _index_mapping.update_slice_index_mapping(built, node)
+
+
 def _shape(node: Any, output: int) -> tuple[int, ...]:
     """The shape of one of the outputs of an operation that autograd has noted."""
     known = getattr(node, "_input_metadata", None)
@@ -431,7 +445,7 @@ _MAPS = {
     tp.ops.OPTYPE.RESHAPE: _index_mapping.update_reshape_index_mapping,
     tp.ops.OPTYPE.UNBIND: _index_mapping.update_unbind_index_mapping,
     tp.ops.OPTYPE.EXPAND: _index_mapping.update_expand_index_mapping,
-    tp.ops.OPTYPE.SLICE: _index_mapping.update_slice_index_mapping,
+    tp.ops.OPTYPE.SLICE: _map_slice,
 }
 
 

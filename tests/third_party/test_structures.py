@@ -935,3 +935,22 @@ def test_a_part_of_a_split_goes_back_to_its_own_place():
     )
     places = dict(zip(*(t.tolist() for t in there), strict=True))
     assert places == {4: 0, 5: 1, 0: 2, 1: 3, 2: 4, 3: 5}
+
+
+CUTS = {
+    "the end": lambda x: x[:, :, :-2],
+    "every other": lambda x: x[..., ::2],
+    "narrowed": lambda x: x.narrow(-1, 1, 5),
+    "twice": lambda x: x[..., 1:][..., :-1],
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_slices_along_time_leave_the_channels_alone(name):
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.o(torch.relu(m.b(CUTS[name](torch.relu(m.a(x))))).mean(-1))
+
+    model = Net(run, a=nn.Conv1d(3, 9, 3, padding=2), b=nn.Conv1d(9, 7, 3), o=nn.Linear(7, 3))
+    example = torch.randn(4, 3, 12)
+    assert sizes(model, example) == {"a": 9, "b": 7}
+    assert assert_exact(model, example) > 1
