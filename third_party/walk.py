@@ -7,7 +7,8 @@ What this file works around, all of it in torch-pruning 1.6.1:
   need not end (``get_pruning_group``). What it merges does not say which channels go together. So
   the walk is ours.
 - Index maps are worked out anew for every group (``index_mapping``), though only a removal changes
-  them. After a removal a split keeps its old offsets (``SplitPruner``).
+  them. After a removal a split keeps its old offsets (``SplitPruner``). Those of splits,
+  concatenations and slices are worked out here, from the shapes that autograd has noted.
 """
 
 from __future__ import annotations
