@@ -193,6 +193,7 @@ class DepGraph(Adapter):
             reading = graph.read(model, example, options.ignored)
             for why in reading.refused.values():
                 raise AdapterError(f"{why}, or {_SKIP}")
+            self.skipped = graph.unreached(reading.graph, model)
         self._ignored = sorted({*options.ignored, *reading.outputs, *self.skipped})
         # The model is the dense one, in a resumed run, too: it is made smaller later.
         self._macs = count_macs(model, example)

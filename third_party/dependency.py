@@ -337,7 +337,7 @@ def survivors(
     """Which positions of every parameter :func:`take_out` would leave.
 
     It is tried on a copy in which the value of every element is its own position, so the answer
-    holds whatever upstream does inside.
+    holds whatever upstream does inside. Its graph is read before, with the model's own values.
 
     Args:
         model: left as it is.
@@ -358,19 +358,19 @@ def survivors(
         return dict(trial.named_parameters(remove_duplicate=False))
 
     shapes = {n: p.shape for n, p in parameters().items()}
-    values = {n: p.detach().clone() for n, p in parameters().items()}
-    codes = {n: torch.arange(shape.numel()).view(shape).double() for n, shape in shapes.items()}
+    own = {n: p.detach().flatten() for n, p in model.named_parameters(remove_duplicate=False)}
+    codes = {n: torch.arange(shape.numel()).view(shape) for n, shape in shapes.items()}
     for part in separate(plan):
-        for name, parameter in parameters().items():  # positions as weights would overflow
+        for name, parameter in parameters().items():  # what runs may depend on the values
             parameter.grad = None
-            parameter.data = values[name].flatten()[codes[name].long().to(parameter.device)]
+            parameter.data = own[name][codes[name].to(parameter.device)]
         built = _fitting(build, part)(trial, example)
         for name, parameter in parameters().items():
-            parameter.data = codes[name].to(parameter.device)  # exact to 2^53
+            parameter.data = codes[name].double().to(parameter.device)  # exact to 2^53
         with _whole_or_not(trial), graph.upstream(trial):
             _apply_whole(built, trial, part)
-        codes = {n: p.detach().cpu() for n, p in parameters().items()}
-    return {n: graph.positions(n, value.long(), shapes[n]) for n, value in codes.items()}
+        codes = {n: p.detach().cpu().long() for n, p in parameters().items()}
+    return {n: graph.positions(n, value, shapes[n]) for n, value in codes.items()}
 
 
 def _line(cause: BaseException) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -130,6 +131,7 @@ class Tracing:
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.heads = heads.find(model, example)
         self._put_out: list[Any] = []
+        self._ran: set[nn.Module] = set()
 
     def settings(self) -> dict[str, Any]:
         """Upstream's arguments, the same for its graph and for its pruners."""
@@ -141,22 +143,24 @@ class Tracing:
         }
 
     def finish(self, built: Any) -> Any:
-        """Note on the graph which tensors are its outputs, and which layers have heads."""
+        """Note on the graph its outputs, which layers have heads, and what the outputs feel."""
         built.put_out, built.heads = set(self._put_out), self.heads
         built.counted = heads.Found()
+        built.ran, built.felt = self._ran, _felt(self._put_out)
         return built
 
-    @staticmethod
-    def _forward(model: nn.Module, example: Any) -> Any:
+    def _forward(self, model: nn.Module, example: Any) -> Any:
         layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         own = {m: m.__dict__.get("forward") for m in layers}
         for layer in layers:
             layer.forward = _in_one_piece(layer.forward)
+        noting = register_module_forward_pre_hook(lambda module, _given: self._ran.add(module))
         try:
             eager = running.as_written()
             with running.same_draws(), running.untouched(model), eager, running.Watched():
                 return running.call(model, example)
         finally:
+            noting.remove()
             for layer, forward in own.items():
                 del layer.forward
                 if forward is not None:
@@ -177,6 +181,17 @@ class Tracing:
             )
         self._put_out += traceable
         return list(traceable.values())
+
+
+def _felt(put_out: Iterable[Any]) -> set[Any]:
+    """The parameters that some outputs depend on, by autograd's nodes."""
+    ahead = list(put_out)
+    seen = set(ahead)
+    while ahead:
+        fresh = {node for node, _ in ahead.pop().next_functions if node is not None} - seen
+        seen |= fresh
+        ahead += fresh
+    return {node.variable for node in seen if hasattr(node, "variable")}
 
 
 class _Piece(torch.autograd.Function):
@@ -274,11 +289,14 @@ def _place(cause: Exception, model: nn.Module) -> str | None:
     kind = nodes[-1].module
     if kind in names:
         return f"at {names[kind]!r}"
-    behind = ", ".join(map(repr, sorted(layers)[:4])) or "the input"
-    if len(layers) > 4:
-        behind += f" and {len(layers) - 4} more"
+    behind = _listed(sorted(layers)) or "the input"
     operation = type(kind).__name__.strip("_").removesuffix("Op").lower()
     return f"through the {operation} behind {behind}"
+
+
+def _listed(layers: Sequence[str]) -> str:
+    more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
+    return ", ".join(map(repr, layers[:4])) + more
 
 
 # ---------------------------------------------------------------------- weights of their own
@@ -336,12 +354,16 @@ class Reading:
         outputs: names of the layers whose outputs leave the network; their channels stay.
         groups: of structures that may be zeroed and removed, as far as the graph can tell.
         refused: why other groups may not, by their root.
+        layers: names of the layers that a refused group takes output channels of, by its root.
+        beside: an ignored layer that a group has channels of, by the group's root.
     """
 
     graph: Any
     outputs: list[str] = field(default_factory=list)
     groups: list[UpstreamGroup] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    layers: dict[str, list[str]] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
 
 
 def read(model: nn.Module, example: Any, ignored: Collection[str | nn.Module] = ()) -> Reading:
@@ -405,7 +427,10 @@ def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> R
             if any(_leaves(reading.graph, node) for node in produced):
                 reading.outputs += [names[n.module] for n in produced if n.module in names]
                 continue
-            if any(node.module in inside for node in produced):
+            others = [n.module for n in produced if n.module in names and n.module is not root]
+            left = next((names[m] for m in others if m in inside), None)
+            if left is not None:
+                reading.beside[name] = left
                 continue
             try:
                 for node in produced:
@@ -415,13 +440,38 @@ def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> R
                         )
                 reading.groups.append(_table(reading.graph, group, names))
             except UnsupportedLayerError as why:
-                reading.refused[name] = named(name, str(why))
+                listed = [names[m] for m in others if isinstance(m, roots())]
+                reading.layers[name] = [name, *listed]
+                too = f"; {_listed(listed)} would lose channels, too" if listed else ""
+                reading.refused[name] = named(name, f"{why}{too}")
     _add_heads(reading, model, {names[m] for m in inside if m in names})
     reading.outputs = sorted(set(reading.outputs))
     for name, shared in _overlapping(reading.groups).items():
         reading.refused[name] = named(name, shared)
     reading.groups = [g for g in reading.groups if g.root not in reading.refused]
     return reading
+
+
+def unreached(built: Any, model: nn.Module) -> dict[str, str]:
+    """Parts of a model that a pass on the example neither runs nor uses, and what that means.
+
+    Returns:
+        By the name of the outermost module of each such part: why it is left as it is.
+    """
+    idle: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(f"{other}.") for other in idle):
+            continue
+        inside = list(module.parameters())
+        if not any(p.is_floating_point() for p in inside) or any(p in built.felt for p in inside):
+            continue
+        if built.ran.isdisjoint(module.modules()):
+            idle[name] = (
+                f"{name!r} has no part in the outputs for this example, so it keeps all its "
+                "channels. If other inputs, or a training, run it on channels that go, it cannot "
+                "run afterwards: give an example that runs it, or name in `ignored` what it reads"
+            )
+    return idle
 
 
 def _add_heads(reading: Reading, model: nn.Module, inside: Collection[str]) -> None:
@@ -482,11 +532,10 @@ def _tables(built: Any, model: nn.Module, of: Iterable[str]) -> Iterator[tuple[s
             yield name, of_heads.group(model)
             continue
         layer: Any = layers.get(name)
-        if layer not in built.module2node or not isinstance(layer, kinds):
-            raise UnsupportedLayerError(
-                f"{name!r} is no convolution or linear layer of the model that its outputs depend "
-                "on"
-            )
+        if not isinstance(layer, kinds):
+            raise UnsupportedLayerError(f"{name!r} is no convolution or linear layer of the model")
+        if layer not in built.module2node:
+            raise UnsupportedLayerError(f"{name!r} {walk.missing(built, layer)}")
         channels = range(built.get_pruner_of_module(layer).get_out_channels(layer))
         try:
             yield name, _table(built, whole(built, layer, channels), names)

@@ -43,6 +43,8 @@ def exact_groups(
 ) -> tuple[graph.Reading, dict[str, str]]:
     """A network's groups, all tried out, and why the others are left out, by their root.
 
+    Parts that the example does not run are named as well: they are as they were after a removal.
+
     Where a group is left out, its other layers are asked anew, without the root: what upstream then
     takes for a group has been tried as well.
 
@@ -64,8 +66,9 @@ def exact_groups(
         for why in reading.refused.values():
             raise UnsupportedLayerError(why)
         require_exact({} if tried else inexact(model, example, reading.groups, progress))
-        return reading, {}
+        return reading, graph.unreached(reading.graph, model)
     left_out: dict[str, str] = {}
+    named_with: set[str] = set()
     exact: list[Any] = []
     while True:
         fresh = [g for g in reading.groups if _facts(g) not in exact]
@@ -75,8 +78,14 @@ def exact_groups(
             odd |= inexact(model, example, [g for g in fresh if g.root not in odd], progress)
         exact += [_facts(g) for g in fresh if g.root not in odd]
         refused = reading.refused | {root: named(root, why) for root, why in odd.items()}
+        named_with |= {layer for layers in reading.layers.values() for layer in layers}
+        named_with |= {layer for g in fresh if g.root in odd for layer in g.layers}
         if refused.keys() <= left_out.keys():
-            return reading, left_out
+            for root, other in reading.beside.items():
+                if other in left_out and root not in named_with:
+                    why = f"has channels of {other!r} in it, whose group is left out"
+                    left_out[root] = named(root, why)
+            return reading, left_out | graph.unreached(reading.graph, model)
         left_out |= refused
         without = graph.ignored_layers(model, [*ignored, *left_out])
         reading = graph.read_built(reading.graph, model, without)
@@ -186,11 +195,16 @@ class Trial:
     ) -> None:
         graph.require_plain_weights(model)
         example = running.informative(example)
+        double = True
         try:
-            self._copy(model, running.first(example, ROWS), groups, build, double=True)
+            self._copy(model, running.first(example, ROWS), groups, build, double)
         except Exception:  # rows that are no samples, or a layer that insists on its own precision
-            example = running.shortened(model, example, ROWS)
-            self._copy(model, example, groups, build, running.Precision(model, example).double)
+            few = running.shortened(model, example, ROWS)
+            double = running.Precision(model, few).double
+            self._copy(model, few, groups, build, double)
+        layers = (self._model.get_submodule(g.root) for g in groups if not g.heads)
+        if any(layer not in self._graph.module2node for layer in layers):  # few rows run fewer
+            self._copy(model, example, groups, build, double)
         dense, again = self._dense, running.outputs(self._model, self._example)
         self._rounding = running.rounding(self._model, self._example, dense)
         # Not as measured: if passes differ, that is in the measurement.
@@ -257,7 +271,18 @@ class Trial:
         """Why a group cannot be checked, if a layer that it passes through has no effect."""
         with graph.upstream(self._model):
             plan = [(group.root, group.channels_of(range(group.structures)))]
-            touched = dependency.gathered(self._graph, self._model, plan)
+            try:  # what the removal will ask
+                tied = dict(graph._tables(self._graph, self._model, [group.root]))
+                touched = dependency.gathered(self._graph, self._model, plan)
+            except UnsupportedLayerError as why:
+                return f"cannot be removed: {why.__cause__ or why}"
+        of = group.structure_of()
+        for together in tied[group.root].members:
+            if len({of.get(c) for c in together}) > 1:
+                return (
+                    f"cannot be removed in these structures: its channels {together[:8]} only go "
+                    "together"
+                )
         names = {m: n for n, m in self._model.named_modules()}
         layers = [dep.target.module for dep, _ in touched]
         layers += [self._model.get_submodule(name) for name in group.layers]

@@ -7,12 +7,14 @@ What this file works around, all of it in torch-pruning 1.6.1:
   need not end (``get_pruning_group``). What it merges does not say which channels go together. So
   the walk is ours.
 - Index maps are worked out anew for every group (``index_mapping``), though only a removal changes
-  them. After a removal a split keeps its old offsets (``SplitPruner``).
+  them. After a removal a split keeps its old offsets (``SplitPruner``). Those of splits,
+  concatenations and slices are worked out here, from the shapes that autograd has noted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import heads
-from .groups import UnsupportedLayerError
+from .groups import BATCH_NORMS, UnsupportedLayerError
 from .upstreams import require
 
 require("torch-pruning")
@@ -104,10 +106,11 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
     Raises:
         EndlessWalkError: it does not end within a bound, see :data:`WALK` and :data:`PAIRS`.
         OverflowError: a reshape would make more positions than any layer has.
-        ValueError: the layer is not in the graph.
+        UnsupportedLayerError: the layer is not in the graph.
     """
     if layer not in built.module2node:
-        raise ValueError(f"{layer} is not in the dependency graph")
+        name = {m: n for n, m in built.model.named_modules()}.get(layer, type(layer).__name__)
+        raise UnsupportedLayerError(f"{name!r} {missing(built, layer)}")
     if isinstance(layer, tp.ops.TORCH_CONV) and layer.groups == layer.out_channels > 1:
         function = tp.function.prune_depthwise_conv_out_channels
     _update_maps(built)
@@ -115,12 +118,14 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
     node = built.module2node[layer]
     first: Any = tp.dependency.Dependency(function, function, source=node, target=node)
     reached = {(node, function): _Reached(first, start, start)}
-    stack, steps, pairs, astray = [(node, function)], 0, len(start), False
+    stack, steps, pairs = [(node, function)], 0, len(start)
+    lost = astray = False  # beyond the channels that a layer has, or beyond those that one puts out
     while stack:
         node, function = stack.pop()
         here = reached[node, function].leave()
+        ends = tuple(map(int, here[0].aminmax())) if len(here[0]) else (0, -1)
         for dep in node.dependencies:
-            if not dep.is_triggered_by(function):
+            if not dep.is_triggered_by(function) or _passes_by(dep, *ends):
                 continue
             there = _mapped(dep, here, built.widest)
             if not len(there[0]):
@@ -129,18 +134,20 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
             if at not in reached:
                 reached[at] = _Reached(dep, *there)
                 fresh = len(there[0])
+                stack.append(at)
             else:
                 waiting, fresh = bool(reached[at].waiting), reached[at].add(*there)
-                if waiting:
-                    continue
+                if fresh and not waiting:
+                    stack.append(at)
             if fresh:
-                stack.append(at)
                 steps, pairs = steps + 1, pairs + fresh
-                astray = astray or reached[at].beyond(built)
+                lost = lost or reached[at].beyond(built)
+                astray = astray or (lost and reached[at].beyond(built, roots(), made=True))
             # Positions that a layer does not have are refused anyhow, but where little is to be
             # done, other reasons may be plainer.
-            much = max(steps / WALK, pairs / (PAIRS * built.widest)) / max(10, built.edges)
-            if much > 1 or (astray and much > 1 / WALK):
+            most = max(10, built.edges)
+            much = max(steps / WALK, pairs / (PAIRS * built.widest)) / most
+            if much > 1 or (astray and much > 1 / WALK) or (lost and steps > most):
                 raise EndlessWalkError({at: there.all() for at, there in reached.items()})
     group = Group()
     group._DG = built
@@ -149,6 +156,18 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
             group.met[at] = arrived.all()
             group._group.append(arrived.item())
     return group
+
+
+def missing(built: Any, layer: nn.Module) -> str:
+    """Why a layer is not in the graph, in words that follow its name."""
+    felt = getattr(built, "felt", ())
+    if any(p in felt for p in layer.parameters(recurse=False)):
+        return "is not in the graph: the model uses its parameters without running the layer itself"
+    return (
+        "is not in the graph: no output depends on it for this example, with the weights that the "
+        "model has now. If the input decides which layers run, as in a mixture of experts, give an "
+        "example that runs all of them, or name it in `ignored`"
+    )
 
 
 class _Reached:
@@ -170,7 +189,7 @@ class _Reached:
 
     def add(self, places: Tensor, channels: Tensor) -> int:
         """Note pairs that come here; says how many have not been here before."""
-        if (id(places), id(channels)) in self._known:
+        if (id(places), id(channels)) in self._known or self._alike(places, channels):
             return 0
         if self._codes is None:
             self._codes = _codes(*self.all())
@@ -184,13 +203,27 @@ class _Reached:
         self.waiting.append((places, channels))
         return len(places)
 
-    def beyond(self, built: Any) -> bool:
-        """Whether what came last lies beyond the outputs of a layer."""
-        layer = self._dep.target.module
-        if not isinstance(layer, roots()) or not built.is_out_channel_pruning_fn(self._dep.handler):
+    def _alike(self, places: Tensor, channels: Tensor) -> bool:
+        """Whether the same came at once before, as it does by each step of a loop."""
+        return any(
+            len(p) == len(places) and torch.equal(p, places) and torch.equal(c, channels)
+            for p, c in self._seen[:4]
+        )
+
+    def beyond(self, built: Any, kinds: tuple[Any, ...] = (), made: bool = False) -> bool:
+        """Whether what came last lies beyond the channels of a layer.
+
+        Args:
+            built: the graph.
+            kinds: of layers that are asked; by default all whose channels are known.
+            made: whether only channels count that the layer puts out.
+        """
+        layer, out = self._dep.target.module, built.is_out_channel_pruning_fn(self._dep.handler)
+        if not isinstance(layer, kinds or (*roots(), *BATCH_NORMS)) or (made and not out):
             return False
-        width: int = built.get_pruner_of_module(layer).get_out_channels(layer)
-        return int(self._seen[-1][0].max()) >= width
+        pruner = built.get_pruner_of_module(layer)
+        width = pruner.get_out_channels(layer) if out else pruner.get_in_channels(layer)
+        return bool(self._seen[-1][0].max() >= width)
 
     def leave(self) -> Meeting:
         """The pairs that go on from here now."""
@@ -224,15 +257,38 @@ def _codes(places: Tensor, channels: Tensor) -> Tensor:
     return (places << 32) + channels
 
 
+def _maps(dep: Any) -> Iterator[Any]:
+    """The index maps of a dependency, in the order in which they apply.
+
+    Upstream has them in the other order where a concatenation reads a split: what belongs to which
+    part has to be told by positions in the whole.
+    """
+    first, second = dep.index_mapping
+    if isinstance(second, _index_mapping._ConcatIndexMapping) and second.reverse:
+        first, second = second, first
+    return (of for of in (first, second) if of is not None)
+
+
+def _passes_by(dep: Any, first: int, last: int) -> bool:
+    """Whether none of the positions from a first to a last one are in the part that a map keeps.
+
+    What reads many parts has as many dependencies, most of which lead elsewhere.
+    """
+    of: Any = next(_maps(dep), None)
+    if isinstance(of, _index_mapping._ConcatIndexMapping):
+        keeps = of.reverse
+    else:
+        keeps = isinstance(of, _index_mapping._SplitIndexMapping) and not of.reverse
+    return bool(keeps) and bool(last < of.offset[0] or first >= of.offset[1])
+
+
 def _mapped(dep: Any, pairs: Meeting, widest: int) -> Meeting:
     """What upstream's index maps of a dependency make of pairs, all at once.
 
     Upstream guesses from the number of channels which reshapes are flattens. After a wrong guess it
     would multiply positions for hours, so their number is bounded.
     """
-    for of in dep.index_mapping:
-        if of is None:
-            continue
+    for of in _maps(dep):
         places, channels = pairs
         if isinstance(of, _index_mapping._FlattenIndexMapping) and of.reverse:
             codes = _codes(places // of._stride, channels + 1).unique()
@@ -273,7 +329,11 @@ def _split_sizes(built: Any, node: Any) -> list[int] | None:
     shape, dim = traced._saved_self_sym_sizes, traced._saved_dim
     dim -= 2**64 if dim >= 2**63 else 0  # counted from the end
     width = _shape_infer.infer_out_channels_recursively(built, node.inputs[0], [0])
-    if not -len(shape) <= dim < len(shape) or shape[dim] != width:
+    if not -len(shape) <= dim < len(shape):
+        return None
+    if width is None and (dim == -1 or (dim == 1 and len(shape) != 3)):  # too deep in a loop, say
+        width = shape[dim]
+    if shape[dim] != width:
         return None
     if hasattr(traced, "_saved_split_sizes"):
         return list(traced._saved_split_sizes)
@@ -312,15 +372,66 @@ def _map_split(built: Any, node: Any) -> None:
 def _map_concat(built: Any, node: Any) -> None:
     """The map of a concatenation, by the sizes of its parts.
 
-    Upstream takes a slice for as wide as what it is taken from.
+    Upstream takes a slice for as wide as what it is taken from, leaves out the parts that nothing
+    in the graph has made, such as the network's inputs, and mistakes one edge for another where a
+    layer that runs several times reads what it has made before.
     """
-    if node.module.concat_sizes is None:
-        dim = getattr(node.grad_fn, "_saved_dim", 1)
-        shapes = [_shape(fn, i) for fn, i in node.grad_fn.next_functions]
-        if len(shapes) == len(node.inputs) and all(len(s) in (2, 4, 5) for s in shapes):
-            dim -= 2**64 if dim >= 2**63 else 0  # counted from the end
-            node.module.concat_sizes = [int(s[dim]) for s in shapes]
-    _index_mapping.update_concat_index_mapping(built, node)
+    cat, dim = node.module, getattr(node.grad_fn, "_saved_dim", 1)
+    if 1 != dim < 2**63:  # counted from the front; from the end, it may be that of the channels
+        return
+    if cat.concat_sizes is None:
+        cat.concat_sizes, node.made = _concat_sizes(built, node)
+    width = _shape_infer.infer_in_channels_recursively(built, node, [0])
+    if None in cat.concat_sizes or width not in (None, sum(cat.concat_sizes)):
+        return  # along something else
+    if not node.enable_index_mapping or (width is None and len(node.made) < len(cat.concat_sizes)):
+        return
+    cat.offsets = list(accumulate([0, *cat.concat_sizes]))
+    before: dict[Any, int] = {}
+    for back, part in zip(node.dependencies, node.made, strict=False):  # its inputs come first
+        source, offset = back.target, cat.offsets[part : part + 2]
+        readers = source.dependencies[len(source.inputs) :]
+        there = [dep for dep in readers if dep.target is node][before.get(source, 0)]
+        before[source] = before.get(source, 0) + 1
+        back.index_mapping[1] = _index_mapping._ConcatIndexMapping(offset, reverse=True)
+        there.index_mapping[1] = _index_mapping._ConcatIndexMapping(offset, reverse=False)
+
+
+def _concat_sizes(built: Any, node: Any) -> tuple[list[int | None], list[int]]:
+    """The sizes of a concatenation's parts, and which of them the graph's inputs of it are.
+
+    Where several parts side by side are not in the graph, the first stands for all of them.
+    """
+    edges = node.grad_fn.next_functions
+    made = [i for i, (fn, _) in enumerate(edges) if fn is not None]
+    starts = [i for i in range(len(edges)) if i not in made and (i == 0 or i - 1 in made)]
+    whole, shapes = _shape(node.grad_fn, 0), [_shape(*edges[i]) for i in made]
+    known = len(made) == len(node.inputs) and all(len(s) == len(whole) for s in shapes)
+    if not known or len(starts) > 1 or len(whole) not in ((2, 3, 4, 5) if starts else (2, 4, 5)):
+        widths = [_shape_infer.infer_channels_between(built, n, node) for n in node.inputs]
+        return widths, list(range(len(widths)))
+    dim = node.grad_fn._saved_dim
+    dim -= 2**64 if dim >= 2**63 else 0
+    sizes: list[int | None] = [0] * len(edges)
+    for i, shape in zip(made, shapes, strict=True):
+        sizes[i] = int(shape[dim])
+    for i in starts:
+        sizes[i] = int(whole[dim]) - sum(int(shape[dim]) for shape in shapes)
+    return sizes, made
+
+
+def _map_slice(built: Any, node: Any) -> None:
+    """The map of a slice, unless it is along positions behind the channels, such as time.
+
+    Upstream takes the last of three dimensions for that of the channels, as in linear layers.
+    """
+    if not hasattr(node, "behind"):  # what autograd has kept is of the time of the tracing
+        shape, dim = node.grad_fn._saved_self_sym_sizes, node.grad_fn._saved_dim
+        dim -= 2**64 if dim >= 2**63 else 0
+        width = _shape_infer.infer_out_channels_recursively(built, node.inputs[0], [0])
+        node.behind = len(shape) > 2 and dim % len(shape) > 1 and shape[1] == width != shape[dim]
+    if not node.behind:
+        _index_mapping.update_slice_index_mapping(built, node)
 
 
 def _shape(node: Any, output: int) -> tuple[int, ...]:
@@ -335,8 +446,30 @@ _MAPS = {
     tp.ops.OPTYPE.RESHAPE: _index_mapping.update_reshape_index_mapping,
     tp.ops.OPTYPE.UNBIND: _index_mapping.update_unbind_index_mapping,
     tp.ops.OPTYPE.EXPAND: _index_mapping.update_expand_index_mapping,
-    tp.ops.OPTYPE.SLICE: _index_mapping.update_slice_index_mapping,
+    tp.ops.OPTYPE.SLICE: _map_slice,
 }
+
+
+_SHAPES = _shape_infer.init_shape_information
+
+
+def _note_splits(built: Any) -> None:
+    """Note the sizes of splits from what autograd has kept; only of others upstream searches them.
+
+    It searches through all readers of all parts, which takes ever longer in a loop.
+    """
+    rest = copy.copy(built)
+    rest.module2node = {}
+    for module, node in built.module2node.items():
+        sizes = None
+        if node.type == tp.ops.OPTYPE.SPLIT:
+            with contextlib.suppress(AttributeError, IndexError, TypeError):
+                sizes = _split_sizes(built, node)
+        if sizes is None:
+            rest.module2node[module] = node
+        else:
+            module.split_sizes, module.offsets = sizes, list(accumulate([0, *sizes]))
+    _SHAPES(rest)
 
 
 def _update_maps(graph: Any) -> None:
@@ -361,7 +494,9 @@ def installed() -> Iterator[None]:
     theirs = tp.DependencyGraph.get_pruning_group, _index_mapping.update_index_mapping
     tp.DependencyGraph.get_pruning_group = _group_of
     _index_mapping.update_index_mapping = _update_maps
+    _shape_infer.init_shape_information = _note_splits
     try:
         yield
     finally:
         tp.DependencyGraph.get_pruning_group, _index_mapping.update_index_mapping = theirs
+        _shape_infer.init_shape_information = _SHAPES

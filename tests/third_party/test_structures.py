@@ -6,6 +6,7 @@ is all that its removal takes, or a refusal that names the layer.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import re
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations, prune
@@ -25,7 +28,7 @@ from dpm_core.adapters.depgraph import (
     LeftUnprunedWarning,
     structure_groups,
 )
-from dpm_core.third_party import dependency, graph, running, trial, walk
+from dpm_core.third_party import dependency, graph, groups, running, trial, walk
 from dpm_core.third_party.groups import UnsupportedLayerError
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
@@ -737,7 +740,8 @@ def test_a_head_that_only_training_runs_is_noticed():
     why = r"group of 'a' cannot be removed.*, in training mode: 'aux' \(Linear\) cannot go on"
     with pytest.raises(UnsupportedLayerError, match=why):
         structure_groups(model, IMAGES)
-    assert sizes(model, IMAGES, ignored=("a",)) == {"b": 8}
+    with pytest.warns(LeftUnprunedWarning, match="'aux' has no part in the outputs"):
+        assert sizes(model, IMAGES, ignored=("a",)) == {"b": 8}
 
 
 def test_inference_mode_is_named_as_what_keeps_channels_from_being_traced():
@@ -843,3 +847,120 @@ def test_layers_without_a_shape_yet_are_refused():
     model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.raises(UnsupportedLayerError, match=r"'0\.weight' has no shape yet"):
         structure_groups(model, torch.randn(2, 4))
+
+
+def test_what_a_removal_would_refuse_is_refused_by_the_trial_of_any_frameworks_groups():
+    model = Net(
+        lambda self, x: self.b(torch.relu(self.norm(self.a(x)))),
+        a=conv(3, 6),
+        norm=nn.BatchNorm2d(6, affine=False),
+        b=conv(6, 2),
+    )
+    own = [[k] for k in range(6)]
+    shares = [groups.Share(f"a.{n}", p, 0, False, own) for n, p in model.a.named_parameters()]
+    (why,) = trial.inexact(model, IMAGES, [groups.UpstreamGroup("a", own, shares=shares)]).values()
+    assert "cannot be removed: involves 'norm'" in why
+
+    model = Net(lambda self, x: self.b(torch.relu(self.a(x))), a=conv(3, 6), b=conv(6, 4, groups=2))
+    shares = [groups.Share(f"a.{n}", p, 0, False, own) for n, p in model.a.named_parameters()]
+    (why,) = trial.inexact(model, IMAGES, [groups.UpstreamGroup("a", own, shares=shares)]).values()
+    assert "cannot be removed in these structures: its channels [0, 3] only go together" in why
+
+
+class Refined(nn.Module):
+    """Layers that run again and again on what they have made, beside inputs that nothing has."""
+
+    def __init__(self, times: int, known: bool) -> None:
+        super().__init__()
+        self.times, self.known, extra = times, known, 2 if known else 3
+        self.first = nn.Sequential(conv(3, 6), nn.BatchNorm2d(6), nn.ReLU())
+        self.gates, self.state = conv(12 + extra, 12), conv(12 + extra, 6)
+        self.flow = nn.Sequential(conv(6, 5), nn.ReLU(), conv(5, 2))
+
+    def forward(self, x: Tensor) -> Any:
+        context = self.first(x)
+        h, flow = torch.tanh(context), torch.zeros_like(x[:, :2])
+        ahead, out = [] if self.known else [x[:, :1]], []
+        for _ in range(self.times):
+            z, r = torch.sigmoid(self.gates(torch.cat([*ahead, h, context, flow], 1))).chunk(2, 1)
+            new = torch.tanh(self.state(torch.cat([*ahead, r * h, context, flow], 1)))
+            h = (1 - z) * h + z * new
+            flow = flow + self.flow(h)
+            out.append(flow)
+        return out
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_walk_over_layers_that_run_often_takes_as_long_as_the_graph_is(known, monkeypatch):
+    steps, mapped = [], walk._mapped
+    monkeypatch.setattr(walk, "_mapped", lambda *of: steps.append(of) or mapped(*of))
+    for times in (2, 12):
+        model = Refined(times, known).eval()
+        built = graph.build(model, IMAGES)
+        for layer in (model.gates, model.state, model.first[0]):
+            steps.clear()
+            with walk.installed(), contextlib.suppress(walk.EndlessWalkError):
+                graph.whole(built, layer, range(layer.out_channels))
+            assert 0 < len(steps) <= 4 * built.edges
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_layers_that_run_often_beside_constants_lose_channels_exactly(times):
+    assert assert_exact(Refined(times, True), IMAGES) > 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_parts_of_a_concatenation_that_no_layer_has_made_shift_the_others(data):
+    """Coordinates, or the input itself, anywhere among parts of drawn widths."""
+    widths = data.draw(st.lists(st.integers(2, 5), min_size=1, max_size=3), "widths")
+    place = data.draw(st.integers(0, len(widths)), "place")
+    flat = data.draw(st.booleans(), "flat")
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        made = [torch.relu(layer(x)) for layer in m.parts]
+        parts = [*made[:place], x, *made[place:]]
+        return m.o(torch.relu(m.f(torch.cat(parts, -1 if flat else 1))))
+
+    layer = nn.Linear if flat else conv
+    parts = nn.ModuleList(layer(3, w) for w in widths)
+    model = Net(run, parts=parts, f=layer(sum(widths) + 3, 4), o=layer(4, 2))
+    example = IMAGES.movedim(1, -1).flatten(1, 2) if flat else IMAGES
+    found = sizes(model, example)
+    assert found == {f"parts.{k}": w for k, w in enumerate(widths)} | {"f": 4}
+    assert assert_exact(model, example) >= len(widths)
+
+
+def test_a_part_of_a_split_goes_back_to_its_own_place():
+    def run(m: Any, x: Tensor) -> Tensor:
+        one, other = m.a(x).split([4, 2], 1)
+        return m.o(torch.relu(m.f(torch.cat([other, one], 1)) + m.b(x)))
+
+    model = Net(run, a=conv(3, 6), f=nn.Conv2d(6, 6, 1, groups=6), b=conv(3, 6), o=conv(6, 2))
+    built = graph.build(model, IMAGES)
+    with walk.installed():
+        met = graph.whole(built, model.b, range(6)).met
+    (there,) = (
+        pairs for (n, f), pairs in met.items() if n.module is model.a and "out" in f.__name__
+    )
+    places = dict(zip(*(t.tolist() for t in there), strict=True))
+    assert places == {4: 0, 5: 1, 0: 2, 1: 3, 2: 4, 3: 5}
+
+
+CUTS = {
+    "the end": lambda x: x[:, :, :-2],
+    "every other": lambda x: x[..., ::2],
+    "narrowed": lambda x: x.narrow(-1, 1, 5),
+    "twice": lambda x: x[..., 1:][..., :-1],
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_slices_along_time_leave_the_channels_alone(name):
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.o(torch.relu(m.b(CUTS[name](torch.relu(m.a(x))))).mean(-1))
+
+    model = Net(run, a=nn.Conv1d(3, 9, 3, padding=2), b=nn.Conv1d(9, 7, 3), o=nn.Linear(7, 3))
+    example = torch.randn(4, 3, 12)
+    assert sizes(model, example) == {"a": 9, "b": 7}
+    assert assert_exact(model, example) > 1
