@@ -138,7 +138,9 @@ def zero(
 ) -> None:
     """Set some structures to zero, in the parameters that ``of`` gives for the group's own."""
     for share in table.shares:
-        positions = torch.tensor([p for k in structures for p in share.index[k]], dtype=torch.int64)
+        positions = torch.tensor(
+            [p for k in structures for p in share.index[k]], dtype=torch.int64, device="cpu"
+        )
         parameter = of(share.parameter)
         parameter.index_fill_(share.dim, positions.to(parameter.device), 0)
 
@@ -359,7 +361,9 @@ def survivors(
 
     shapes = {n: p.shape for n, p in parameters().items()}
     own = {n: p.detach().flatten() for n, p in model.named_parameters(remove_duplicate=False)}
-    codes = {n: torch.arange(shape.numel()).view(shape) for n, shape in shapes.items()}
+    codes = {
+        n: torch.arange(shape.numel(), device="cpu").view(shape) for n, shape in shapes.items()
+    }
     for part in separate(plan):
         for name, parameter in parameters().items():  # what runs may depend on the values
             parameter.grad = None

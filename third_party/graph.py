@@ -597,7 +597,7 @@ def _table(
     """One group as index tables; a refusal's message follows "the group of ..."."""
     tied = members(built, group, ties)
     table = UpstreamGroup(names[group[0].dep.target.module], tied)
-    of = torch.empty(table.channels, dtype=torch.int64)
+    of = torch.empty(table.channels, dtype=torch.int64, device="cpu")
     for structure, channels in enumerate(tied):
         of[channels] = structure
     rows: dict[Any, list[Meeting]] = {}
@@ -698,7 +698,7 @@ def members(built: Any, group: Any, ties: Sequence[Meeting] = ()) -> list[list[i
     lie in the same place of a grouped convolution's parts.
     """
     root, count = group[0].dep, len(group[0].idxs)
-    label = torch.arange(count)
+    label = torch.arange(count, device="cpu")
     pairs = list(ties)
     for node, handler in group.met:
         places, channels = group.meeting((node, handler))
@@ -719,7 +719,7 @@ def members(built: Any, group: Any, ties: Sequence[Meeting] = ()) -> list[list[i
     while True:
         before = label.clone()
         for places, channels in pairs:
-            lowest = torch.full((int(places.max()) + 1,), count)
+            lowest = torch.full((int(places.max()) + 1,), count, device="cpu")
             lowest.scatter_reduce_(0, places, label[channels], "amin")
             label.scatter_reduce_(0, channels, lowest[places], "amin")
         if torch.equal(before, label):
@@ -776,12 +776,17 @@ def _probed(built: Any, node: Any, index: list[list[int]], name: str) -> list[Sh
     """
     layer, own = node.module, dict(node.module.named_parameters())
     number = {p: i + 1 for i, p in enumerate(sorted(p for places in index for p in places))}
-    codes = {n: [torch.zeros(size, dtype=torch.int64) for size in p.shape] for n, p in own.items()}
+    codes = {
+        n: [torch.zeros(size, dtype=torch.int64, device="cpu") for size in p.shape]
+        for n, p in own.items()
+    }
     for bit in range(len(number).bit_length()):
         trial = running.copied(layer)
         for parameter in trial.parameters():
             parameter.grad = None
-            parameter.data = torch.arange(parameter.numel()).view(parameter.shape).double()
+            parameter.data = (
+                torch.arange(parameter.numel(), device="cpu").view(parameter.shape).double()
+            )
         handler = built.get_pruner_of_module(layer).prune_out_channels
         handler.__self__.pruning_dim = node.pruning_dim
         handler(trial, [p for p, code in number.items() if code >> bit & 1])
@@ -824,7 +829,7 @@ def positions(name: str, codes: Tensor, shape: torch.Size) -> list[Tensor]:
         for d, stride in enumerate(strides):
             line = codes.movedim(d, 0).reshape(codes.shape[d], -1)[:, 0]
             index.append(line // stride % shape[d])
-        expected = torch.zeros((), dtype=torch.int64)
+        expected = torch.zeros((), dtype=torch.int64, device="cpu")
         for here, stride in zip(index, strides, strict=True):
             expected = expected[..., None] + here * stride
         if torch.equal(expected, codes):

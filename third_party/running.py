@@ -82,7 +82,7 @@ def informative(example: Any) -> Any:
     if bool((example != example.flatten()[0]).any()):
         return example
     draw = torch.Generator().manual_seed(0)
-    return torch.randn(example.shape, generator=draw).to(example)
+    return torch.randn(example.shape, generator=draw, device="cpu").to(example)
 
 
 def shortened(model: nn.Module, example: Any, samples: int) -> Any:
@@ -122,7 +122,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, float):
-        yield torch.tensor(value, dtype=torch.float64)
+        yield torch.tensor(value, dtype=torch.float64, device="cpu")
     elif (
         isinstance(value, int | complex | str | bytes | ModuleType | type(None))
         or id(value) in seen
@@ -579,7 +579,9 @@ def _mean(operation: Any, args: Any) -> Tensor | list[Any] | None:
         aten.bernoulli: first,
         aten.exponential_: 1 / first if first else 1.0,
     }
-    return torch.tensor(means[packet], dtype=torch.float64) if packet in means else None
+    return (
+        torch.tensor(means[packet], dtype=torch.float64, device="cpu") if packet in means else None
+    )
 
 
 @functools.cache
@@ -792,14 +794,17 @@ def _moved(
     # Each parameter takes its signs from some place of one row: drawing them all takes longer than
     # running the model.
     most = max((p.numel() for p, _ in kept), default=0)
-    signs = 2 * torch.randint(0, 2, (most + _PLACES,), generator=draw, dtype=torch.int8) - 1
+    signs = (
+        2 * torch.randint(0, 2, (most + _PLACES,), generator=draw, dtype=torch.int8, device="cpu")
+        - 1
+    )
     rows: dict[tuple[torch.device, torch.dtype], Tensor] = {}
     try:
         for parameter, value in kept:
             kind = value.device, value.dtype
             if kind not in rows:
                 rows[kind] = signs.to(*kind)
-            place = int(torch.randint(_PLACES, (), generator=draw))
+            place = int(torch.randint(_PLACES, (), generator=draw, device="cpu"))
             row = rows[kind][place : place + value.numel()]
             share = max(by, given.eps, torch.finfo(value.dtype).eps)
             parameter.addcmul_(value, row.view(value.shape), value=share)
@@ -951,12 +956,12 @@ def _set_values(
     for parameter, value in own:
         if parameter.dim() > 1:
             size = scale * (2 / parameter[0].numel()) ** 0.5
-            new = size * torch.randn(parameter.shape, generator=draw)
+            new = size * torch.randn(parameter.shape, generator=draw, device="cpu")
         else:
-            new = torch.rand(parameter.shape, generator=draw) + 0.5
+            new = torch.rand(parameter.shape, generator=draw, device="cpu") + 0.5
         parameter.copy_(new if parameter in drawn else value)
         if by and parameter not in drawn:
-            noise = 2 * torch.rand(parameter.shape, generator=draw) - 1
+            noise = 2 * torch.rand(parameter.shape, generator=draw, device="cpu") - 1
             parameter.mul_(1 + by * noise.to(parameter))
 
 

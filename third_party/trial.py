@@ -256,9 +256,9 @@ class Trial:
                 given = running.tensors(running.probe(self._model, self._example))
                 real = [t for t in given if t.is_floating_point() and t.requires_grad]
                 draw = torch.Generator().manual_seed(0)
-                total = torch.zeros((), dtype=torch.float64)
+                total = torch.zeros((), dtype=torch.float64, device="cpu")
                 for t in real:
-                    weights = torch.rand(t.shape, generator=draw).to(t) + 0.5
+                    weights = torch.rand(t.shape, generator=draw, device="cpu").to(t) + 0.5
                     total = total + torch.where(t.isfinite(), t * weights, 0.0).sum().cpu().double()
                 gradients = torch.autograd.grad(total, own, allow_unused=True)
         except (RuntimeError, NotImplementedError):  # something without a gradient
@@ -414,13 +414,13 @@ def _seeded(root: str) -> torch.Generator:
 
 def _some(count: int, share: float, draw: torch.Generator) -> list[int]:
     """A drawn subset of ``range(count)``, neither empty nor all of it (1 gives none)."""
-    order = torch.rand(count, generator=draw)
+    order = torch.rand(count, generator=draw, device="cpu")
     return order.argsort()[: max(1, min(count - 1, round(share * count)))].sort().values.tolist()
 
 
 def _anywhere(count: int, draw: torch.Generator) -> list[int]:
     """Some between the ends: if only the ends went, all the others would keep their neighbours."""
-    share = float(torch.empty(()).uniform_(0.3, 0.7, generator=draw))
+    share = float(torch.empty((), device="cpu").uniform_(0.3, 0.7, generator=draw))
     ends = 1 if count > 2 else 0
     return [ends + k for k in _some(count - 2 * ends, share, draw)]
 
@@ -428,7 +428,7 @@ def _anywhere(count: int, draw: torch.Generator) -> list[int]:
 def _early(count: int, draw: torch.Generator) -> list[int]:
     """Most of the first two fifths: more of one half, and of one third, than of the others."""
     part = max(1, round(0.4 * count))
-    order = torch.rand(part, generator=draw).argsort()
+    order = torch.rand(part, generator=draw, device="cpu").argsort()
     return order[: max(1, round(0.8 * part))].sort().values.tolist()
 
 

@@ -114,7 +114,9 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
     if isinstance(layer, tp.ops.TORCH_CONV) and layer.groups == layer.out_channels > 1:
         function = tp.function.prune_depthwise_conv_out_channels
     _update_maps(built)
-    start = torch.tensor([idxs] if isinstance(idxs, int) else list(idxs), dtype=torch.int64)
+    start = torch.tensor(
+        [idxs] if isinstance(idxs, int) else list(idxs), dtype=torch.int64, device="cpu"
+    )
     node = built.module2node[layer]
     first: Any = tp.dependency.Dependency(function, function, source=node, target=node)
     reached = {(node, function): _Reached(first, start, start)}
@@ -299,7 +301,7 @@ def _mapped(dep: Any, pairs: Meeting, widest: int) -> Meeting:
                     f"{len(places)} channels would become {len(places) * of._stride} positions, "
                     "more than any layer has"
                 )
-            inside = torch.arange(of._stride)
+            inside = torch.arange(of._stride, device="cpu")
             places = (places[:, None] * of._stride + inside).flatten()
             pairs = places, channels.repeat_interleave(of._stride)
         elif isinstance(of, _index_mapping._SliceIndexMapping):

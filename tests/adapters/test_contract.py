@@ -8,6 +8,8 @@ import io
 import itertools
 import pickle
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -597,16 +599,25 @@ def test_a_state_of_other_settings_is_refused(case):
         case.adapter(case.build(), "sr", options=options).load_state_dict(state)
 
 
+@contextmanager
+def default_type() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @cases
-def test_pytorchs_default_type_is_without_effect(case):
+@pytest.mark.parametrize(
+    "default", [default_type, lambda: torch.device("meta")], ids=["double", "elsewhere"]
+)
+def test_pytorchs_default_type_and_device_are_without_effect(case, default):
     ended = []
-    for kind in (torch.float32, torch.float64):
+    for context in (nullcontext, default):
         model = in_double(case.build())
-        torch.set_default_dtype(kind)
-        try:
+        with context():
             Drive(case, case.adapter(model, "sr")).run()
-        finally:
-            torch.set_default_dtype(torch.float32)
         ended.append(model.state_dict())
     assert difference(*ended) is None
 

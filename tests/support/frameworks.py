@@ -275,8 +275,8 @@ CASES += ROUNDED
 
 def batch(number: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(1000 + number)
-    labels = torch.randint(0, CLASSES, (16,), generator=draw)
-    images = torch.randn(16, 3, 8, 8, generator=draw, dtype=torch.float32)
+    labels = torch.randint(0, CLASSES, (16,), generator=draw, device="cpu")
+    images = torch.randn(16, 3, 8, 8, generator=draw, dtype=torch.float32, device="cpu")
     return images + labels.view(-1, 1, 1, 1).to(images) * 0.3, labels
 
 

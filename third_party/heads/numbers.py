@@ -173,7 +173,7 @@ def _at_zero(group: UpstreamGroup, structures: Sequence[int]) -> Iterator[None]:
     values = [(s.parameter, s.parameter.detach().clone()) for s in group.shares]
     with torch.no_grad():
         for share in group.shares:
-            at = torch.tensor([p for k in structures for p in share.index[k]])
+            at = torch.tensor([p for k in structures for p in share.index[k]], device="cpu")
             share.parameter.index_fill_(share.dim, at.to(share.parameter.device), 0)
     try:
         yield

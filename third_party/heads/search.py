@@ -271,7 +271,7 @@ class _Search:
     ) -> tuple[Tensor | None, ...]:
         """Gradients from some columns of a layer's input, with drawn weights."""
         draw = torch.Generator().manual_seed(0)
-        weights = (torch.rand(call.given.shape, generator=draw) + 0.5).to(call.given)
+        weights = (torch.rand(call.given.shape, generator=draw, device="cpu") + 0.5).to(call.given)
         axis = channel_axis(self._layers[call.layer]) % weights.dim()
         only = torch.tensor(columns, dtype=torch.int64, device=weights.device)
         seed = torch.zeros_like(weights)
