@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -142,7 +142,10 @@ class Saved:
 
 
 def save_pruned(
-    path: Path | str, model: nn.Module, removal: Removal, facts: Mapping[str, Any] | None = None
+    path: Path | str,
+    model: nn.Module,
+    removal: Removal | Iterable[tuple[str, Iterable[int]]] | None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a pruned model: parameters, persistent buffers, and what was removed.
 
@@ -164,11 +167,12 @@ def save_pruned(
             that has gone, or not from this model; nothing was written.
         OSError: the file cannot be written; nothing was.
     """
-    if not isinstance(removal, Removal):
+    if removal is None:
         raise SavedModelError(
-            f"a pruned model is saved with a Removal, not with {removal!r}; a run's `removed` is "
-            "one after its first removal, and None before"
+            "there is no removal to save: a run's `removed` is None before its first removal"
         )
+    if not isinstance(removal, Removal):
+        removal = Removal(removal)
     if removal.lacks:
         raise SavedModelError(f"the removal is not all that has gone: {removal.lacks}")
     with running.uncompiled(model) as plain:

@@ -745,7 +745,9 @@ class Rounding:
         # An element may happen to vary by little; if it is small as well, that is no chance.
         least = self.size.minimum(some.kthvalue(1 + len(some) // 10).values)
         others = (share * self.varies.maximum(least)).clamp(max=moved[varying].max())
-        return torch.maximum(torch.where(varying, others, 0.0), moved).maximum(FLOOR * self.varies)
+        # What is constant here, behind a ReLU say, may vary where channels are zero.
+        others = torch.where(varying, others, moved[varying].median())
+        return others.maximum(moved).maximum(FLOOR * self.varies)
 
 
 @torch.no_grad()

@@ -429,7 +429,8 @@ def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
     for row in sorted(rows, key=lambda row: row.allowed):
         if row.difference is not None and row.share is not None:
             kinds.setdefault((row.share >= 0.5, row.variant), []).append((row, row.difference))
-    for i, ((long, variant), members) in enumerate(sorted(kinds.items())):
+    ordered = sorted(kinds.items(), key=lambda kind: (kind[0][0], ORDER.index(kind[0][1])))
+    for i, ((long, variant), members) in enumerate(ordered):
         aside = (i - (len(kinds) - 1) / 2) * 0.1
         places = [allowed.index(row.allowed) + aside for row, _ in members]
         for place, (_, found) in zip(places, members, strict=True):

@@ -374,6 +374,6 @@ def test_what_holds_on_to_parameters_is_refused(changed):
 
 
 def test_a_model_from_which_nothing_is_removed_yet_is_not_saved_as_pruned(tmp_path):
-    with pytest.raises(SavedModelError, match="not with None"):
+    with pytest.raises(SavedModelError, match="no removal to save"):
         save_pruned_pretrained(tmp_path / "small", nn.Linear(2, 2), None)
     assert not (tmp_path / "small").exists()

@@ -292,7 +292,7 @@ def test_a_removal_is_saved_with_the_model_that_it_has_left(tmp_path):
     ):
         with pytest.raises(SavedModelError, match=r"the removal has left.*sum of all"):
             removal.save(path, other)
-    with pytest.raises(SavedModelError, match=r"not with None.*None before"):
+    with pytest.raises(SavedModelError, match=r"no removal to save.*None before"):
         save_pruned(path, model, None)
     assert not path.exists()
     whole.save(path, model)
