@@ -380,8 +380,7 @@ class Adapter(ABC):
         if removed is not None:
             self._bring_example()
             removed.apply(self.model, self.example, cut=True)
-            removed = removed.leaving(self.model, self._lacks)
-        self.checked, self.removed, self._grouped = True, removed, None
+        self._laid_out(removed)
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether this adapter's model is a module, or a part of it."""
@@ -636,6 +635,11 @@ class Adapter(ABC):
 
     def _none_decays(self) -> bool:
         return self.dpm is None or self.dpm.count(Phase.DECAYING) == 0
+
+    def _laid_out(self, removed: Removal | None) -> None:
+        """The model is as a run had it after what is removed."""
+        self.removed = None if removed is None else removed.leaving(self.model, self._lacks)
+        self.checked, self._grouped = True, None
 
     def _account(self, removal: Removal, going: Structures) -> None:
         """After a removal: leave the optimizer, and add up what was removed."""

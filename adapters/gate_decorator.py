@@ -337,7 +337,7 @@ class GateDecorator(Adapter):
             return
         if self.refills:
             self.dpm.reserved = {} if self._met else self._method.spare()
-        else:
+        elif self.rectify is not None:
             self.dpm.reserved = self._reserved(alive)
 
     def _reserved(self, alive: Tensor) -> dict[str, int]:

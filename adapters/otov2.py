@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dpm_core import DecayPruning, Phase, SelfRectifying, SmoothPruning, StructureGroup
-from dpm_core.third_party import dependency, otov2, running, trial
+from dpm_core.errors import first_line
+from dpm_core.third_party import otov2, running, trial
 from dpm_core.third_party.groups import UnsupportedLayerError
 from dpm_core.third_party.otov2 import OTO as OTO
 
@@ -245,8 +246,7 @@ class OTOv2(Adapter):
         except AdapterError:
             raise
         except Exception as cause:  # whatever tracing and upstream stumble over
-            reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-            raise AdapterError(f"upstream cannot read this model: {reason}") from cause
+            raise AdapterError(f"upstream cannot read this model: {first_line(cause)}") from cause
         if not groups:
             raise AdapterError(f"upstream finds nothing to prune: {otov2.unpruned(read)}")
         total, unit = sum(g.structures for g in groups), self.options.unit
@@ -271,8 +271,6 @@ class OTOv2(Adapter):
                 f"the group of {root!r} {why}. Upstream's groups and the dependency graph disagree "
                 "on this model, so it cannot be pruned"
             )
-        some = [(g.root, g.channels_of([0])) for g in groups if g.structures > 1]
-        dependency.cut(model, example, some)  # what only the removal itself refuses
         super().check()
 
     # ------------------------------------------------------------------ the run

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from dpm_core import DecayPruning, DecayPruningError, Phase, StructureGroup
 from dpm_core.attachment import unwrapped
+from dpm_core.errors import kind_and_line
 from dpm_core.third_party import running
 from dpm_core.third_party.errors import AdapterError
 
@@ -158,7 +159,11 @@ class Removal:
 
         require_model(model)
         with running.uncompiled(model) as plain:
-            self._apply(plain, example, optimizer, cut, graph.build if build is None else build)
+            try:
+                self._apply(plain, example, optimizer, cut, graph.build if build is None else build)
+            except Exception:
+                require_example(plain, example)  # which may be all that is wrong
+                raise
 
     def _apply(
         self,
@@ -170,7 +175,6 @@ class Removal:
     ) -> None:
         from dpm_core.third_party import dependency
 
-        require_example(model, example)
         plan = list(self)
         several = optimizer if isinstance(optimizer, Sequence) else [optimizer]
         optimizers = [unwrapped(one) for one in several if one is not None]
@@ -254,9 +258,8 @@ def require_example(model: nn.Module, example: Any) -> None:
     except AdapterError:
         raise
     except Exception as cause:
-        first = (str(cause).splitlines() or [""])[0]
         raise AdapterError(
-            f"the model cannot be run on the example ({type(cause).__name__}: {first}); give a "
+            f"the model cannot be run on the example ({kind_and_line(cause)}); give a "
             "batch as in training, on the model's device and of its type: a tensor, several in a "
             "tuple, or a mapping of arguments"
         ) from cause
@@ -274,6 +277,4 @@ def root_channels(group: StructureGroup, structures: Sequence[int] | Tensor) -> 
             f"group {group.name!r} has no slice named '{group.name}.weight', so it does not say "
             "which channels its structures are; name groups after their root layers"
         )
-    return sorted(
-        roots[0].cpu()[torch.as_tensor(structures, device="cpu").cpu()].flatten().tolist()
-    )
+    return sorted(roots[0].cpu()[torch.as_tensor(structures, device="cpu")].flatten().tolist())

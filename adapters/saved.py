@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_core import DecayPruningError
+from dpm_core.errors import first_line, kind_and_line
 from dpm_core.third_party import running
 
 from .optimizer_state import Attributes
@@ -98,7 +99,7 @@ class Saved:
         except Exception as cause:  # whatever upstream fails on in a model of another kind
             raise MismatchError(
                 "what was removed from the saved model cannot be removed from this one "
-                f"({_first_line(cause)}); build the dense model with the same settings, and give "
+                f"({first_line(cause)}); build the dense model with the same settings, and give "
                 f"an example it can take. {_NOT_ALL}"
             ) from cause
         small = trial.state_dict()
@@ -215,7 +216,7 @@ def save_pruned(
         content = _ordered(safetensors.torch.save(tensors, metadata))
     except (KeyError, TypeError, ValueError, RuntimeError) as cause:
         raise SavedModelError(
-            f"the model cannot be saved ({type(cause).__name__}: {_first_line(cause)}); its "
+            f"the model cannot be saved ({kind_and_line(cause)}); its "
             "tensors have to be of a type that safetensors knows, and the facts JSON's own values"
         ) from cause
     write(path, lambda file: file.write(content))
@@ -248,8 +249,8 @@ def read(path: Path | str) -> Saved:
             return Saved(removal, described["facts"], dict(sorted(tensors.items())))
     except Exception as cause:  # damage shows in many ways
         raise DamagedError(
-            f"{path} is damaged, or no pruned model ({type(cause).__name__}: "
-            f"{_first_line(cause)}); save the model anew, or take another copy of the file"
+            f"{path} is damaged, or no pruned model ({kind_and_line(cause)}); "
+            "save the model anew, or take another copy of the file"
         ) from cause
     raise VersionError(
         f"{path} has version {version}, and this release reads up to {VERSION}; take a later "
@@ -359,7 +360,3 @@ def _ordered(content: bytes) -> bytes:
 def _bytes(tensor: Tensor) -> Tensor:
     """A tensor's bytes in order, on the host; compared by these, NaNs are equal, too."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-def _first_line(cause: BaseException) -> str:
-    return (str(cause).splitlines() or [""])[0]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_core import SelfRectifying, SmoothPruning, StructureGroup
+from dpm_core.errors import kind_and_line
 from dpm_core.third_party import dependency, running, trial
 from dpm_core.third_party.groups import UnsupportedLayerError, UpstreamGroup
 from dpm_core.third_party.own_pruner import OwnPruner, remedy, traced_example
@@ -373,9 +374,7 @@ class TorchPruning(Adapter):
         except BaseException:  # of a later part: the earlier ones are taken back
             running.put_back(kept)
             raise
-        if removed is not None:
-            removed = removed.leaving(self.model, self._lacks)
-        self.checked, self.removed, self._grouped = True, removed, None
+        self._laid_out(removed)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Attached with a state to go on from."""
@@ -393,10 +392,9 @@ def _named(
         try:
             adapt(model)
         except Exception as cause:
-            line = (str(cause).splitlines() or [""])[0]
             why = UnsupportedLayerError(
                 f"the function given as adapt= fails on a copy of the model without some channels "
-                f"({type(cause).__name__}: {line}); let it read all numbers off the layers"
+                f"({kind_and_line(cause)}); let it read all numbers off the layers"
             )
             why.__cause__ = cause
             failures.append(why)

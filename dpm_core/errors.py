@@ -35,3 +35,14 @@ class StateError(DecayPruningError, ValueError):
 
 class DisagreementError(DecayPruningError, RuntimeError):
     """The processes that train one model differ in steps, decisions, weights or gradients."""
+
+
+def first_line(cause: BaseException) -> str:
+    """What went wrong, without the advice that PyTorch adds over many lines."""
+    return (str(cause).splitlines() or [type(cause).__name__])[0]
+
+
+def kind_and_line(cause: BaseException) -> str:
+    """The error's type as well, where the line alone would not say what it is of."""
+    line = first_line(cause)
+    return line if line == type(cause).__name__ else f"{type(cause).__name__}: {line}"

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import DisagreementError
+from .errors import DisagreementError, first_line
 
 NEAR = 1e-4
 """Equal weights and gradients give norms that differ by less, relatively, on unlike processors."""
@@ -203,8 +203,7 @@ def _answering() -> Iterator[None]:
     try:
         yield
     except RuntimeError as cause:  # gloo's own errors are of no finer type
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise DisagreementError(
-            f"another process has ended, or has not come here within {PATIENCE} ({reason}); its "
-            "own message says why. Every process has to take every step"
+            f"another process has ended, or has not come here within {PATIENCE} "
+            f"({first_line(cause)}); its own message says why. Every process has to take every step"
         ) from cause

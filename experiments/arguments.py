@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from dpm_core.errors import first_line
+
 from .errors import RunError
 from .names import LAST_SEED, shown
 
@@ -87,6 +89,6 @@ def device(name: str) -> torch.device:
         chosen = torch.device(name)
         torch.ones(1, device=chosen).add(1).item()  # a device that can compute
     except Exception as cause:  # every kind of device has errors of its own
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise RunError(f"there is no device {name!r} ({reason}); give auto, cpu or cuda") from cause
+        why = f"there is no device {name!r} ({first_line(cause)}); give auto, cpu or cuda"
+        raise RunError(why) from cause
     return chosen

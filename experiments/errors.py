@@ -24,11 +24,6 @@ class QuotingError(RunError):
     """A run of a comparison failed. The message quotes what it printed, on lines of its own."""
 
 
-def first_line(cause: Exception) -> str:
-    """What went wrong, without the advice that PyTorch adds over many lines."""
-    return (str(cause).splitlines() or [type(cause).__name__])[0]
-
-
 def reported(error: BaseException) -> str | None:
     """The line for an error that a user can do something about; ``None`` for any other.
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import graph, running
+from dpm_core.errors import first_line
+
+from . import comparing, graph, running
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
 
 Build = Callable[[nn.Module, Any], Any]
@@ -109,9 +111,9 @@ class Comparison:
         try:
             left = running.outputs(small, example)
         except Exception as cause:
-            return f"leaves a model that cannot run ({_line(cause)})"
-        moved = running.rounding(large, example, self.large.outputs)
-        why = running.unlike(self.large.outputs, left, moved, doubts=False)
+            return f"leaves a model that cannot run ({first_line(cause)})"
+        moved = comparing.rounding(large, example, self.large.outputs)
+        why = comparing.unlike(self.large.outputs, left, moved, doubts=False)
         trained = running.outputs_in_training(large, example)
         if why or trained is None:
             return why
@@ -120,8 +122,8 @@ class Comparison:
             return "leaves a model that cannot run in training mode"
         if trained.draws:  # of other shapes in a small model
             return None
-        moved = running.rounding(large, example, trained, training=True)
-        why = running.unlike(trained, left_in_training, moved, doubts=False)
+        moved = comparing.rounding(large, example, trained, training=True)
+        why = comparing.unlike(trained, left_in_training, moved, doubts=False)
         return f"{why}, in training mode" if why else None
 
 
@@ -328,8 +330,8 @@ def _whole_or_not(model: nn.Module) -> Iterator[None]:
         raise
     except Exception as cause:
         raise UnsupportedLayerError(
-            f"upstream cannot remove these channels ({_line(cause)}); leave out of the plan what "
-            "leads there"
+            f"upstream cannot remove these channels ({first_line(cause)}); leave out of the "
+            "plan what leads there"
         ) from cause
 
 
@@ -375,7 +377,3 @@ def survivors(
             _apply_whole(built, trial, part)
         codes = {n: p.detach().cpu().long() for n, p in parameters().items()}
     return {n: graph.positions(n, value, shapes[n]) for n, value in codes.items()}
-
-
-def _line(cause: BaseException) -> str:
-    return (str(cause).splitlines() or [type(cause).__name__])[0]

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpm_core.errors import kind_and_line
+
 from . import dependency, graph, heads, running
 from .errors import AdapterError
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
@@ -176,7 +178,7 @@ class OwnPruner:
             if place is not None:  # what is around says so
                 raise
             raise AdapterError(
-                f"{self.name} cannot list its groups ({type(cause).__name__}: {_line(cause)})"
+                f"{self.name} cannot list its groups ({kind_and_line(cause)})"
             ) from cause
 
     def _key(self, group: Any) -> Ranked:
@@ -282,7 +284,7 @@ class OwnPruner:
                     except Exception as cause:
                         raise AdapterError(
                             f"{self._importance} fails at the group of {root!r} "
-                            f"({type(cause).__name__}: {_line(cause)}); give {self.name} another "
+                            f"({kind_and_line(cause)}); give {self.name} another "
                             "importance, or put the layer into its ignored_layers"
                         ) from cause
         finally:
@@ -368,7 +370,7 @@ class OwnPruner:
             at = f" at the group of {asked[-1]!r}" if asked else ""
             raise AdapterError(
                 f"{self.name} cannot take its step: {self._importance} fails{at} "
-                f"({type(cause).__name__}: {_line(cause)}){self._hint()}"
+                f"({kind_and_line(cause)}){self._hint()}"
             ) from cause
         finally:
             del up.estimate_importance, self._graph.check_pruning_group
@@ -661,7 +663,3 @@ def traced_example(pruner: Any) -> Any:
                     running.outputs(pruner.model, found)
                     return found
     return None
-
-
-def _line(cause: BaseException) -> str:
-    return (str(cause).splitlines() or [type(cause).__name__])[0]

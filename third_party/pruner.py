@@ -32,6 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from dpm_core.errors import kind_and_line
+
 from . import graph, walk
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup, structures_in
 from .heads import Heads, conv1d, owner, weight_dims
@@ -222,8 +224,7 @@ class Pruner:
         try:
             scores: Tensor | None = self._importance(self._rankable(group))
         except Exception as cause:  # of whatever kind: no importance knows all layers
-            line = (str(cause).splitlines() or [""])[0]
-            what = f"fails on its layers ({type(cause).__name__}: {line})"
+            what = f"fails on its layers ({kind_and_line(cause)})"
         else:
             if scores is None or len(scores) < 2 or not bool(scores.isnan().any()):
                 return scores

@@ -1,8 +1,7 @@
 """Running a user's model on an example, so that the outputs of two runs can be compared.
 
-A removal must not change the outputs by more than rounding. Comparing them takes care: there may be
-several inputs, outputs may be anything that contains tensors, a forward pass may draw random
-numbers, and what rounding does to the outputs depends on the network and has to be measured.
+That takes care: there may be several inputs, outputs may be anything that contains tensors, and a
+forward pass may draw random numbers. The comparison itself is in :mod:`.comparing`.
 """
 
 from __future__ import annotations
@@ -25,22 +24,14 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .errors import AdapterError
+from dpm_core.errors import kind_and_line
 
-TIMES = 10.0
-"""Outputs may differ by this times the measured rounding: a removal regroups sums. Ours."""
-FLOOR = 1e-8
-"""An element of the outputs may always differ by this share of what it varies by. Ours."""
-SHARE = 1e-4
-"""As far as this share, rounding measured in one element is allowed in all. Ours."""
-HOPELESS = 0.1
-"""If rounding alone may move outputs by this share, comparing them says nothing. Ours."""
+from .errors import AdapterError
 
 
 def call(model: nn.Module, example: Any) -> Any:
@@ -240,12 +231,11 @@ def _uncopied(cause: BaseException) -> Any:
 
 
 def _why_not(model: nn.Module, thing: Any, cause: BaseException) -> str:
-    line = (str(cause).splitlines() or [""])[0]
     place = _path_to(model, thing)
     what = f"its {place!r} ({type(thing).__name__})" if place else f"a {type(thing).__name__} in it"
     return (
         f"the model cannot be copied, as every trial of a removal has to: {what} does not bear "
-        f"copy.deepcopy ({type(cause).__name__}: {line}). Keep it outside of the model, or give "
+        f"copy.deepcopy ({kind_and_line(cause)}). Keep it outside of the model, or give "
         "its class a __deepcopy__ method"
     )
 
@@ -705,320 +695,3 @@ def doubled(example: Any) -> Any:
             else t
         ),
     )
-
-
-_PLACES = 1000
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """What rounding does to an output, and how much of it depends on the parameters.
-
-    Both are measured for each element by itself: one that holds a large constant, as masked logits
-    and time stamps do, says nothing of the others.
-
-    Attributes:
-        moved: how far an element moves if every parameter moves by its last digit; its own last
-            digit at least.
-        varies: how far it would move if every parameter moved by its whole size. That is the size
-            of the element without what is constant in it; 0 if all of it is.
-        size: the magnitude of each element.
-    """
-
-    moved: Tensor
-    varies: Tensor
-    size: Tensor
-
-    @functools.cached_property
-    def allowed(self) -> Tensor:
-        """By how much rounding may change each element when a removal regroups sums.
-
-        One measurement may happen to leave an element where it is, so the largest movement of all
-        elements holds for each, as far as it is a small share of what the element varies by. What
-        is small, the typical element tells.
-        """
-        moved, varying = TIMES * self.moved, self.varies > 0
-        some = self.varies[varying]
-        if not some.numel():
-            return moved
-        share = max(SHARE, float((moved[varying] / some).median()))
-        # An element may happen to vary by little; if it is small as well, that is no chance.
-        least = self.size.minimum(some.kthvalue(1 + len(some) // 10).values)
-        others = (share * self.varies.maximum(least)).clamp(max=moved[varying].max())
-        # What is constant here, behind a ReLU say, may vary where channels are zero.
-        others = torch.where(varying, others, moved[varying].median())
-        return others.maximum(moved).maximum(FLOOR * self.varies)
-
-
-@torch.no_grad()
-def rounding(
-    model: nn.Module, example: Any, given: Outputs, *, training: bool = False
-) -> list[Rounding]:
-    """What rounding does to each of a model's outputs.
-
-    Every parameter is moved, up or down, and put back: by its last digit, and by a tenth (by less
-    where the model does not bear that, or puts out other infinities).
-
-    Args:
-        model: in the precision of the comparison.
-        example: of its inputs.
-        given: its :func:`outputs` for the example, in the same mode.
-        training: the mode.
-    """
-    moved = _moved(model, example, 0.0, given, training)
-    varied = None
-    for by in _STEPS:
-        varied = _moved(model, example, by, given, training)
-        if varied is not None and all(map(_finite_alike, given.values, varied)):
-            break
-        varied = None
-    found: list[Rounding] = []
-    for i, value in enumerate(given.values):
-        size = sizes(value)
-        change = torch.zeros_like(size) if moved is None else _apart(value, moved[i])
-        varies = size if varied is None else _apart(value, varied[i]) / by
-        found.append(Rounding(change.maximum(size * given.eps), varies, size))
-    return found
-
-
-_STEPS = (0.1, 1e-3, 1e-6)
-
-
-def _moved(
-    model: nn.Module, example: Any, by: float, given: Outputs, training: bool
-) -> list[Tensor] | None:
-    """Outputs with every parameter moved by a share of it, or its last digit if that is more.
-
-    ``None`` where the model does not run so, or gives another number of outputs.
-    """
-    draw = torch.Generator().manual_seed(1)
-    kept = [(p, p.clone()) for p in model.parameters() if _real(p)]
-    # Each parameter takes its signs from some place of one row: drawing them all takes longer than
-    # running the model.
-    most = max((p.numel() for p, _ in kept), default=0)
-    signs = (
-        2 * torch.randint(0, 2, (most + _PLACES,), generator=draw, dtype=torch.int8, device="cpu")
-        - 1
-    )
-    rows: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    try:
-        for parameter, value in kept:
-            kind = value.device, value.dtype
-            if kind not in rows:
-                rows[kind] = signs.to(*kind)
-            place = int(torch.randint(_PLACES, (), generator=draw, device="cpu"))
-            row = rows[kind][place : place + value.numel()]
-            share = max(by, given.eps, torch.finfo(value.dtype).eps)
-            parameter.addcmul_(value, row.view(value.shape), value=share)
-        values = outputs(model, example, training=training).values
-        return values if len(values) == len(given.values) else None
-    except Exception:  # a network that wants a sum of one, say
-        return None
-    finally:
-        for parameter, value in kept:
-            parameter.copy_(value)
-
-
-def unlike(
-    before: Outputs, after: Outputs, rounding: Sequence[Rounding], *, doubts: bool
-) -> str | None:
-    """How outputs differ by more than rounding, in words that follow "its removal"; or ``None``.
-
-    Args:
-        before: of the model as it was.
-        after: of what should be the same.
-        rounding: what rounding does to each of ``before``.
-        doubts: whether to report, too, that rounding alone does too much for a comparison.
-    """
-    shapes = [[tuple(t.shape) for t in o.values] for o in (before, after)]
-    if shapes[0] != shapes[1]:
-        odd = next((p for p in zip(*shapes, strict=False) if p[0] != p[1]), shapes)
-        return f"changes the shape of an output, from {odd[0]} to {odd[1]}"
-    numbers = [t for t in before.values if _real(t)]
-    if numbers and not any(bool(t.isfinite().any()) for t in numbers):
-        return "cannot be checked: no output of the model is finite"
-    felt = not numbers
-    for one, other, measured in zip(before.values, after.values, rounding, strict=True):
-        if not _real(one):
-            if before.eps < 1e-12 and not torch.equal(one, other):  # else rounding may decide
-                return "changes an output of whole numbers"
-            continue
-        if not torch.equal(one.isfinite(), other.isfinite()):
-            return "makes finite outputs infinite, or infinite ones finite"
-        off, allowed, varies = _apart(one, other), measured.allowed, measured.varies
-        wrong = off > allowed
-        if bool(wrong.any()):
-            # A constant in an element is none of its size.
-            large = min(float(varies[wrong].max()), size(one[wrong]))
-            most = float(off[wrong].max())
-            share = f"{most / large:.0e} of their size" if large > 0 else f"{most:.0e} from zero"
-            drawn = before.draws != after.draws
-            draws = "; the forward pass draws random numbers by its channels" if drawn else ""
-            return f"changes the outputs by {share}{draws}"
-        # What varies by no more than its last digits is constant.
-        real = varies > 1000 * before.eps * measured.size
-        hopeless = TIMES * measured.moved[real] > HOPELESS * varies[real]
-        felt = felt or bool(real.any())
-        if doubts and 2 * int(hopeless.sum()) > len(hopeless):
-            return (
-                f"cannot be checked: rounding alone may move the outputs by {allowed.max():.0e}, "
-                f"and they vary by no more than {varies.max():.0e}"
-            )
-    if doubts and not felt:
-        return "cannot be checked: what the parameters do to the outputs is lost in rounding"
-    return None
-
-
-def _real(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def sizes(tensor: Tensor) -> Tensor:
-    """The magnitude of each element; 0 where it is not finite, or no floating-point number."""
-    if not _real(tensor):
-        return torch.zeros_like(tensor, dtype=torch.float32)
-    small = tensor.is_floating_point() and tensor.element_size() < 4
-    return torch.where(tensor.isfinite(), (tensor.float() if small else tensor).abs(), 0.0)
-
-
-def _apart(one: Tensor, other: Tensor) -> Tensor:
-    """The difference of each element; 0 where it is not finite in both, or shapes differ."""
-    if one.shape != other.shape or not _real(one):
-        return torch.zeros_like(sizes(one))
-    small = one.is_floating_point() and one.element_size() < 4
-    off = (one.float() - other.float() if small else one - other).abs()
-    return torch.where(one.isfinite() & other.isfinite(), off, 0.0)
-
-
-def _finite_alike(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.isfinite(), other.isfinite())  # also says whether shapes differ
-
-
-def size(tensor: Tensor) -> float:
-    """The largest magnitude among a tensor's finite values; 0 if there are none."""
-    if not _real(tensor):
-        return 0.0
-    finite = tensor[tensor.isfinite()]
-    return float(finite.abs().max()) if finite.numel() else 0.0
-
-
-def draw_values(model: nn.Module, example: Any, scale: float = 1.0) -> None:
-    """Draw a model's weights by He's rule, times ``scale``, and its vectors from 0.5 to 1.5.
-
-    Norms with running statistics get those of the example, but lower means: a norm that reads
-    zeros then puts out positive values, which no ReLU hides.
-
-    A network may refuse such values, or have hardly a finite output with them, as where it needs a
-    positive definite matrix. Then only PyTorch's own layers get them, else none; the others keep
-    theirs, moved by a hundredth if the network bears that.
-
-    Raises:
-        OwnError: the network does not run with its own values either.
-    """
-    own = [(p, p.clone()) for p in model.parameters() if p.is_floating_point() and p.numel()]
-    layers = {p for m in model.modules() if _is_layer(m) for p in m.parameters(recurse=False)}
-    everything = {p for p, _ in own}
-    finite: float | None = None
-    for drawn, by in ((everything, 0.0), *((d, b) for d in (layers, set()) for b in (0.01, 0.0))):
-        _set_values(own, drawn, scale, by)
-        try:
-            now = _run_for_statistics(model, example)
-            if now < 1 and finite is None:
-                _set_values(own, set(), scale, 0.0)
-                finite = _run_for_statistics(model, example)
-                _set_values(own, drawn, scale, by)
-                now = _run_for_statistics(model, example)
-        except Exception as fault:
-            cause = fault
-            continue
-        if finite is None or now >= finite / 2:
-            return
-    line = (str(cause).splitlines() or [""])[0]
-    raise OwnError(
-        "the network's own forward pass fails on a copy of it, with its own parameters, in "
-        f"evaluation mode, on some of the example ({type(cause).__name__}: {line}). Give an "
-        "example, or the network in a state, with which it runs"
-    ) from cause
-
-
-class OwnError(AdapterError):
-    """A network fails by itself, whatever is removed from it."""
-
-
-def _is_layer(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.modules.")
-
-
-@torch.no_grad()
-def _set_values(
-    own: Sequence[tuple[nn.Parameter, Tensor]], drawn: set[nn.Parameter], scale: float, by: float
-) -> None:
-    """Draw the values of some parameters; the others get their own, moved by a share of each."""
-    draw = torch.Generator().manual_seed(0)
-    for parameter, value in own:
-        if parameter.dim() > 1:
-            size = scale * (2 / parameter[0].numel()) ** 0.5
-            new = size * torch.randn(parameter.shape, generator=draw, device="cpu")
-        else:
-            new = torch.rand(parameter.shape, generator=draw, device="cpu") + 0.5
-        parameter.copy_(new if parameter in drawn else value)
-        if by and parameter not in drawn:
-            noise = 2 * torch.rand(parameter.shape, generator=draw, device="cpu") - 1
-            parameter.mul_(1 + by * noise.to(parameter))
-
-
-def _run_for_statistics(model: nn.Module, example: Any) -> float:
-    """Run a model, of which norms take the statistics; returns which share of it is finite."""
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-    hooks = [m.register_forward_pre_hook(_take_statistics) for m in norms]
-    kept = parts(model)
-    try:
-        with torch.no_grad(), evaluating(model), same_draws(), as_written(), Watched():
-            found = [t for t in tensors(call(model, example)) if _real(t)]
-    finally:
-        put_back(kept)
-        for hook in hooks:
-            hook.remove()
-    number = sum(t.numel() for t in found)
-    return sum(int(t.isfinite().sum()) for t in found) / number if number else 1.0
-
-
-def settle(model: nn.Module, example: Any) -> list[str]:
-    """Let a model have what it keeps from one call to the next, as after training.
-
-    Parameters and the statistics of norms stay.
-
-    Returns:
-        Names of the attributes that keep tensors.
-    """
-    norms = [m for m in model.modules() if isinstance(m, _NormBase)]
-    values = [(b, b.clone()) for m in norms for b in m.buffers(recurse=False)]
-    before = {(n, k): v for n, m in model.named_modules() for k, v in vars(m).items()}
-    for training in (True, False):
-        kept = parts(model)
-        quiet = in_mode(model, training), same_draws(), fast_path_off(), as_written()
-        try:
-            with ExitStack() as stack:
-                for context in (*quiet, Watched(average=training), torch.no_grad()):
-                    stack.enter_context(context)
-                call(model, example)
-        except Exception:  # a mode that the example does not allow
-            put_back(kept)
-    with torch.no_grad():
-        for buffer, value in values:
-            buffer.copy_(value)
-    return [
-        f"{n}.{k}" if n else k
-        for n, m in model.named_modules()
-        for k, v in vars(m).items()
-        if v is not before.get((n, k)) and tensors([v])
-    ]
-
-
-def _take_statistics(norm: nn.Module, given: tuple[Tensor, ...]) -> None:
-    x = given[0]
-    over = [d for d in range(x.dim()) if d != 1]
-    var = x.var(over, correction=0)
-    var = torch.where(var > 1e-12 * (1 + x.square().mean(over)), var, 1.0)
-    norm.get_buffer("running_mean").copy_(x.mean(over) - var.sqrt())
-    norm.get_buffer("running_var").copy_(var)

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import dependency, graph, parting, running
+from dpm_core.errors import kind_and_line
+
+from . import comparing, dependency, graph, parting, running, trial_values
 from .groups import UnsupportedLayerError, UpstreamGroup, named
 
 ROWS = 2
@@ -206,12 +208,12 @@ class Trial:
         if any(layer not in self._graph.module2node for layer in layers):  # few rows run fewer
             self._copy(model, example, groups, build, double)
         dense, again = self._dense, running.outputs(self._model, self._example)
-        self._rounding = running.rounding(self._model, self._example, dense)
+        self._rounding = comparing.rounding(self._model, self._example, dense)
         # Not as measured: if passes differ, that is in the measurement.
         little = [
             replace(measured, moved=10 * dense.eps * measured.size) for measured in self._rounding
         ]
-        differs = running.unlike(dense, again, little, doubts=False)
+        differs = comparing.unlike(dense, again, little, doubts=False)
         if differs is not None and "finite" not in differs:
             raise UnsupportedLayerError(
                 f"the model is not the same from pass to pass: running it again {differs}. Nothing "
@@ -221,7 +223,7 @@ class Trial:
         training = running.outputs_in_training(self._model, self._example)
         self._in_training = None if training is None or training.draws else training
         if self._in_training is not None:
-            self._rounding_in_training = running.rounding(
+            self._rounding_in_training = comparing.rounding(
                 self._model, self._example, self._in_training, training=True
             )
         self._runs_in_training = training is not None
@@ -244,8 +246,8 @@ class Trial:
             self._model.double()
         self._example = running.doubled(example) if double else example
         self._own = {id(s.parameter): copies[id(s.parameter)] for g in groups for s in g.shares}
-        running.draw_values(self._model, self._example)
-        self._keeps = running.settle(self._model, self._example)
+        trial_values.draw_values(self._model, self._example)
+        self._keeps = trial_values.settle(self._model, self._example)
         self._dense = running.outputs(self._model, self._example)
 
     def _without_effect(self) -> set[nn.Module]:
@@ -312,18 +314,18 @@ class Trial:
         except Exception as cause:  # whatever the removal of other channels than these breaks
             keeps = ", ".join(map(repr, self._keeps[:4])) + (", ..." if self._keeps[4:] else "")
             state = f"; the model keeps {keeps} from call to call, maybe as wide" if keeps else ""
-            return f"cannot be removed ({_line(cause)}{state}){mode}"
+            return f"cannot be removed ({kind_and_line(cause)}{state}){mode}"
         finally:
             running.put_back(kept)
         with self._at_zero(groups, chosen):
             try:
                 zeroed = running.outputs(self._model, self._example)
             except Exception as cause:  # a network that wants values other than zero
-                return f"cannot run with channels at zero ({_line(cause)})"
-            why = running.unlike(zeroed, removed, self._rounding, doubts=True)
+                return f"cannot run with channels at zero ({kind_and_line(cause)})"
+            why = comparing.unlike(zeroed, removed, self._rounding, doubts=True)
             if why is None and self._in_training is not None and subset is _anywhere:
                 other = running.outputs(self._model, self._example, training=True)
-                why = running.unlike(other, in_training, self._rounding_in_training, doubts=False)
+                why = comparing.unlike(other, in_training, self._rounding_in_training, doubts=False)
                 why = f"{why}, in training mode" if why else None
         if why is None or why.startswith("cannot be checked"):
             return why
@@ -401,10 +403,6 @@ class Trial:
         finally:
             for parameter, value in values:
                 parameter.copy_(value)
-
-
-def _line(cause: Exception) -> str:
-    return f"{type(cause).__name__}: {(str(cause).splitlines() or [type(cause).__name__])[0]}"
 
 
 def _seeded(root: str) -> torch.Generator:

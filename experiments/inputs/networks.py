@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from dpm_core import DecayPruningError
+from dpm_core.errors import first_line, kind_and_line
 from dpm_core.third_party import running
 
 from ..names import shown
@@ -376,10 +377,7 @@ def _read(file: Path) -> tuple[bytes, str]:
 
 
 def _line(cause: BaseException) -> str:
-    reason = (str(cause).splitlines() or [""])[0]
-    if isinstance(cause, RuntimeError) and reason:
-        return reason
-    return f"{type(cause).__name__}: {reason}" if reason else type(cause).__name__
+    return first_line(cause) if isinstance(cause, RuntimeError) else kind_and_line(cause)
 
 
 def _like(near: list[str]) -> str:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..errors import RunError, first_line
+from dpm_core.errors import first_line
+
+from ..errors import RunError
 from ..files import FileError, load_tensors, save_tensors
 from .machine import device_name
 from .request import CHECKPOINT, Request

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import dpm_core
+from dpm_core.errors import first_line
 
 from ..errors import QuotingError, RunError
 from ..files import write
@@ -209,8 +210,8 @@ class Away:
             self.cluster.require()
             raise
         except Exception as cause:  # of the worker, not of the run, which has its own process
-            reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-            raise RunError(f"{self.job.name} was given up by the cluster: {reason}") from cause
+            why = first_line(cause)
+            raise RunError(f"{self.job.name} was given up by the cluster: {why}") from cause
         return outcome
 
     def _take(self, outcome: Outcome) -> None:
@@ -251,10 +252,9 @@ def cluster(address: str) -> Iterator[Cluster]:
     try:
         client: Any = Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as cause:
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
         raise RunError(
-            f"no Dask scheduler answers at {address!r} ({reason}); start one, or give its address, "
-            "such as tcp://host:8786"
+            f"no Dask scheduler answers at {address!r} ({first_line(cause)}); start one, or "
+            "give its address, such as tcp://host:8786"
         ) from cause
     try:
         yield Cluster(client, address)

@@ -12,6 +12,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from dpm_core.errors import first_line
 from dpm_core.third_party.running import evaluating
 
 from ..errors import RunError
@@ -86,8 +87,7 @@ def program(model: nn.Module, example: Tensor, path: Path) -> float:
             )
             torch.export.save(exported, buffer)
     except Exception as cause:  # the exporter's own errors have no base in common
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-        raise RunError(f"PyTorch cannot export this model: {reason}") from cause
+        raise RunError(f"PyTorch cannot export this model: {first_line(cause)}") from cause
     buffer.seek(0)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch warns of a buffer that it only reads

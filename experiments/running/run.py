@@ -15,9 +15,10 @@ from torch import nn
 from dpm_core.adapters.base import Adapter, count_macs, count_parameters
 from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.saved import checksum, save_pruned
+from dpm_core.errors import first_line
 
 from ..config import Config, ConfigError, Stage
-from ..errors import RunError, first_line
+from ..errors import RunError
 from ..files import FileError, load_tensors, save_tensors
 from ..inputs import data, networks
 from ..inputs.images import Images, full_batches

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
+from dpm_core.errors import kind_and_line
+
 from ..errors import RunError
 from ..files import FileError, load_tensors, save_text
 from ..names import Seed, Text, one_line
@@ -200,7 +202,7 @@ def _reason(cause: Exception) -> str:
         return described(cause)[0]
     if isinstance(cause, FileError):
         return one_line(str(cause))
-    return one_line(f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}")
+    return one_line(kind_and_line(cause))
 
 
 def keep_norms(runs: Sequence[Run], path: Path) -> Path | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from dpm_core.adapters.depgraph import structure_groups
-from dpm_core.third_party import dependency, running, trial
+from dpm_core.third_party import comparing, dependency, running, trial, trial_values
 from dpm_core.third_party.groups import UnsupportedLayerError
 
 IMAGES = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(2))
@@ -139,16 +139,16 @@ def test_a_difference_is_seen_in_each_element_by_itself(dtype, data):
     model = Columns(nn.Linear(7, 12), scales, constants).to(dtype)
     model.layer.weight.data = weight
     dense = running.outputs(model, x)
-    measured = running.rounding(model, x, dense)
+    measured = comparing.rounding(model, x, dense)
     order = torch.randperm(7, generator=draw)
     model.layer.weight.data = weight[:, order]
     regrouped = running.outputs(model, x[:, order])
-    assert running.unlike(dense, regrouped, measured, doubts=False) is None
+    assert comparing.unlike(dense, regrouped, measured, doubts=False) is None
 
     wrong, column = dense.values[0].clone(), data.draw(st.integers(0, 11), "column")
     wrong[1, column] += 0.1 * scales[column]
     other = running.Outputs([wrong], dense.draws, dense.eps)
-    why = running.unlike(dense, other, measured, doubts=False)
+    why = comparing.unlike(dense, other, measured, doubts=False)
     assert why is not None
     assert "changes the outputs" in why
 
@@ -271,10 +271,10 @@ def test_a_network_that_bears_no_other_parameters_is_compared_by_its_size():
     model.register_forward_pre_hook(strict)
     x = torch.randn(6, 5).double()
     found = running.outputs(model, x)
-    (measured,) = running.rounding(model, x, found)
+    (measured,) = comparing.rounding(model, x, found)
     assert torch.equal(measured.varies, found.values[0].abs())
     assert bool((measured.allowed >= measured.moved).all())
-    assert running.unlike(found, found, [measured], doubts=True) is None
+    assert comparing.unlike(found, found, [measured], doubts=True) is None
 
 
 # ---------------------------------------------------------------------- values and what is kept
@@ -343,7 +343,7 @@ def test_a_network_that_refuses_drawn_values_is_tried_out_with_its_own(data):
 def test_drawn_values_stay_wherever_the_network_bears_them():
     model = Demanding([DEMANDS["symmetric"]], torch.relu)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    running.draw_values(model, torch.randn(5, 6))
+    trial_values.draw_values(model, torch.randn(5, 6))
     near = {n for n, p in model.named_parameters() if (p - before[n]).abs().max() <= 0.011}
     assert near == {"p"}
 
@@ -352,8 +352,10 @@ def test_what_is_wrong_with_the_network_itself_is_said_to_be_its_own():
     def broken(_: Tensor) -> Tensor:
         raise ValueError("no such table")
 
-    with pytest.raises(running.OwnError, match=r"own forward pass.*\(ValueError: no such table\)"):
-        running.draw_values(Demanding([broken], torch.relu), torch.randn(5, 6))
+    with pytest.raises(
+        trial_values.OwnError, match=r"own forward pass.*\(ValueError: no such table\)"
+    ):
+        trial_values.draw_values(Demanding([broken], torch.relu), torch.randn(5, 6))
 
 
 class Keeping(nn.Module):

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import running
+from dpm_core.errors import kind_and_line
+
+from .. import comparing, running
 from ..groups import UpstreamGroup
 from .structures import Heads, owner, weight_dims
 
@@ -98,7 +100,7 @@ class _Trial:
         both give the same outputs.
         """
         model, example = self._model, self._example
-        rounding = running.rounding(model, example, running.outputs(model, example))
+        rounding = comparing.rounding(model, example, running.outputs(model, example))
         gone = [0] if heads.count < 4 else [0, heads.count // 2]
         kept = running.parts(model)
         with _at_zero(heads.group(model), gone):
@@ -107,10 +109,11 @@ class _Trial:
         for numbers in self._choices(heads):
             try:
                 self.with_numbers(heads, numbers).remove(model, gone)
-                off = running.unlike(zeroed, running.outputs(model, example), rounding, doubts=True)
+                off = comparing.unlike(
+                    zeroed, running.outputs(model, example), rounding, doubts=True
+                )
             except Exception as cause:  # whatever a forward pass with a wrong number breaks on
-                line = (str(cause).splitlines() or [""])[0]
-                off = f"leaves a model that cannot run ({type(cause).__name__}: {line})"
+                off = f"leaves a model that cannot run ({kind_and_line(cause)})"
             finally:
                 running.put_back(kept)
             if off is None:

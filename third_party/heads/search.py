@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .. import running
+from .. import running, trial_values
 from ..groups import UnsupportedLayerError
 from .behind import Behind, Source, behind
 from .numbers import kept_numbers, says_how_many
@@ -50,7 +50,7 @@ def find(model: nn.Module, example: Any) -> Found:
         copied = running.Precision(model, running.informative(example), 1)
         drawn, few = copied.model.eval().requires_grad_(True), copied.example
         # Small, or a softmax may choose one of its inputs, and have no gradient.
-        running.draw_values(drawn, few, 0.5)
+        trial_values.draw_values(drawn, few, 0.5)
         known[signature] = _Search(drawn, few).found
     found: Found = known[signature]
     return found
