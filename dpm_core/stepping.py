@@ -261,16 +261,16 @@ class Stepping:
         diagonals = decaying.diagonals
         if self._norms is None:
             self._norms = table.square_norms(table.parameters(), diagonals).sqrt()
-        rows = [table.square_norms(gradients, diagonals), self._norms]
-        if maximised is not None:
-            weights = table.parameters()
-            if maximised:
-                weights = [
-                    -w if w is not None and id(s.parameter) in maximised else w
-                    for w, s in zip(weights, table.slices, strict=True)
-                ]
-            rows.append(table.dots(weights, gradients, diagonals))
-        return rows
+        if maximised is None:
+            return [table.square_norms(gradients, diagonals), self._norms]
+        weights = table.parameters()
+        if maximised:
+            weights = [
+                -w if w is not None and id(s.parameter) in maximised else w
+                for w, s in zip(weights, table.slices, strict=True)
+            ]
+        squares, dots = table.square_norms_and_dots(weights, gradients, diagonals)
+        return [squares, self._norms, dots]
 
     def _gradients(self, subset: Subset) -> list[Tensor | None]:
         gradients = subset.table.gradients()
@@ -394,7 +394,7 @@ def _set_norms(
     wanted = target.to(device=table.device, dtype=table.dtype, non_blocking=True)
     before = table.square_norms(table.parameters(), diagonals).sqrt()
     scaled = (wanted >= 0) & (before > 0) & torch.isfinite(before)
-    table.scale_(torch.where(scaled, wanted / before, 1.0))
+    table.scale_(torch.where(scaled, wanted / before, 1.0), diagonals)
     return before
 
 

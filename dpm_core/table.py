@@ -1,10 +1,11 @@
 """Single vectorised passes over many slices: the only place that touches parameters in bulk.
 
-No pass here loops over structures or waits for the device. Scaling is a dense pass over whole
-parameters, which is cheaper than gathering and scattering decaying rows (half of VGG16-BN's rows:
-2.5 against 7 ms, on two cores), and multiplying by exactly one leaves every bit of an active
-structure as it was. Norms and products of large matrices on a CPU are computed of the rows that are
-asked for (:meth:`SliceTable.diagonals`), all others densely.
+No pass here loops over structures or waits for the device. Large matrices on a CPU are read and
+scaled by the rows that are asked for (:meth:`SliceTable.diagonals`), all others densely, where
+multiplying by exactly one leaves every bit of an active structure as it was. Gathering and
+scattering rows costs more than either (half of VGG16-BN's rows, on one core: 4.4 ms, by rows 2.4,
+densely 3.3). What two passes need is read from memory once: a gradient's norm is taken right before
+its product with the weights, and scaling begins with the matrix that was read last.
 """
 
 from __future__ import annotations
@@ -155,18 +156,11 @@ class SliceTable:
             tensors: one for each slice, in the table's order.
             diagonals: as :meth:`dots` takes them.
         """
-        entries = [
-            self._zeros(i)
-            if t is None
-            else self._norms(i, t, None if diagonals is None else diagonals[i])
-            if i < self._matrices
-            else t
-            for i, t in enumerate(tensors)
-        ]
-        return self._sum(torch.cat(entries).to(self.dtype).square())
+        matrices = [self._norms(i, tensors[i], diagonals) for i in range(self._matrices)]
+        return self._squares(matrices, tensors)
 
     def diagonals(self, structures: Tensor) -> list[Tensor | None]:
-        """What :meth:`dots` and :meth:`square_norms` need to read these structures' rows only.
+        """What :meth:`dots`, :meth:`square_norms` and :meth:`scale_` need to touch these rows only.
 
         The products of the rows of two matrices a and b are the diagonal of a b^T, and PyTorch
         computes single entries of such a product, each from its two rows. ``a * b`` would read all
@@ -196,29 +190,47 @@ class SliceTable:
             diagonals: of the structures that are asked for; what is returned for others has no
                 meaning. ``None``: of all.
         """
-        matrices = [
-            self._zeros(i)
-            if a is None or b is None
-            else self._products(i, a, b, None if diagonals is None else diagonals[i])
-            for i, (a, b) in enumerate(zip(left[: self._matrices], right, strict=False))
-        ]
-        sides = [
-            [
-                self._zeros(i) if t is None else t
-                for i, t in enumerate(side[self._matrices :], start=self._matrices)
-            ]
-            for side in (left, right)
-        ]
-        a, b = (torch.cat(side).to(self.dtype) if side else None for side in sides)
-        vectors = [a * b] if a is not None and b is not None else []
-        return self._sum(torch.cat(matrices + vectors))
+        matrices = [self._products(i, left[i], right[i], diagonals) for i in range(self._matrices)]
+        return self._dots(matrices, left, right)
+
+    def square_norms_and_dots(
+        self,
+        left: Sequence[Tensor | None],
+        right: Sequence[Tensor | None],
+        diagonals: Sequence[Tensor | None] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`square_norms` of ``right`` and :meth:`dots` of both, bit for bit, in one go."""
+        norms, products = [], []
+        for i in range(self._matrices):
+            norms.append(self._norms(i, right[i], diagonals))
+            products.append(self._products(i, left[i], right[i], diagonals))
+        return self._squares(norms, right), self._dots(products, left, right)
 
     @torch.no_grad()
-    def scale_(self, factors: Tensor) -> None:
-        """Multiply structure k by ``factors[k]`` in place; ``factors`` is (size,)."""
+    def scale_(self, factors: Tensor, diagonals: Sequence[Tensor | None] | None = None) -> None:
+        """Multiply structure k by ``factors[k]`` in place; ``factors`` is (size,).
+
+        Args:
+            factors: one for each structure.
+            diagonals: of all structures whose factor is not one, and perhaps of others; ``None``:
+                of all.
+        """
         padded = torch.cat([factors.to(self.dtype), factors.new_ones(1, dtype=self.dtype)])
         torch.index_select(padded, 0, self._entry_owner, out=self._factors)
-        torch._foreach_mul_([s.parameter for s in self.slices], self._factor_views)
+        dense = list(range(len(self.slices)))
+        by_rows = [] if diagonals is None else list(enumerate(diagonals))
+        for i, diagonal in reversed(by_rows):
+            p = self.slices[i].parameter
+            # A product is taken in the table's type, and rounded to the parameter's afterwards.
+            matrix = _rows_in_memory(p) if p.dtype == self.dtype else None
+            if diagonal is not None and matrix is not None:
+                rows = diagonal.col_indices()
+                by = self._factor_views[i].reshape(-1, 1)[rows].expand(-1, matrix.shape[1])
+                matrix.index_reduce_(0, rows, by, "prod")
+                dense.remove(i)
+        if dense:
+            parameters = [self.slices[i].parameter for i in dense]
+            torch._foreach_mul_(parameters, [self._factor_views[i] for i in dense])
 
     def positions(self, structures: Tensor) -> list[tuple[Tensor, int, Tensor]]:
         """(parameter, dim, positions) of ``structures`` for each slice that has any of them.
@@ -248,27 +260,41 @@ class SliceTable:
         rows = self._rows(i, structures).sort().values
         starts = torch.searchsorted(rows, torch.arange(extent + 1, device=p.device))
         entries = torch.zeros(rows.shape, dtype=p.dtype, device=p.device)
-        with warnings.catch_warnings():  # PyTorch calls this layout beta, once in a process
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            # PyTorch calls this operation and the layout beta, each once in a process.
+            one = entries.new_ones(1, 1)
+            one.index_reduce_(0, starts[:1], one.clone(), "prod")
             return torch.sparse_csr_tensor(
                 starts, rows, entries, (extent, extent), check_invariants=False
             )
 
-    def _norms(self, i: int, t: Tensor, diagonal: Tensor | None) -> Tensor:
+    def _norms(self, i: int, t: Tensor | None, diagonals: Sequence[Tensor | None] | None) -> Tensor:
         """The norm at each position along slice ``i``."""
+        if t is None:
+            return self._zeros(i)
         # On the host a norm over leading dimensions goes by single elements: 10 times the time.
         leading = self.slices[i].dim > 0 and self.device.type == "cpu"
-        if leading or diagonal is not None:
-            return self._products(i, t, t, diagonal).sqrt()
+        if leading or (diagonals is not None and diagonals[i] is not None):
+            return self._products(i, t, t, diagonals).sqrt()
         norms: Tensor = torch.linalg.vector_norm(t, dim=self._others[i], dtype=self._wide(t))
         return norms
 
-    def _products(self, i: int, a: Tensor, b: Tensor, diagonal: Tensor | None) -> Tensor:
+    def _products(
+        self,
+        i: int,
+        a: Tensor | None,
+        b: Tensor | None,
+        diagonals: Sequence[Tensor | None] | None,
+    ) -> Tensor:
         """Sums of products at each position along slice ``i``."""
+        if a is None or b is None:
+            return self._zeros(i)
         # Products of half-precision numbers would lose what their sum is made of.
         wide = self._wide(a)
         if not a.dtype == b.dtype == wide:
             a, b = a.to(wide), b.to(wide)
+        diagonal = None if diagonals is None else diagonals[i]
         if diagonal is not None:
             if not a.is_contiguous():  # channels_last is, in this order
                 a, b = a.movedim(1, -1), b.movedim(1, -1)
@@ -281,6 +307,29 @@ class SliceTable:
             return products.sum(list(range(1, products.dim()))).to(self.dtype)
         return products.sum(self._others[i]).to(self.dtype)
 
+    def _squares(self, matrices: list[Tensor], tensors: Sequence[Tensor | None]) -> Tensor:
+        """Square norms of structures, of norms of the matrices' entries and the vectors."""
+        return self._sum(torch.cat(matrices + self._vectors(tensors)).to(self.dtype).square())
+
+    def _dots(
+        self,
+        matrices: list[Tensor],
+        left: Sequence[Tensor | None],
+        right: Sequence[Tensor | None],
+    ) -> Tensor:
+        """Products over structures, of those of the matrices' entries and the vectors."""
+        vectors = []
+        if self._matrices < len(self.slices):
+            a, b = (torch.cat(self._vectors(side)).to(self.dtype) for side in (left, right))
+            vectors = [a * b]
+        return self._sum(torch.cat(matrices + vectors))
+
+    def _vectors(self, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        return [
+            self._zeros(i) if t is None else t
+            for i, t in enumerate(tensors[self._matrices :], start=self._matrices)
+        ]
+
     def _zeros(self, i: int) -> Tensor:
         return torch.zeros(self._extents[i], dtype=self.dtype, device=self.device)
 
@@ -289,6 +338,13 @@ class SliceTable:
 
     def _sum(self, entries: Tensor) -> Tensor:
         return torch.cat([entries[g].sum(1) for g in self._gathers])[self._back]
+
+
+def _rows_in_memory(t: Tensor) -> Tensor | None:
+    """A matrix of the same storage, with a row for each entry of the first dimension, if any is."""
+    if not t.is_contiguous():  # channels_last is, in this order
+        t = t.movedim(1, -1)
+    return t.view(len(t), -1) if t.is_contiguous() else None
 
 
 @torch.no_grad()

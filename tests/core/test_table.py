@@ -192,6 +192,31 @@ def test_scale_multiplies_each_structure_and_nothing_else(case: Case, data: st.D
 
 
 @settings(max_examples=60)
+@given(cases(), st.data())
+def test_scaling_some_rows_gives_the_bits_of_scaling_all(case: Case, data: st.DataObject) -> None:
+    """As where parameters are large; in any layout, and whatever is in the rows beside them."""
+    chosen = sorted(data.draw(st.sets(st.integers(0, case.table.size - 1))))
+    factors = torch.ones(case.table.size)
+    factors[chosen] = torch.tensor([data.draw(st.sampled_from([0.3, 1.0, -1.7])) for _ in chosen])
+    slices = [s for group in case.groups for s in group.slices]
+    for s in slices:
+        s.parameter.data = drawn_layout(data, s.parameter.data)
+        s.parameter.data[(0,) * s.parameter.dim()] = data.draw(
+            st.sampled_from([-0.0, math.nan, math.inf, 1.0])
+        )
+    before = [s.parameter.data.clone() for s in slices]
+    case.table.scale_(factors)
+    expected = [s.parameter.data.clone() for s in slices]
+    for s, value in zip(slices, before, strict=True):
+        s.parameter.data = value
+    with mock.patch.object(dpm_core.table, "LARGE", 0):
+        table = case.table
+        table.scale_(factors, table.diagonals(torch.tensor(chosen, dtype=torch.int64)))
+    assert all(same_bits(s.parameter, e) for s, e in zip(slices, expected, strict=True))
+    assert all(s.parameter.data_ptr() == v.data_ptr() for s, v in zip(slices, before, strict=True))
+
+
+@settings(max_examples=60)
 @given(cases())
 def test_a_factor_of_one_leaves_every_bit(case: Case) -> None:
     for group in case.groups:
