@@ -116,6 +116,9 @@ plots: $(SETUP) ## the plots of all finished runs in OUT=runs
 results: $(SETUP) ## RESULTS.md and its plots, anew from the kept records
 	@$(PY) -m experiments results
 
+# The tests' many processes load the same files: they are compiled once, whatever the caller has set.
+test test-portable: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones
 	@$(PY) -m pytest -n auto --dist worksteal $(FLAGS)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import pytest
 
 from experiments.__main__ import main
 from experiments.record import MODEL, RECORD, TRACE
-from tests.support import tiny
+from tests.support import forked, tiny
 
 pytest.importorskip("distributed")
 pytestmark = pytest.mark.slow
@@ -58,7 +57,7 @@ class Cluster:
         # Neither log nor dashboard; where tests share a machine, connecting may take a while.
         environment = os.environ | {"DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT": "120s"}
         self.processes[called or kind] = subprocess.Popen(
-            [sys.executable, "-m", f"distributed.cli.dask_{kind}", *words],
+            [forked.python(), "-m", f"distributed.cli.dask_{kind}", *words],
             cwd=tiny.ROOT,
             env=environment,
             stdout=subprocess.DEVNULL,
@@ -126,7 +125,7 @@ def test_a_cluster_gives_the_table_of_one_machine_though_a_worker_dies(tmp_path,
         there.add("b")
         words = command(config, tmp_path / "there", "--scheduler", there.address)
         process = subprocess.Popen(
-            [sys.executable, "-m", "experiments", *words], cwd=tiny.ROOT, stdout=subprocess.PIPE
+            [forked.python(), "-m", "experiments", *words], cwd=tiny.ROOT, stdout=subprocess.PIPE
         )
         until(lambda: there.at_work("a") or there.at_work("b"))
         # Its folder is locked, so that a second comparison does not do its runs as well.

@@ -214,9 +214,7 @@ def _ended_with(arguments: list[str]) -> int:
     if not isinstance(code, int | None):
         sys.stderr.write(f"{code}\n")
         code = 1
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # waits for threads, after pools of them are told that this is the end
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()

@@ -49,7 +49,7 @@ from tests.third_party.gate_nets import (
     wake,
 )
 
-NETS = ("vgg16-bn", "resnet20", "resnet56")
+NETS = ("vgg16-quarter", "resnet20", "resnet56")
 
 
 def loss(model, images=SMALL, labels=LABELS):
@@ -322,7 +322,7 @@ def test_the_groups_of_a_resnet():
 
 
 def test_the_groups_of_a_vgg_are_its_batch_norms():
-    model = network("vgg16-bn")
+    model = network("vgg16-quarter")
     norms = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert [list(g.members) for g in tied_gates(model, IMAGES)] == [[n] for n in norms]
 
