@@ -76,8 +76,8 @@ def train(
     model.train()
     for step in steps:
         draw = torch.Generator().manual_seed(step)
-        x = torch.randn(16, 3, 8, 8, generator=draw, dtype=torch.float64)
-        y = torch.randint(10, (16,), generator=draw)
+        x = torch.randn(8, 3, 8, 8, generator=draw, dtype=torch.float64)
+        y = torch.randint(10, (8,), generator=draw)
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(x.to(next(model.parameters()).dtype)), y)
         loss.backward()
