@@ -9,6 +9,8 @@ What this file works around, all of it in that version:
 - A layer whose output is returned *and* used further does not look like an output.
 - GRU and RNN are taken for operations element by element, and an LSTM is traced inside; here each
   of them is traced as one piece.
+- A linear layer's output may be a view (that of a sequence is, in PyTorch up to 2.14). An operation
+  in place, such as a ReLU's, takes its place in autograd's graph, and upstream misses the layer.
 """
 
 from __future__ import annotations
@@ -154,13 +156,19 @@ class Tracing:
         own = {m: m.__dict__.get("forward") for m in layers}
         for layer in layers:
             layer.forward = _in_one_piece(layer.forward)
-        noting = register_module_forward_pre_hook(lambda module, _given: self._ran.add(module))
+        noting = [register_module_forward_pre_hook(lambda module, _given: self._ran.add(module))]
+        # Behind upstream's own hooks, which note the output itself.
+        noting += [
+            model.get_submodule(name).register_forward_hook(lambda _layer, _given, y: y.clone())
+            for name in self.heads.hidden
+        ]
         try:
             eager = running.as_written()
             with running.same_draws(), running.untouched(model), eager, running.Watched():
                 return running.call(model, example)
         finally:
-            noting.remove()
+            for hook in noting:
+                hook.remove()
             for layer, forward in own.items():
                 del layer.forward
                 if forward is not None:
@@ -453,7 +461,7 @@ def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> R
 
 
 def unreached(built: Any, model: nn.Module) -> dict[str, str]:
-    """Parts of a model that a pass on the example neither runs nor uses, and what that means.
+    """Parts of a model that a pass on the example does not use, or of which no trace is found.
 
     Returns:
         By the name of the outermost module of each such part: why it is left as it is.
@@ -461,6 +469,18 @@ def unreached(built: Any, model: nn.Module) -> dict[str, str]:
     idle: dict[str, str] = {}
     for name, module in model.named_modules():
         if not name or any(name.startswith(f"{other}.") for other in idle):
+            continue
+        weight = getattr(module, "weight", None)
+        if (
+            heads.weight_dims(module) is not None
+            and module in built.ran
+            and module not in built.module2node
+            and weight in built.felt
+        ):
+            idle[name] = (
+                f"{name!r} runs, but autograd's graph does not show where its output goes, so it "
+                "keeps all its channels: let its forward pass return what is used of it"
+            )
             continue
         inside = list(module.parameters())
         if not any(p.is_floating_point() for p in inside) or any(p in built.felt for p in inside):

@@ -132,7 +132,7 @@ CASES = {
         heads=(2, 2),
         counts={"swin.encoder.layers.0.blocks.0.attention.num_attention_heads": (2, 1)},
     ),
-    "swinv2": Case(of("Swinv2Model", "Swinv2Config", SWIN), images(16), heads=(2, 2)),
+    "swinv2": Case(of("Swinv2Model", "Swinv2Config", SWIN), images(16), heads=(2, 2), units=4),
     "gpt2": Case(
         of("GPT2LMHeadModel", "GPT2Config", GPT2),
         counts={

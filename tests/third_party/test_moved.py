@@ -154,6 +154,7 @@ USED: dict[str, Callable[[], object]] = {
     "_saved_self": lambda: saved("_saved_self"),
     "_saved_mat1": lambda: saved("_saved_mat1"),
     "_saved_indices": lambda: saved("_saved_indices"),
+    "_is_view": lambda: torch.zeros(2).view(1, 2)._is_view() and not torch.zeros(2)._is_view(),
     "_saved_groups": lambda: saved("_saved_groups"),
     "_input_metadata": put_out,
     "_start_method": start_method,

@@ -744,6 +744,48 @@ def test_a_head_that_only_training_runs_is_noticed():
         assert sizes(model, IMAGES, ignored=("a",)) == {"b": 8}
 
 
+WRITING = {
+    "relu": lambda x: nn.ReLU(True)(x),
+    "a function": F.leaky_relu_,
+    "a product": lambda x: x.mul_(1.5),
+    "some samples": lambda x: (x[1:].mul_(2.0), x)[1],
+    "a reshape": lambda x: x.view(-1, x.shape[-1]).clamp_(-1.0).view_as(x),
+}
+"""What writes into its argument, in the place of a layer's output or into some of it."""
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (3, 4, 6), (3, 2, 4, 6)], ids=["2d", "3d", "4d"])
+@pytest.mark.parametrize("writes", WRITING)
+def test_what_is_written_into_a_layers_output_does_not_hide_the_layer(writes, shape):
+    """In a sequence the output of a linear layer is a view, in some releases of PyTorch."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = WRITING[writes](m.b(WRITING[writes](m.a(x))))
+        return m.o(x)
+
+    torch.manual_seed(0)
+    model = Net(run, a=nn.Linear(6, 9), b=nn.Linear(9, 7), o=nn.Linear(7, 5))
+    example = torch.randn(shape)
+    assert sizes(model, example) == {"a": 9, "b": 7}
+    assert assert_exact(model, example) >= 2
+
+
+def test_a_layer_whose_output_is_used_behind_its_back_is_named():
+    class Keeping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = super().forward(x)
+            return self.kept.detach()
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        m.k(x)
+        return m.o(m.a(x).relu()) + m.p(m.k.kept.relu())
+
+    made = {"k": Keeping(6, 8), "a": nn.Linear(6, 9), "p": nn.Linear(8, 5), "o": nn.Linear(9, 5)}
+    model = Net(run, **made)
+    with pytest.warns(LeftUnprunedWarning, match="'k' runs, but autograd's graph does not show"):
+        assert sizes(model, torch.randn(3, 6), skip_unsupported=True) == {"a": 9}
+
+
 def test_inference_mode_is_named_as_what_keeps_channels_from_being_traced():
     model = two_layers(lambda m, x: hidden(m, x)[1])
     with (

@@ -160,6 +160,7 @@ class _Search:
         """Calls of layers whose inputs come from an attention."""
         given: list[tuple[str, Tensor]] = []
         outputs: dict[Any, Source] = {}
+        views: list[tuple[str, Tensor, Any]] = []
 
         def cut(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             """Note a layer's input, and let gradients end there: what is before is another's."""
@@ -169,13 +170,19 @@ class _Search:
             apart = inputs[0].detach().requires_grad_(inputs[0].requires_grad)
             return apart.clone(), *inputs[1:]
 
-        def note(module: nn.Module, _inputs: object, output: object) -> None:
+        def note(module: nn.Module, _inputs: object, output: object) -> object:
             name = f"{self._names[module]}.weight"
             axis, rows = channel_axis(module), self._rows(name)
             weight: Any = module.weight
             if isinstance(output, Tensor) and output.shape[axis] == weight.shape[rows]:
                 dims = {axis % output.dim(): (name, rows)}
                 outputs[output.grad_fn] = Source(output, dims, True)
+            if not isinstance(output, Tensor) or not output._is_view():
+                return None
+            if self._names[module] in self.found.hidden:
+                return output.clone()
+            views.append((self._names[module], output, output.grad_fn))
+            return None
 
         hooks = [m.register_forward_pre_hook(cut) for m in self._layers.values()]
         hooks += [m.register_forward_hook(note) for m in self._layers.values()]
@@ -186,6 +193,10 @@ class _Search:
         finally:
             for hook in hooks:
                 hook.remove()
+        hidden = {name for name, output, node in views if output.grad_fn is not node}
+        if hidden:
+            self.found.hidden |= hidden
+            return self._calls()
         self._eps = watched.eps
         traced = [(n, t) for n, t in given if t.grad_fn is not None]
         calls = [_Call(n, t, behind(t, self._tensors, outputs)) for n, t in traced]

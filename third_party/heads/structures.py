@@ -130,11 +130,14 @@ class Found:
         refused: why others cannot, by the name of the layer of their values, in words that follow
             "the group of ...".
         layers: names of all layers that compute heads, of both kinds.
+        hidden: names of layers, of any kind, whose output is a view that something is written into.
+            In autograd's graph that stands in their place, unless they give a copy.
     """
 
     heads: list[Heads] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     layers: set[str] = field(default_factory=set)
+    hidden: set[str] = field(default_factory=set)
 
     def of(self, layer: str) -> Heads | None:
         """The heads that a layer computes, in the group of that name."""
