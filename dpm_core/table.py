@@ -222,8 +222,9 @@ class SliceTable:
         for i, diagonal in reversed(by_rows):
             p = self.slices[i].parameter
             # A product is taken in the table's type, and rounded to the parameter's afterwards.
-            matrix = _rows_in_memory(p) if p.dtype == self.dtype else None
-            if diagonal is not None and matrix is not None:
+            if diagonal is None or p.dtype != self.dtype:
+                continue
+            if (matrix := _rows_in_memory(p)) is not None:
                 rows = diagonal.col_indices()
                 by = self._factor_views[i].reshape(-1, 1)[rows].expand(-1, matrix.shape[1])
                 matrix.index_reduce_(0, rows, by, "prod")

@@ -31,16 +31,23 @@ BETWEEN_CHECKS = 50
 """Steps between checks of the loss, if a check has to wait for a GPU or other processes."""
 
 
-def laid_out(model: nn.Module, channels_last: bool = True) -> nn.Module:
-    """The model with its kernels in the layout that convolves fastest, in place.
+def fastest_layout(model: nn.Module) -> torch.memory_format:
+    """The layout in which the model convolves fastest.
 
     Channels-last on a GPU, and on a CPU as long as all widths are multiples of eight: with the odd
-    widths of a pruned model it is slower there. Else, and without ``channels_last``, contiguous;
-    some frameworks can use nothing else.
+    widths of a pruned model it is slower there. Else contiguous.
     """
     kernels = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    fits = channels_last and all(k.is_cuda or k.shape[0] % 8 == 0 for k in kernels)
-    layout = torch.channels_last if fits else torch.contiguous_format
+    fits = all(k.is_cuda or k.shape[0] % 8 == 0 for k in kernels)
+    return torch.channels_last if fits else torch.contiguous_format
+
+
+def laid_out(model: nn.Module, channels_last: bool = True) -> nn.Module:
+    """The model with its kernels in the :func:`fastest_layout`, in place.
+
+    Without ``channels_last`` they are contiguous: some frameworks can use nothing else.
+    """
+    layout = fastest_layout(model) if channels_last else torch.contiguous_format
     anything: Any = model  # PyTorch's releases differ in what they say of this call
     return cast(nn.Module, anything.to(memory_format=layout))
 
@@ -193,6 +200,10 @@ class Loop:
     def lay_out(self) -> None:
         """Bring the model as it is now, and its optimizer's state, into the fastest layout."""
         laid_out(self.model, self.adapter is None or self.adapter.channels_last)
+        # Layers follow their input, too: where kernels have to stay contiguous, a step on a CPU
+        # takes a fifth less with images in the fastest layout. On a GPU it was not measured.
+        cpu = self.images.device.type == "cpu"
+        self._layout = fastest_layout(self.model) if cpu else torch.contiguous_format
         for parameter, state in ({} if self.optimizer is None else self.optimizer.state).items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -247,6 +258,7 @@ class Loop:
             others = self.ranks.share(labels[partners])
         images, labels = self.ranks.share(images), self.ranks.share(labels)
         self.seconds_loading += time.perf_counter() - started
+        images = images.contiguous(memory_format=self._layout)
         p.step += 1
         p.total += 1
         half = self.compute.precision == "bfloat16"

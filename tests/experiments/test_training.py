@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,10 +110,10 @@ def test_an_optimizer_is_the_stages_own(name, kind, momentum):
 # ---------------------------------------------------------------------- mixup
 
 
-def loop(data: Images, stage: Stage) -> Loop:
+def loop(data: Images, stage: Stage, model: nn.Module | None = None) -> Loop:
     """The loop of a dense model: it has no adapter, and is never asked to stop."""
     return Loop(
-        model=network(),
+        model=network() if model is None else model,
         images=data,
         seed=3,
         stages=[("dense", stage)],
@@ -343,6 +344,23 @@ def test_kernels_are_channels_last_while_all_widths_are_multiples_of_eight(width
         if isinstance(module, nn.Conv2d):
             assert module.weight.is_contiguous(memory_format=layout)
     assert same(before, state(laid_out(model)))
+
+
+@pytest.mark.parametrize(
+    ("widths", "layout"),
+    [((8, 0, 16), torch.channels_last), ((8, 0, 12), torch.contiguous_format)],
+)
+def test_training_images_have_the_layout_that_convolves_fastest(widths, layout):
+    """Whatever the kernels' is: in OTOv2 they have to stay contiguous."""
+    model = models.VGG(widths, 3, 10)
+    given = []
+    model.features[0].register_forward_pre_hook(
+        lambda _, inputs: given.append(inputs[0].is_contiguous(memory_format=layout))
+    )
+    part = images()
+    colours = replace(part, train=part.train.repeat(1, 3, 1, 1), test=part.test.repeat(1, 3, 1, 1))
+    loop(colours, Stage(epochs=1, batch=20, learning_rate=0.05), model).next_loss()
+    assert given == [True]
 
 
 def test_latency_is_measured_in_the_fastest_layout():
