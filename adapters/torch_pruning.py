@@ -121,6 +121,9 @@ class TorchPruning(Adapter):
                 f"{self._own.name} has taken all of its {self._own.steps} steps; construct it anew"
             )
         self._note_earlier()
+        self.skipped |= self._own.unseen()
+        for why in self.skipped.values():
+            self.progress(f"left out: {why}")
         self._groups: dict[str, UpstreamGroup] = {}
         self._selected: Structures = {}
         self._scores: dict[str, Tensor] = {}
@@ -158,7 +161,7 @@ class TorchPruning(Adapter):
         if not groups:
             raise AdapterError(
                 f"{self._own.name} may prune no group of layers: raise its ratios, or shorten its "
-                "ignored_layers"
+                "ignored_layers" + "".join(f"; {why}" for why in self.skipped.values())
             )
         for group in groups:
             why_not = self.frozen((s.name, s.parameter) for s in group.shares)

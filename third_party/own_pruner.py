@@ -133,6 +133,20 @@ class OwnPruner:
 
     # ------------------------------------------------------------------ groups
 
+    def unseen(self) -> dict[str, str]:
+        """Layers that the pruner's graph lacks, so that it cannot prune them, and why, by name."""
+        built, up = self._graph, self.upstream
+        there = [m for m in (*built.module2node, *up.ignored_layers) if isinstance(m, nn.Module)]
+        known = {inner for module in there for inner in module.modules()}
+        return {
+            name: f"{name!r} keeps all its channels, as the graph that {self.name} was constructed "
+            "with lacks it: the example does not run it, or what it returns is written to in "
+            "place, as by ReLU(inplace=True); write a copy there, or prune the model by "
+            "DepGraph(model, example), which sees such layers"
+            for name, module in self.model.named_modules()
+            if isinstance(module, tuple(up.root_module_types)) and module not in known
+        }
+
     def groups(self) -> list[UpstreamGroup]:
         """The groups of the model as it is that the pruner may prune; see :attr:`refused`.
 

@@ -981,3 +981,37 @@ def test_an_error_in_a_function_of_ones_own_is_told_as_its_own(always):
     assert isinstance(raised.value.__cause__, KeyError)
     with pytest.raises(AdapterError, match="adapt is 3; give a function"):
         TorchPruning(pruner(model), SMOOTH, adapt=3)
+
+
+class Idle(nn.Module):
+    """Has a layer that never runs, and one whose output is written to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 9), nn.Linear(9, 5)
+        self.idle, self.ignored = nn.Conv2d(3, 4, 1), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.b(functional.relu_(self.a(x))).relu())
+        return y
+
+
+def test_layers_that_the_pruners_graph_lacks_are_named():
+    """In some releases of PyTorch ``a`` is one: in a sequence its output is a view."""
+    model, said = Idle(), []
+    left = [model.head, model.ignored]
+    own = P.BasePruner(
+        model, torch.randn(2, 3, 6), IMP.MagnitudeImportance(), pruning_ratio=0.5,
+        ignored_layers=left,
+    )  # fmt: skip
+    run = DepGraph(own, SMOOTH, progress=said.append)
+    grouped = {group.name for group in run.groups()}
+    assert grouped | set(run.skipped) == {"a", "b", "idle"}
+    assert "b" in grouped
+    assert not grouped & set(run.skipped)
+    assert "'idle' keeps all its channels, as the graph" in run.skipped["idle"]
+    assert [f"left out: {why}" for why in run.skipped.values()] == said
+    own.ignored_layers.extend([model.a, model.b])
+    with pytest.raises(AdapterError, match=r"may prune no group.*; 'idle' keeps all"):
+        TorchPruning(own, SMOOTH).check()
