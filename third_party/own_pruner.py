@@ -141,8 +141,7 @@ class OwnPruner:
         return {
             name: f"{name!r} keeps all its channels, as the graph that {self.name} was constructed "
             "with lacks it: the example does not run it, or what it returns is written to in "
-            "place, as by ReLU(inplace=True); write a copy there, or prune the model by "
-            "DepGraph(model, example), which sees such layers"
+            "place, as by ReLU(inplace=True). Give an example that runs it, or write a copy there"
             for name, module in self.model.named_modules()
             if isinstance(module, tuple(up.root_module_types)) and module not in known
         }

@@ -44,9 +44,44 @@ def write_onnx(model: nn.Module, example: Tensor, file: BinaryIO) -> None:
                 output_names=["logits"],
                 dynamic_axes={INPUT: {0: "batch"}, "logits": {0: "batch"}},
             )
-    except torch.onnx.errors.OnnxExporterError as cause:
-        reason = str(cause).splitlines()[0]
-        raise RunError(f"PyTorch cannot write this model as ONNX: {reason}") from cause
+    except Exception as cause:  # tracing raises what the model does, and errors of its own
+        raise RunError(f"PyTorch cannot write this model as ONNX: {first_line(cause)}") from cause
+
+
+def onnx_session(
+    model: nn.Module, example: Tensor, threads: int = 0
+) -> tuple[bytes, onnxruntime.InferenceSession]:
+    """A model as ONNX, and in onnxruntime on the CPU, where it has run batches of two sizes.
+
+    Args:
+        model: as :func:`write_onnx` takes it.
+        example: (B, C, H, W), an input batch on the model's device.
+        threads: of onnxruntime; 0: as many as it likes.
+
+    Raises:
+        RunError: it cannot be written as ONNX, or onnxruntime cannot run it.
+    """
+    buffer, options = io.BytesIO(), onnxruntime.SessionOptions()
+    write_onnx(model, example, buffer)
+    options.intra_op_num_threads = threads
+    one = example[:1].cpu()
+    try:
+        session = onnxruntime.InferenceSession(
+            buffer.getvalue(), options, providers=["CPUExecutionProvider"]
+        )
+        found = [session.run(None, {INPUT: torch.cat([one] * n).numpy()})[0] for n in (1, 2)]
+    except Exception as cause:  # onnxruntime's own errors have no base in common
+        raise RunError(
+            f"onnxruntime cannot run this model with batches of every size ({first_line(cause)}). "
+            "If it reads len(images), PyTorch has written down what that is in the example: read "
+            "images.shape[0], or call flatten(1)"
+        ) from cause
+    if len(found[1]) != 2 * len(found[0]):
+        raise RunError(
+            f"as ONNX this model gives {len(found[0])} outputs for one image and {len(found[1])} "
+            "for two: read images.shape[0], or call flatten(1), where it reads len(images)"
+        )
+    return buffer.getvalue(), session
 
 
 def onnx(model: nn.Module, example: Tensor, path: Path) -> float:
@@ -61,16 +96,13 @@ def onnx(model: nn.Module, example: Tensor, path: Path) -> float:
         The largest difference of the outputs on ``example``.
 
     Raises:
-        RunError: the model has an operation that cannot be exported, or onnxruntime's outputs are
-            not the model's.
+        RunError: as :func:`onnx_session`, or onnxruntime's outputs are not the model's.
     """
-    buffer = io.BytesIO()
     expected = outputs(model, example).cpu()
-    write_onnx(model, example, buffer)
-    session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
+    content, session = onnx_session(model, example)
     (logits,) = session.run(None, {INPUT: example.cpu().numpy()})
     difference = _difference("ONNX", torch.from_numpy(logits), expected, path)
-    write(path, lambda file: file.write(buffer.getvalue()))
+    write(path, lambda file: file.write(content))
     return difference
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -38,11 +37,16 @@ def speeds(models: Models, image: Tensor, timing: Timing) -> list[Speed]:
     batches = [image.expand(n, -1, -1, -1).contiguous() for n in sorted(timing.batches)]
     measured = [Speed(engine="torch", batch=len(b), **latency(models, b)) for b in batches]
     if timing.onnxruntime and not image.is_cuda:
+        from .export import onnx_session  # only now: onnxruntime takes a while to load
+
+        threads = torch.get_num_threads()
         try:
             sessions = {
-                name: _session(model, image) for name, model in models.items() if model is not None
+                name: onnx_session(model, image, threads)[1]
+                for name, model in models.items()
+                if model is not None
             }
-        except RunError:  # an operation that ONNX does not know; exporting it says which
+        except RunError:  # such as an operation that ONNX does not know; exporting it says why
             return measured
         for b in batches:
             passes = {name: _running(session, b) for name, session in sessions.items()}
@@ -55,7 +59,7 @@ def latency(models: Models, images: Tensor) -> dict[str, float]:
 
     Each gets its fastest layout (:func:`.training.laid_out`).
     """
-    there = {name: laid_out(model) for name, model in models.items() if model is not None}
+    there = {name: laid_out(model, images) for name, model in models.items() if model is not None}
 
     def passing(model: nn.Module) -> Callable[[], object]:
         def forward() -> None:
@@ -84,21 +88,6 @@ def _side_by_side(passes: Mapping[str, Callable[[], object]]) -> dict[str, float
         if turn >= FEWEST + 1 and time.perf_counter() - began > ENOUGH:
             break
     return {name: statistics.median(times) for name, times in spent.items()}
-
-
-def _session(model: nn.Module, image: Tensor) -> Any:
-    """A model in onnxruntime, with as many threads as PyTorch has here."""
-    import onnxruntime  # only now: it takes a while to load
-
-    from .export import write_onnx
-
-    buffer = io.BytesIO()
-    write_onnx(model, image, buffer)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(
-        buffer.getvalue(), options, providers=["CPUExecutionProvider"]
-    )
 
 
 def _running(session: Any, images: Tensor) -> Callable[[], object]:

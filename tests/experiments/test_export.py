@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import onnxruntime
 import pytest
@@ -12,10 +13,11 @@ from torch import nn
 from dpm_core.adapters.base import structure_group
 from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import otov2
+from experiments.config import Timing
 from experiments.errors import RunError
 from experiments.inputs import models
 from experiments.record import MODEL
-from experiments.running import export
+from experiments.running import export, speed
 from experiments.running.run import run
 from experiments.running.training import outputs
 from tests.support import rounding, tiny, torchvisions
@@ -95,6 +97,62 @@ def test_an_operation_that_cannot_be_exported_is_named(tmp_path):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(4))
     with pytest.raises(RunError, match="adaptive_avg_pool2d"):
         export.onnx(model, torch.randn(2, 1, 8, 8), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+class Counting(nn.Module):
+    """Reads the number of images as a number, which tracing cannot follow."""
+
+    def __init__(self, shape: Callable[[torch.Tensor], tuple[int, ...]]) -> None:
+        super().__init__()
+        self.conv, self.head, self.shape = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(512, 10), shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.conv(x).reshape(self.shape(x)))
+        return y
+
+
+COUNTING = {
+    "the rest": (lambda x: (len(x), -1), False),
+    "all": (lambda x: (len(x), 512), False),
+    "its shape": (lambda x: (x.shape[0], -1), True),
+    "its size": (lambda x: (x.size(0), 512), True),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("case", COUNTING)
+def test_what_is_written_takes_batches_of_every_size_or_is_not_written(case, batch, tmp_path):
+    shape, fits = COUNTING[case]
+    torch.manual_seed(0)
+    model, path = Counting(shape), tmp_path / "model.onnx"
+    example = torch.randn(batch, 1, 8, 8)
+    both, timing = {"dense": model, "pruned": model}, Timing(batches=[1, 3])
+    timed = {one.engine for one in speed.speeds(both, example[:1], timing)}
+    assert timed == ({"torch", "onnxruntime"} if fits else {"torch"})
+    if not fits:
+        with pytest.raises(RunError, match=r"images\.shape\[0\]"):
+            export.onnx(model, example, path)
+        assert not list(tmp_path.iterdir())
+        return
+    export.onnx(model, example, path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for n in (1, 2, 5):
+        images = torch.randn(n, 1, 8, 8)
+        (logits,) = session.run(None, {"images": images.numpy()})
+        exact = exact_outputs(model, images)
+        rounding.assert_rounded(torch.from_numpy(logits), outputs(model, images), exact)
+
+
+def test_an_error_of_the_models_own_in_tracing_is_told(tmp_path):
+    class Stubborn(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if torch.jit.is_tracing():
+                raise KeyError("traced")
+            return x.flatten(1)
+
+    with pytest.raises(RunError, match=r"cannot write this model as ONNX: .*traced"):
+        export.onnx(Stubborn(), torch.randn(2, 1, 8, 8), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 

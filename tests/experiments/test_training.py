@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from experiments.running.training import (
     Loop,
     accuracy,
     evaluating,
+    fastest_layout,
     laid_out,
     learning_rate,
     outputs,
@@ -40,6 +42,11 @@ def images(train: int = 60, test: int = 60) -> Images:
     return Images(
         "noise", pixels[:train], labels[:train], pixels[train:], labels[train:], 10, 1, False
     )
+
+
+def colours() -> Images:
+    part = images()
+    return replace(part, train=part.train.repeat(1, 3, 1, 1), test=part.test.repeat(1, 3, 1, 1))
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -352,15 +359,56 @@ def test_kernels_are_channels_last_while_all_widths_are_multiples_of_eight(width
 )
 def test_training_images_have_the_layout_that_convolves_fastest(widths, layout):
     """Whatever the kernels' is: in OTOv2 they have to stay contiguous."""
-    model = models.VGG(widths, 3, 10)
-    given = []
+    model, given = models.VGG(widths, 3, 10), []
+    training = loop(colours(), Stage(epochs=1, batch=20, learning_rate=0.05), model)
     model.features[0].register_forward_pre_hook(
         lambda _, inputs: given.append(inputs[0].is_contiguous(memory_format=layout))
     )
-    part = images()
-    colours = replace(part, train=part.train.repeat(1, 3, 1, 1), test=part.test.repeat(1, 3, 1, 1))
-    loop(colours, Stage(epochs=1, batch=20, learning_rate=0.05), model).next_loss()
+    training.next_loss()
     assert given == [True]
+
+
+class Viewing(nn.Module):
+    """Calls ``view()``, which takes contiguous tensors alone, of what ``of`` names."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of, self.conv, self.norm = of, nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.head = nn.Linear((3 if of == "images" else 8) * 64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = self.norm(self.conv(x))
+        if self.of in ("maps", "maps in training" if self.training else "maps in use"):
+            maps = maps.view(len(x), -1)
+        elif self.of == "images":
+            maps = maps.mean() + x.view(len(x), -1)
+        y: torch.Tensor = self.head(maps.flatten(1))
+        return y
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels_free", "kernels_contiguous"])
+@pytest.mark.parametrize("of", ["images", "maps", "maps in training", "maps in use", "none"])
+def test_a_network_runs_in_the_layout_that_it_is_given(of, kernels):
+    model = Viewing(of).train()
+    before = state(model)
+    drawn = torch.get_rng_state()
+    held = SimpleNamespace(channels_last=kernels, complete=True)
+    training = loop(colours(), Stage(epochs=1, batch=20, learning_rate=0.05), model)
+    training.adapter = held
+    training.lay_out()
+    assert same(before, state(model))
+    assert model.training
+    assert torch.equal(drawn, torch.get_rng_state())
+    last = model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert last == (kernels and of == "none")
+    training.next_loss().backward()
+    assert 0 <= accuracy(model, training.images) <= 100
+    assert latency({"dense": model}, training.images.normalize(training.images.test[:1]))
+
+
+def test_a_network_without_convolutions_stays_contiguous():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    assert fastest_layout(model) == torch.contiguous_format
 
 
 def test_latency_is_measured_in_the_fastest_layout():
