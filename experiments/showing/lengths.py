@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpm_core.decay import Shape
+
 from ..config import as_before
 from ..errors import RunError
 from ..files import save_text
@@ -38,11 +40,15 @@ HEADER = (
     "pairs",
     "networks",
 )
+OF_SHAPES = ("shape",)
 OF_RELEASES = ("to chance, points", "released")
+OF_MACHINES = ("machine",)
 
 
 def keep(records: Sequence[Record], path: Path = KEPT, *, chosen: bool = True) -> None:
     """Add records to the kept ones, in a fixed order; a run that is there is replaced.
+
+    The same run on another machine is another run: its dense network was trained there.
 
     Args:
         records: of ``base`` and ``sp``, on validation images; or, unless ``chosen``, of any
@@ -64,9 +70,12 @@ def keep(records: Sequence[Record], path: Path = KEPT, *, chosen: bool = True) -
             raise RunError(f"{name} is measured on test images; choose with --validation")
         if not chosen and record.settings.data.validation is not None:
             raise RunError(f"{name} is measured on validation images; `lengths` takes those")
-    runs = {(r.config_hash, r.variant, r.seed): r for r in [*there, *records]}
+    runs = {(r.config_hash, r.variant, r.seed, r.device): r for r in [*there, *records]}
     ordered = sorted(runs.values(), key=lambda r: (_order(r), r.variant, r.seed))
     save_text(path, as_lines(ordered))
+
+
+_Decay = tuple[Shape | None, int | None, Variant]
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,12 @@ class Row:
         learning_rate: of the stage ``prune``.
         variant: of the runs.
         steps: of the decay, ``None`` for base.
+        shape: of the decay, ``None`` for base.
+        device: the machine that the runs were made on.
         final: accuracy over the seeds, in percent.
         seeds: in order.
-        difference: to the base of the same fine-tuning over the seeds that both have, in points;
-            ``None`` without any.
+        difference: to the base of the same fine-tuning on the same machine over the seeds that
+            both have, in points; ``None`` without any.
         to_chance: the same, to releasing as many by chance; ``None`` but for ``sr``, and without.
         released: structures; ``None`` for variants that release none.
     """
@@ -90,6 +101,8 @@ class Row:
     learning_rate: float
     variant: Variant
     steps: int | None
+    shape: Shape | None
+    device: str
     final: Summary
     seeds: list[int]
     difference: Difference | None
@@ -103,27 +116,28 @@ class Row:
 
 
 def rows(records: Sequence[Record]) -> list[Row]:
-    """One row per fine-tuning, decay and variant, base before the decays."""
-    cells: dict[str, dict[tuple[int, Variant], list[Record]]] = {}
+    """One row per fine-tuning, machine, decay and variant, base before the decays."""
+    cells: dict[tuple[str, str], dict[_Decay, list[Record]]] = {}
     for record in sorted(records, key=_order):
-        steps = 0 if record.variant == "base" else record.settings.smooth.steps
-        tried = cells.setdefault(_fine_tuning(record), {})
-        tried.setdefault((steps, record.variant), []).append(record)
+        tried = cells.setdefault((_fine_tuning(record), record.device), {})
+        tried.setdefault(_decay(record), []).append(record)
     listed = []
-    for tried in cells.values():
-        base = _finals(tried.get((0, "base"), []))
-        for steps, variant in sorted(tried, key=lambda of: (of[0], ORDER.index(of[1]))):
-            members = tried[steps, variant]
+    for (_, device), tried in cells.items():
+        base = _finals([r for (_, _, v), runs in tried.items() if v == "base" for r in runs])
+        for shape, steps, variant in sorted(tried, key=_rank):
+            members = tried[shape, steps, variant]
             final = _finals(members)
             start = {r.seed: r.network for r in members}
-            chance = _finals(tried.get((steps, "random"), []) if variant == "sr" else [])
+            chance = _finals(tried.get((shape, steps, "random"), []) if variant == "sr" else [])
             released = summary([r.structures.released for r in members])
             listed.append(
                 Row(
                     members[0].steps.total,
                     members[0].settings.stages["prune"].learning_rate,
                     variant,
-                    steps or None,
+                    steps,
+                    shape,
+                    device,
                     summary(list(final.values())),
                     sorted(final),
                     None if variant == "base" else difference(final, base, start),
@@ -135,9 +149,11 @@ def rows(records: Sequence[Record]) -> list[Row]:
 
 
 def table(records: Sequence[Record]) -> Table:
-    """The table of :func:`rows`, with columns of releases where there are any."""
+    """The table of :func:`rows`, with columns of what differs: shapes, releases, machines."""
     lines, found = [], rows(records)
+    shaped = len({row.shape for row in found if row.shape}) > 1
     releasing = any(row.released for row in found)
+    elsewhere = len({row.device for row in found}) > 1
     for row in found:
         versus, share = row.difference, row.share
         chance, released = row.to_chance, row.released
@@ -149,14 +165,34 @@ def table(records: Sequence[Record]) -> Table:
                 NAMES[row.variant],
                 "-" if row.steps is None else f"{row.steps:,}",
                 "-" if share is None else f"{100 * share:.0f}",
+                *([row.shape or "-"] if shaped else []),
                 row.final.text(2),
                 versus.interval if versus else "-",
                 str(versus.pairs if versus else len(row.seeds)),
                 str(versus.networks) if versus else "-",
                 *(of_releases if releasing else []),
+                *([row.device] if elsewhere else []),
             ]
         )
-    return Table((*HEADER, *(OF_RELEASES if releasing else ())), lines)
+    at = HEADER.index("decay, %") + 1
+    header = (
+        *(*HEADER[:at], *(OF_SHAPES if shaped else ()), *HEADER[at:]),
+        *(OF_RELEASES if releasing else ()),
+        *(OF_MACHINES if elsewhere else ()),
+    )
+    return Table(header, lines)
+
+
+def _decay(record: Record) -> _Decay:
+    """Shape and steps, none for base, which was run under whichever decay's name."""
+    smooth = record.settings.smooth
+    none = record.variant == "base"
+    return None if none else smooth.shape, None if none else smooth.steps, record.variant
+
+
+def _rank(decay: _Decay) -> tuple[Any, ...]:
+    shape, steps, variant = decay
+    return shape not in (None, "linear"), steps or 0, ORDER.index(variant)
 
 
 def _fine_tuning(record: Record) -> str:
@@ -167,10 +203,10 @@ def _fine_tuning(record: Record) -> str:
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    stage = record.settings.stages["prune"]
-    return stage.epochs, -stage.learning_rate, record.settings.smooth.steps
+    stage, smooth = record.settings.stages["prune"], record.settings.smooth
+    return stage.epochs, -stage.learning_rate, smooth.shape != "linear", smooth.steps, record.device
 
 
 def _finals(records: Sequence[Record]) -> dict[int, float]:
-    """By seed; base was run once per fine-tuning and seed, under whichever decay's name."""
+    """By seed."""
     return {r.seed: r.accuracy.final for r in records}

@@ -13,11 +13,13 @@ from experiments.showing import lengths
 from tests.support.records import changed, record, save
 
 
-def tried(variant, seed, final, steps=10, rate=0.02, epochs=6, validation=100):
+def tried(
+    variant, seed, final, steps=10, rate=0.02, epochs=6, validation=100, shape="linear", **more
+):
     config = {
         "name": f"pilot-{epochs}-{rate}-{steps}",
         "stages": {"prune": {"epochs": epochs, "learning_rate": rate}},
-        "smooth": {"steps": steps},
+        "smooth": {"steps": steps, "shape": shape},
         "data": {"validation": validation},
     }
     return record(
@@ -26,8 +28,9 @@ def tried(variant, seed, final, steps=10, rate=0.02, epochs=6, validation=100):
         config=config,
         accuracy__final=final,
         steps__total=100 * epochs,
-        config_hash=f"{epochs}{rate}{steps}",
+        config_hash=f"{epochs}{rate}{steps}{shape}",
         dense_seed=seed % 2,
+        **more,
     )
 
 
@@ -69,6 +72,30 @@ def test_settings_of_later_releases_keep_no_runs_apart():
         for r in RUNS
     ]
     assert lengths.rows(later) == lengths.rows(RUNS)
+
+
+def test_shapes_and_machines_are_kept_apart_and_told_where_there_are_several(tmp_path):
+    """A base run serves decays of any shape, and those of its own machine alone."""
+    others = [
+        *(tried("sp", s, 82.0 + s, shape="cosine") for s in range(3)),
+        *(tried("base", s, 70.0, device="other machine") for s in range(2)),
+        *(tried("sp", s, 73.0, device="other machine") for s in range(4)),
+    ]
+    rows = lengths.rows([*others, *RUNS])
+    found = [(r.device, r.steps, r.shape, r.difference.mean) for r in rows if r.difference]
+    here = RUNS[0].device
+    assert found == [
+        *((here, 10, "linear", 2.5), (here, 40, "linear", 0.5), (here, 10, "cosine", 2.0)),
+        ("other machine", 10, "linear", 3.0),
+    ]
+    kept = tmp_path / "kept.jsonl"
+    lengths.keep([*others, *RUNS], kept)
+    assert len(kept.read_text().splitlines()) == len(others) + len(RUNS)
+    lines = lengths.table([*others, *RUNS]).markdown().splitlines()
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+    assert set(cells[0]) - set(lengths.HEADER) == {*lengths.OF_SHAPES, *lengths.OF_MACHINES}
+    assert [(c[5], c[-1] == "other machine") for c in cells[2:]].count(("cosine", False)) == 1
+    assert all(len(c) == len(cells[0]) for c in cells)
 
 
 def test_the_table_says_what_there_is():
