@@ -33,7 +33,15 @@ from dpm_core.adapters.base import Adapter, AdapterError, Training, count_macs, 
 from dpm_core.adapters.registry import ADAPTERS
 from dpm_core.adapters.removal import Removal
 from tests.support import rounding
-from tests.support.frameworks import CASES, EAGER, EXAMPLE, Case, Drive, until_removed
+from tests.support.frameworks import (
+    CASES,
+    EAGER,
+    EXAMPLE,
+    Case,
+    Drive,
+    check_once,
+    until_removed,
+)
 from tests.support.rounding import exact_outputs, in_double
 from tests.support.snapshot import assert_unchanged, difference, snapshot
 
@@ -95,6 +103,7 @@ def outputs(model: torch.nn.Module) -> torch.Tensor:
 
 def attached(case: Case, adapter: Adapter) -> torch.optim.Optimizer:
     """The optimizer that an adapter is attached to, without any training."""
+    check_once(adapter)
     optimizer = case.new_optimizer(adapter)
     adapter.attach(optimizer, lambda: torch.zeros(()))
     return optimizer
@@ -434,7 +443,7 @@ def test_an_adapter_that_nobody_has_checked_checks_by_itself(case, asked, monkey
     monkeypatch.setattr(adapter, "check", lambda: (times.append(1), check()))
     if asked:
         adapter.check()
-    attached(case, adapter)
+    adapter.attach(case.new_optimizer(adapter), lambda: torch.zeros(()))
     assert times == [1]
 
 
