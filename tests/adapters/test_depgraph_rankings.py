@@ -26,6 +26,7 @@ from tests.support.frameworks import (
     Drive,
     Grouped,
     batch,
+    check_once,
     mixed,
     small_resnet,
     until_removed,
@@ -81,6 +82,7 @@ def adapter(model: nn.Module, smooth=None, rectify=None, **options: Any) -> DepG
 
 
 def attached(run: DepGraph) -> DepGraph:
+    check_once(run)
     return run.attach(torch.optim.SGD(run.model.parameters(), lr=0.05), Batches(run.model))
 
 

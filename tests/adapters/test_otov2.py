@@ -24,7 +24,14 @@ from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import dependency, otov2
 from experiments.inputs import models
 from tests.support import rounding, torchvisions
-from tests.support.frameworks import EAGER, EXAMPLE, SmallResNet, batch, small_resnet
+from tests.support.frameworks import (
+    EAGER,
+    EXAMPLE,
+    SmallResNet,
+    batch,
+    check_once,
+    small_resnet,
+)
 from tests.support.rounding import exact_outputs
 from tests.support.snapshot import difference, refused
 from tests.third_party.otov2_nets import IMAGES, Concatenated, Depthwise, Ended, stir
@@ -73,6 +80,7 @@ def train(
     remove: bool = True,
 ) -> OTOv2:
     """A user's training, up to the removal; ``look`` is called every step."""
+    check_once(adapter)
     optimizer, step = adapter.new_optimizer(*kind), 0
 
     def loss() -> Tensor:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torchvision.models import DenseNet, ResNet, mobilenet_v2, resnet18
-from torchvision.models.resnet import Bottleneck
+from torchvision.models import DenseNet, ResNet, mobilenet_v2
+from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vgg import VGG, make_layers
 
 
@@ -32,7 +32,7 @@ def vgg(classes: int) -> nn.Module:
 
 
 BUILD: dict[str, Callable[[int], nn.Module]] = {
-    "resnet18": lambda classes: resnet18(num_classes=classes),
+    "resnet18": lambda classes: ResNet(BasicBlock, [1, 2, 1, 1], classes),
     "resnet50": lambda classes: ResNet(Bottleneck, [1, 2, 1, 1], classes),
     "resnext": lambda classes: ResNet(
         Bottleneck, [1, 2, 1, 1], classes, groups=8, width_per_group=8
