@@ -281,7 +281,9 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
     return images + labels.view(-1, 1, 1, 1).to(images) * 0.3, labels
 
 
-_passed: set[str] = set()
+_passed: dict[str, list[type]] = {}
+"""What has passed a check, by all that it depends on. The types live, so their ids stay theirs."""
+_PLAIN = (int, float, str, bool, tuple, list, type(None), torch.dtype)
 
 
 def check_once(adapter: Adapter) -> None:
@@ -291,24 +293,30 @@ def check_once(adapter: Adapter) -> None:
     """
     if adapter.checked or adapter.removed or adapter.complete:
         return
-    model, digest = adapter.model, hashlib.sha256()
-    own = any({"forward", *_HOOKS} & {k for k, v in vars(m).items() if v} for m in model.modules())
+    model, digest, types = adapter.model, hashlib.sha256(), [type(adapter)]
+    alike, empty = True, vars(nn.Module())
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules")}
+        plain = {k: v for k, v in own.items() if isinstance(v, _PLAIN)}
+        # Hooks, a forward or a function of its own, a tensor beside its buffers.
+        others = {k: v for k, v in own.items() if k not in plain and k != "_buffers"}
+        alike &= all(k in empty and not v for k, v in others.items())
+        types.append(type(module))
+        digest.update(repr((name, id(type(module)), plain)).encode())
     for part in (
-        *(type(adapter), adapter.options, adapter.smooth, adapter.rectify, adapter.training),
-        *(torch.get_default_dtype(), torch.get_default_device(), model),
-        *((name, type(m), m.training) for name, m in model.named_modules()),
-        *((n, p.requires_grad, p.dtype, p.device) for n, p in model.named_parameters()),
+        *(id(types[0]), adapter.options, adapter.smooth, adapter.rectify, adapter.training),
+        *(torch.get_default_dtype(), torch.get_default_device()),
+        *((n, p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)),
     ):
         digest.update(repr(part).encode())
-    for tensor in (adapter.example, *model.state_dict().values()):
+    for name, tensor in [("", adapter.example), *model.state_dict().items()]:
+        digest.update(repr((name, tensor.shape, tensor.dtype, tensor.device)).encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    if own or digest.hexdigest() not in _passed:
+    if not alike or digest.hexdigest() not in _passed:
         adapter.check()
-        _passed.add(digest.hexdigest())
+    if alike:
+        _passed[digest.hexdigest()] = types
     adapter.checked = True
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass
