@@ -92,7 +92,7 @@ def draw_norms(
     # Only now: it would freeze the top of what is drawn later.
     axes[0][0].set_ylim(bottom=0, top=max(axes[0][0].get_ylim()[1], 1.05 * top))
     if title:
-        figure.suptitle(f"Norms of decaying structures\n{title}", fontsize=10)
+        _head(figure, "Norms of decaying structures", title)
     elif any(sample.lines for sample in samples.values()):
         _legend_above(figure, 2)
     return figure
@@ -132,7 +132,7 @@ def draw_accuracy(
     axis.set_ylabel("test accuracy, %")
     if title:
         axis.legend(frameon=False, loc="lower right")
-        axis.set_title(f"Accuracy around removal\n{title}", fontsize=10)
+        _head(figure, "Accuracy around removal", title)
     else:
         _legend_above(figure, 2)
     return figure
@@ -204,11 +204,16 @@ def draw_widths(
     return figure
 
 
+def _head(figure: Figure, what: str, title: str) -> None:
+    """A title above all, in as many lines as its names take."""
+    figure.suptitle(f"{what}\n{title}", fontsize=10, wrap=True)
+
+
 def _titled(figure: Figure, axis: Axes, what: str, title: str) -> None:
     """A legend, with a title inside of the axes; a page has titles of its own."""
     if title:
         axis.legend(frameon=False)
-        axis.set_title(f"{what}\n{title}", fontsize=10)
+        _head(figure, what, title)
     else:
         _legend_above(figure)
 
@@ -276,7 +281,7 @@ def draw_releases(
     axis.set_ylim(bottom=0)
     axis.legend(frameon=False, loc="upper left")
     if title:
-        axis.set_title(f"Releases over time\n{title}", fontsize=10)
+        _head(figure, "Releases over time", title)
     return figure
 
 
@@ -356,7 +361,7 @@ def draw_latency(
     axis.invert_yaxis()
     axis.set_xlabel("ms per forward pass")
     if title:
-        axis.set_title(f"Latency\n{title}", fontsize=10)
+        _head(figure, "Latency", title)
     return figure
 
 

@@ -462,6 +462,24 @@ def releasing():
     return [*records, record("base", 0), record("sp", 0)]
 
 
+def test_a_long_title_stays_within_the_figure_and_above_the_axes(releasing):
+    title = "some-framework, some-network, a data set of a name (45,000 images) " * 3
+    for draw in (
+        figures.draw_accuracy,
+        figures.draw_channels,
+        figures.draw_releases,
+        figures.draw_releases_by_group,
+        figures.draw_latency,
+    ):
+        figure = draw(releasing, title)
+        figure.draw_without_rendering()
+        ((head,), (axis,)) = figure.texts, figure.axes
+        at = head.get_window_extent()
+        assert title in head.get_text()
+        assert 0 <= at.x0 < at.x1 <= figure.bbox.x1
+        assert axis.get_tightbbox().y1 <= at.y0 < at.y1 <= figure.bbox.y1
+
+
 def test_releases_over_time_are_counted_up(releasing):
     (axis,) = figures.draw_releases(releasing, "title").axes
     drawn = {}
@@ -603,7 +621,9 @@ def test_budgets_are_drawn_at_their_steps_and_long_decays_apart():
     def row(allowed, variant, steps, mean, low=None, high=None):
         versus = None if steps is None else Difference(4, 4, mean, 1.0, low, high, 1.0)
         final = sections.Summary(80.0, 1.0)
-        return Row(allowed, 0.02, variant, steps, final, [0, 1, 2, 3], versus)
+        return Row(
+            allowed, 0.02, variant, steps, steps and "linear", "none", final, [0, 1, 2, 3], versus
+        )
 
     rows = [
         row(1404, "base", None, 0.0),
