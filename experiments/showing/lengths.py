@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpm_core.decay import Shape
+from dpm_core import SmoothPruning
 
 from ..config import as_before
 from ..errors import RunError
@@ -71,11 +71,8 @@ def keep(records: Sequence[Record], path: Path = KEPT, *, chosen: bool = True) -
         if not chosen and record.settings.data.validation is not None:
             raise RunError(f"{name} is measured on validation images; `lengths` takes those")
     runs = {(r.config_hash, r.variant, r.seed, r.device): r for r in [*there, *records]}
-    ordered = sorted(runs.values(), key=lambda r: (_order(r), r.variant, r.seed))
+    ordered = sorted(runs.values(), key=lambda r: (_order(r), r.seed))
     save_text(path, as_lines(ordered))
-
-
-_Decay = tuple[Shape | None, int | None, Variant]
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,7 @@ class Row:
         allowed: training steps of the stage ``prune``, the decay's among them.
         learning_rate: of the stage ``prune``.
         variant: of the runs.
-        steps: of the decay, ``None`` for base.
-        shape: of the decay, ``None`` for base.
+        decay: its steps and shape, ``None`` for base.
         device: the machine that the runs were made on.
         final: accuracy over the seeds, in percent.
         seeds: in order.
@@ -100,8 +96,7 @@ class Row:
     allowed: int
     learning_rate: float
     variant: Variant
-    steps: int | None
-    shape: Shape | None
+    decay: SmoothPruning | None
     device: str
     final: Summary
     seeds: list[int]
@@ -112,31 +107,29 @@ class Row:
     @property
     def share(self) -> float | None:
         """The decay's steps as a share of all; ``None`` for base."""
-        return None if self.steps is None else self.steps / self.allowed
+        return None if self.decay is None else self.decay.steps / self.allowed
 
 
 def rows(records: Sequence[Record]) -> list[Row]:
     """One row per fine-tuning, machine, decay and variant, base before the decays."""
-    cells: dict[tuple[str, str], dict[_Decay, list[Record]]] = {}
+    cells: dict[tuple[str, str], dict[tuple[SmoothPruning | None, Variant], list[Record]]] = {}
     for record in sorted(records, key=_order):
         tried = cells.setdefault((_fine_tuning(record), record.device), {})
-        tried.setdefault(_decay(record), []).append(record)
+        tried.setdefault((_decay(record), record.variant), []).append(record)
     listed = []
     for (_, device), tried in cells.items():
-        base = _finals([r for (_, _, v), runs in tried.items() if v == "base" for r in runs])
-        for shape, steps, variant in sorted(tried, key=_rank):
-            members = tried[shape, steps, variant]
+        base = _finals(tried.get((None, "base"), []))
+        for (decay, variant), members in tried.items():
             final = _finals(members)
             start = {r.seed: r.network for r in members}
-            chance = _finals(tried.get((shape, steps, "random"), []) if variant == "sr" else [])
+            chance = _finals(tried.get((decay, "random"), []) if variant == "sr" else [])
             released = summary([r.structures.released for r in members])
             listed.append(
                 Row(
                     members[0].steps.total,
                     members[0].settings.stages["prune"].learning_rate,
                     variant,
-                    steps,
-                    shape,
+                    decay,
                     device,
                     summary(list(final.values())),
                     sorted(final),
@@ -151,11 +144,11 @@ def rows(records: Sequence[Record]) -> list[Row]:
 def table(records: Sequence[Record]) -> Table:
     """The table of :func:`rows`, with columns of what differs: shapes, releases, machines."""
     lines, found = [], rows(records)
-    shaped = len({row.shape for row in found if row.shape}) > 1
+    shaped = len({row.decay.shape for row in found if row.decay}) > 1
     releasing = any(row.released for row in found)
     elsewhere = len({row.device for row in found}) > 1
     for row in found:
-        versus, share = row.difference, row.share
+        versus, decay, share = row.difference, row.decay, row.share
         chance, released = row.to_chance, row.released
         of_releases = [chance.interval if chance else "-", released.text(1) if released else "-"]
         lines.append(
@@ -163,9 +156,9 @@ def table(records: Sequence[Record]) -> Table:
                 f"{row.allowed:,}",
                 f"{row.learning_rate:g}",
                 NAMES[row.variant],
-                "-" if row.steps is None else f"{row.steps:,}",
+                "-" if decay is None else f"{decay.steps:,}",
                 "-" if share is None else f"{100 * share:.0f}",
-                *([row.shape or "-"] if shaped else []),
+                *(["-" if decay is None else decay.shape] if shaped else []),
                 row.final.text(2),
                 versus.interval if versus else "-",
                 str(versus.pairs if versus else len(row.seeds)),
@@ -183,16 +176,9 @@ def table(records: Sequence[Record]) -> Table:
     return Table(header, lines)
 
 
-def _decay(record: Record) -> _Decay:
-    """Shape and steps, none for base, which was run under whichever decay's name."""
-    smooth = record.settings.smooth
-    none = record.variant == "base"
-    return None if none else smooth.shape, None if none else smooth.steps, record.variant
-
-
-def _rank(decay: _Decay) -> tuple[Any, ...]:
-    shape, steps, variant = decay
-    return shape not in (None, "linear"), steps or 0, ORDER.index(variant)
+def _decay(record: Record) -> SmoothPruning | None:
+    """None for base, which was run once per fine-tuning and seed, under whichever decay's name."""
+    return None if record.variant == "base" else record.settings.smooth
 
 
 def _fine_tuning(record: Record) -> str:
@@ -203,8 +189,10 @@ def _fine_tuning(record: Record) -> str:
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    stage, smooth = record.settings.stages["prune"], record.settings.smooth
-    return stage.epochs, -stage.learning_rate, smooth.shape != "linear", smooth.steps, record.device
+    """By fine-tuning and machine; base before the decays, and lines before other shapes."""
+    stage, decay = record.settings.stages["prune"], _decay(record)
+    ranked = (0, 0) if decay is None else (1 + (decay.shape != "linear"), decay.steps)
+    return stage.epochs, -stage.learning_rate, record.device, ranked, ORDER.index(record.variant)
 
 
 def _finals(records: Sequence[Record]) -> dict[int, float]:

@@ -435,6 +435,33 @@ def test_what_is_gone_stays_gone_until_the_removal(case, variant):
 # ---------------------------------------------------------------------- refused, early
 
 
+def test_a_test_is_spared_a_check_only_if_the_like_has_passed():
+    case = CASES[0]
+
+    def checks(change=lambda model: None) -> bool:
+        adapter, times = case.adapter(case.build(), "sp"), []
+        change(adapter.model)
+        check = adapter.check
+        adapter.check = lambda: (times.append(1), check())
+        check_once(adapter)
+        assert adapter.checked
+        return bool(times)
+
+    first = next(case.build().parameters())
+    checks()
+    assert not checks()
+    for change in (
+        lambda model: next(model.parameters()).data.add_(1),
+        lambda model: model.train(not model.training),
+        lambda model: setattr(model, "number", 3),
+        lambda model: model.register_forward_hook(lambda *_: None),
+        lambda model: setattr(model, "forward", model.forward),
+        lambda model: setattr(model, "kept", first),
+    ):
+        assert checks(change)
+    assert not checks()
+
+
 @cases
 @pytest.mark.parametrize("asked", [True, False])
 def test_an_adapter_that_nobody_has_checked_checks_by_itself(case, asked, monkeypatch):

@@ -34,6 +34,10 @@ def tried(
     )
 
 
+def steps(row):
+    return row.decay and row.decay.steps
+
+
 RUNS = [
     *(tried("base", s, 80.0 + s) for s in range(4)),
     *(tried("sp", s, 80.5 + s, steps=40) for s in range(3)),
@@ -45,7 +49,7 @@ RUNS = [
 
 def test_a_decay_is_paired_with_the_base_of_its_own_fine_tuning():
     rows = lengths.rows(RUNS[::-1])
-    shown = [(r.allowed, r.learning_rate, r.variant, r.steps, r.share) for r in rows]
+    shown = [(r.allowed, r.learning_rate, r.variant, steps(r), r.share) for r in rows]
     assert shown == [
         (600, 0.02, "base", None, None),
         (600, 0.02, "sp", 10, 1 / 60),
@@ -82,7 +86,9 @@ def test_shapes_and_machines_are_kept_apart_and_told_where_there_are_several(tmp
         *(tried("sp", s, 73.0, device="other machine") for s in range(4)),
     ]
     rows = lengths.rows([*others, *RUNS])
-    found = [(r.device, r.steps, r.shape, r.difference.mean) for r in rows if r.difference]
+    found = [
+        (r.device, r.decay.steps, r.decay.shape, r.difference.mean) for r in rows if r.difference
+    ]
     here = RUNS[0].device
     assert found == [
         *((here, 10, "linear", 2.5), (here, 40, "linear", 0.5), (here, 10, "cosine", 2.0)),
@@ -130,7 +136,7 @@ def test_a_decays_worth_is_told_by_the_steps_there_are_from_test_images(tmp_path
     assert capsys.readouterr().out == lengths.table(BUDGETS).markdown() + "\n"
     assert len(kept.read_text().splitlines()) == len(BUDGETS)
     found = [
-        (r.allowed, r.variant, r.steps, r.difference and r.difference.mean)
+        (r.allowed, r.variant, steps(r), r.difference and r.difference.mean)
         for r in lengths.rows(BUDGETS[::-1])
     ]
     assert found == [
@@ -141,7 +147,7 @@ def test_a_decays_worth_is_told_by_the_steps_there_are_from_test_images(tmp_path
 
 
 def test_releases_are_set_against_as_many_by_chance():
-    by_variant = {r.variant: r for r in lengths.rows(BUDGETS) if r.steps in (None, 5)}
+    by_variant = {r.variant: r for r in lengths.rows(BUDGETS) if steps(r) in (None, 5)}
     versus = by_variant["sr"].to_chance
     assert (versus.pairs, versus.mean) == (2, 2.5)
     assert all(by_variant[v].to_chance is None for v in ("base", "sp", "random"))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpm_core import SmoothPruning
 from experiments.__main__ import main
 from experiments.errors import RunError
 from experiments.record import CONTROLS, VARIANTS
@@ -621,9 +622,8 @@ def test_budgets_are_drawn_at_their_steps_and_long_decays_apart():
     def row(allowed, variant, steps, mean, low=None, high=None):
         versus = None if steps is None else Difference(4, 4, mean, 1.0, low, high, 1.0)
         final = sections.Summary(80.0, 1.0)
-        return Row(
-            allowed, 0.02, variant, steps, steps and "linear", "none", final, [0, 1, 2, 3], versus
-        )
+        decay = steps and SmoothPruning(steps)
+        return Row(allowed, 0.02, variant, decay, "none", final, [0, 1, 2, 3], versus)
 
     rows = [
         row(1404, "base", None, 0.0),
