@@ -172,6 +172,9 @@ class Record(Part):
     dense_seed: Seed | None = None
     """Of the dense network; ``None`` without one. Earlier releases do not say it: every seed had
     its own."""
+    start: Text | None = None
+    """SHA-256 of the weights that the run started from: the dense network's, or initial ones. Not
+    in records of earlier releases."""
     versions: dict[Text, Text]
     revision: Text | None
     """Of the checkout, in git."""

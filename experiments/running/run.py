@@ -395,7 +395,7 @@ def _framework_loop(
     config, model = request.config, copy.deepcopy(dense)
     adapter = _adapter(request, images.steps_per_epoch, model, example)
     adapter.checked = True  # on a model of the same layers, before the dense training
-    start = checksum("dense", dense.state_dict())
+    start = _start(dense)
     if saved is not None and saved["part"] == "framework" and saved["dense"] != start:
         raise RunError(
             f"{request.folder} was started from another dense model than the one in "
@@ -426,6 +426,11 @@ def _framework_loop(
             before.lay_out(loop.masked_removed)
             loop.masked.load_state_dict(saved["masked"])
     return loop, adapter
+
+
+def _start(dense: nn.Module) -> str:
+    """What tells the weights that a run starts from."""
+    return checksum("dense", dense.state_dict())
 
 
 # ---------------------------------------------------------------------- what a record says
@@ -463,6 +468,7 @@ def _record(
         variant=request.variant,
         seed=request.seed,
         dense_seed=None if config.dense is None else config.dense_seed(request.seed),
+        start=_start(dense),
         versions=machine.versions(config),
         revision=machine.revision(),
         device=machine.device_name(request.device),

@@ -9,7 +9,7 @@ from ..errors import RunError
 from ..files import save_text
 from ..names import one_line
 from ..record import ORDER, Record, RecordError, RecordVersionError
-from .sections import first_of_images, sections
+from .sections import first_of_images, sections, started_apart
 
 Run = tuple[Path, Record]
 """A record with the file that it was read from."""
@@ -85,7 +85,7 @@ def keep(records: Sequence[Record], folder: Path) -> list[Path]:
 
     Raises:
         RunError: before any file is written. Records of one name come from different
-            configurations, or a file is damaged.
+            configurations, those of one seed from different dense networks, or a file is damaged.
     """
     sections(records)
     texts = {}
@@ -101,6 +101,11 @@ def keep(records: Sequence[Record], folder: Path) -> list[Path]:
                 "configuration another name"
             )
         by_run = {(r.variant, r.seed): r for r in kept + members}
+        if apart := started_apart(list(by_run.values())):
+            raise RunError(
+                f"of the records to keep in {path}, {apart}, so they are no pair; carry out all "
+                "variants of that seed beside one another, and keep them together"
+            )
         ordered = sorted(by_run.values(), key=lambda r: (ORDER.index(r.variant), r.seed))
         texts[path] = as_lines(ordered)
     for path, text in texts.items():

@@ -25,7 +25,7 @@ from ..record import ORDER, Record, Variant
 from .grid import Table
 from .kept import as_lines, read
 from .pairs import Difference, difference
-from .sections import NAMES, Summary, summary
+from .sections import NAMES, Summary, started_apart, summary
 
 KEPT = Path(__file__).parents[1] / "results" / "lengths.jsonl"
 BUDGETS = KEPT.with_name("budgets.jsonl")
@@ -57,7 +57,8 @@ def keep(records: Sequence[Record], path: Path = KEPT, *, chosen: bool = True) -
         chosen: whether a length is chosen by them.
 
     Raises:
-        RunError: before anything is written; a record is not of such a run, or the file is damaged.
+        RunError: before anything is written; a record is not of such a run, those of one seed and
+            machine started from different dense networks, or the file is damaged.
     """
     there = read([path]) if path.exists() else []
     for record in records:
@@ -71,6 +72,12 @@ def keep(records: Sequence[Record], path: Path = KEPT, *, chosen: bool = True) -
         if not chosen and record.settings.data.validation is not None:
             raise RunError(f"{name} is measured on validation images; `lengths` takes those")
     runs = {(r.config_hash, r.variant, r.seed, r.device): r for r in [*there, *records]}
+    for cell in _cells(list(runs.values())).values():
+        if apart := started_apart(cell):
+            raise RunError(
+                f"of the records to keep in {path}, {apart}, so they are no pair; carry out all "
+                "runs of that seed beside one another"
+            )
     ordered = sorted(runs.values(), key=lambda r: (_order(r), r.seed))
     save_text(path, as_lines(ordered))
 
@@ -112,12 +119,11 @@ class Row:
 
 def rows(records: Sequence[Record]) -> list[Row]:
     """One row per fine-tuning, machine, decay and variant, base before the decays."""
-    cells: dict[tuple[str, str], dict[tuple[SmoothPruning | None, Variant], list[Record]]] = {}
-    for record in sorted(records, key=_order):
-        tried = cells.setdefault((_fine_tuning(record), record.device), {})
-        tried.setdefault((_decay(record), record.variant), []).append(record)
     listed = []
-    for (_, device), tried in cells.items():
+    for (_, device), cell in _cells(sorted(records, key=_order)).items():
+        tried: dict[tuple[SmoothPruning | None, Variant], list[Record]] = {}
+        for record in cell:
+            tried.setdefault((_decay(record), record.variant), []).append(record)
         base = _finals(tried.get((None, "base"), []))
         for (decay, variant), members in tried.items():
             final = _finals(members)
@@ -174,6 +180,14 @@ def table(records: Sequence[Record]) -> Table:
         *(OF_MACHINES if elsewhere else ()),
     )
     return Table(header, lines)
+
+
+def _cells(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    """Records that differ in seed and decay alone, by their fine-tuning and machine."""
+    cells: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        cells.setdefault((_fine_tuning(record), record.device), []).append(record)
+    return cells
 
 
 def _decay(record: Record) -> SmoothPruning | None:

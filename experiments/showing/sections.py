@@ -73,8 +73,8 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
 
     Raises:
         RunError: records of one experiment differ in configuration, in images or in the layers of
-            the dense network, so a table would mix them; or there are several of one variant and
-            seed, and pairs would be ambiguous.
+            the dense network, so a table would mix them; those of one seed started from different
+            weights; or there are several of one variant and seed, and pairs would be ambiguous.
     """
     by_title: dict[str, list[Record]] = {}
     for record in records:
@@ -101,6 +101,11 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
                     f"the records of {title} are of different networks: {member.variant}, seed "
                     f"{member.seed}, has other layers than the first; run it anew"
                 )
+        if apart := started_apart(members):
+            raise RunError(
+                f"among the records of {title}, {apart}, so they are no pair; give only those that "
+                "share a dense network, or carry one of them out anew beside the other"
+            )
         runs = Counter((m.variant, m.seed) for m in members)
         (variant, seed), times = runs.most_common(1)[0]
         if times > 1:
@@ -131,6 +136,22 @@ def first_of_images(records: Sequence[Record]) -> dict[str, str]:
         if record.images is not None:
             first_runs.setdefault(record.images, f"{record.variant}, seed {record.seed}")
     return first_runs
+
+
+def started_apart(records: Sequence[Record]) -> str | None:
+    """Names two runs of one seed that started from different weights; ``None`` without any.
+
+    One seed has two dense networks where each was trained on a machine of its own: rounding
+    differs, and grows. Records of earlier releases do not name theirs.
+    """
+    first_runs: dict[int, Record] = {}
+    for record in records:
+        if record.start is not None:
+            first = first_runs.setdefault(record.seed, record)
+            if first.start != record.start:
+                names = f"{first.variant} and {record.variant} of seed {record.seed}"
+                return f"{names} started from different weights"
+    return None
 
 
 def short_names(sections: Sequence[tuple[str, list[Record]]]) -> dict[str, list[Record]]:

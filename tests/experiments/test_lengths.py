@@ -10,6 +10,7 @@ from scipy import stats
 from experiments.__main__ import main
 from experiments.errors import RunError
 from experiments.showing import lengths
+from experiments.showing.kept import read
 from tests.support.records import changed, record, save
 
 
@@ -207,6 +208,19 @@ def test_other_runs_are_refused_and_nothing_is_written(tmp_path, command, wrong,
     assert main([command, str(save(tmp_path, wrong)), "--out", str(kept)]) == 2
     assert message in capsys.readouterr().err
     assert kept.read_bytes() == before
+
+
+def test_runs_of_a_seed_from_different_weights_are_kept_apart_by_machines_only(tmp_path):
+    kept = tmp_path / "lengths.jsonl"
+    base, other = tried("base", 0, 80.0, start="one"), tried("sp", 0, 81.0, start="another")
+    lengths.keep([base], kept)
+    before = kept.read_bytes()
+    with pytest.raises(RunError, match="base and sp of seed 0 started from different weights"):
+        lengths.keep([other], kept)
+    assert kept.read_bytes() == before
+    lengths.keep([changed(other, device="other"), tried("sp", 0, 81.0, start="one")], kept)
+    means = [row.difference and row.difference.mean for row in lengths.rows(read([kept]))]
+    assert means == [None, 1.0, None]
 
 
 def test_kept_lines_are_whole_records(tmp_path):

@@ -17,7 +17,7 @@ from experiments.errors import RunError
 from experiments.files import load_tensors, save_tensors
 from experiments.inputs import data
 from experiments.inputs.images import Images
-from experiments.record import MODEL, VARIANTS
+from experiments.record import MODEL, VARIANTS, Record
 from experiments.record import VERSION as RECORD_VERSION
 from experiments.running import run as run_module
 from experiments.running import training
@@ -43,6 +43,7 @@ FIELDS = {
     "variant": str,
     "seed": int,
     "dense_seed": int,
+    "start": str,
     "versions": {"decay-pruning": str, "python": str, "torch": str, "torch-pruning": str},
     "revision": (str, type(None)),
     "device": str,
@@ -377,6 +378,8 @@ def test_seeds_share_as_many_dense_models_as_the_configuration_says(tmp_path, lo
         *((True, 1), (False, 1), (False, 3), (True, 0), (False, 4))
     ]
     assert records[0]["accuracy"]["dense"] == records[1]["accuracy"]["dense"]
+    starts = [r["start"] for r in (own, *records)]
+    assert starts[0] == starts[1] == starts[2] != starts[3]
     assert not torch.equal(finals[0], finals[1]), "the pairs' own seeds order the images"
     # A seed gives the same network in every run.
     names = [sorted(p.name for p in (tmp_path / n / "dense").iterdir()) for n in ("own", "")]
@@ -509,9 +512,12 @@ def test_variants_without_dense_training_start_from_the_same_weights(tmp_path, m
         begin(loop)
 
     monkeypatch.setattr(training.Loop, "run", note)
-    for variant in VARIANTS:
-        run(tiny.request(tmp_path, variant, SCRATCH))
-    run(tiny.request(tmp_path, "base", SCRATCH, seed=1))
+    runs = [(variant, 0) for variant in VARIANTS] + [("base", 1)]
+    records = [
+        Record.from_json(run(tiny.request(tmp_path, variant, SCRATCH, seed=seed)).read_text())
+        for variant, seed in runs
+    ]
+    assert [r.start == records[0].start for r in records] == [True, True, True, False]
     assert tiny.difference(starts[0], starts[1]) is None
     assert tiny.difference(starts[0], starts[2]) is None
     assert tiny.difference(starts[0], starts[3]) is not None

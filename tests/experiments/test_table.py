@@ -194,6 +194,33 @@ def test_two_records_of_one_run_are_refused(records):
         table.markdown([*records, record("sp", 1)])
 
 
+OF_TWO_NETWORKS = [
+    *(record("base", seed, start=f"network {seed}") for seed in range(2)),
+    record("sp", 0, start="network 0"),
+    record("sp", 1, start="network 1 of another machine"),
+    record("random", 1),
+]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_runs_of_a_seed_from_different_weights_are_no_pair(tmp_path, order):
+    runs = OF_TWO_NETWORKS[::order]
+    with pytest.raises(RunError, match=r"(base and sp|sp and base) of seed 1 .* different weights"):
+        table.markdown(runs)
+    # Earlier releases do not say where their runs started.
+    silent = [changed(r, start=None) if r.variant == "sp" else r for r in runs]
+    assert len(sections.sections(silent)) == 1
+    (path,) = kept.keep([r for r in runs if r.variant != "sp"], tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(RunError, match=r"seed 1 started from different weights"):
+        kept.keep([r for r in runs if r.variant == "sp"], tmp_path)
+    assert path.read_bytes() == before
+    # The whole pair, carried out anew, takes the old one's place.
+    base = record("base", 1, start="network 1 of another machine")
+    kept.keep([base, *(r for r in runs if r.variant == "sp")], tmp_path)
+    assert len(kept.read([path])) == 5
+
+
 # ---------------------------------------------------------------------- pairs
 
 

@@ -48,7 +48,7 @@ CONTENT: dict[str, Any] = {
     "loading": 0.1,
 }
 STAGE = CONTENT["config"]["stages"]["prune"]
-ABSENT = ("dense_seed", "images", "processes", "latency__masked")
+ABSENT = ("dense_seed", "start", "images", "processes", "latency__masked")
 """Keys that records of earlier releases lack, and that changes may bring."""
 
 
