@@ -43,6 +43,8 @@ from .walk import EndlessWalkError, Meeting, joined, roots
 require("torch-pruning")
 import torch_pruning as tp  # noqa: E402  (only after its version is known)
 
+from .rewriting import Rewritten  # noqa: E402
+
 
 class TraceError(UnsupportedLayerError):
     """Upstream cannot follow the channels through a network."""
@@ -133,6 +135,7 @@ class Tracing:
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.heads = heads.find(model, example)
         self._put_out: list[Any] = []
+        self._numbers: list[Any] = []
         self._ran: set[nn.Module] = set()
 
     def settings(self) -> dict[str, Any]:
@@ -148,7 +151,7 @@ class Tracing:
         """Note on the graph its outputs, which layers have heads, and what the outputs feel."""
         built.put_out, built.heads = set(self._put_out), self.heads
         built.counted = heads.Found()
-        built.ran, built.felt = self._ran, _felt(self._put_out)
+        built.ran, built.felt = self._ran, _felt([*self._put_out, *self._numbers])
         return built
 
     def _forward(self, model: nn.Module, example: Any) -> Any:
@@ -165,7 +168,11 @@ class Tracing:
         try:
             eager = running.as_written()
             with running.same_draws(), running.untouched(model), eager, running.Watched():
-                return running.call(model, example)
+                rewritten = Rewritten(model)
+                with rewritten:
+                    outputs = running.call(model, example)
+            self._numbers += rewritten.numbers
+            return outputs
         finally:
             for hook in noting:
                 hook.remove()

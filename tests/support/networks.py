@@ -110,6 +110,15 @@ def _heads(q: Tensor, k: Tensor, v: Tensor, heads: int, size: int) -> Tensor:
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
+def _weighted(*xs: Tensor, layer: Tensor, form: str) -> Tensor:
+    """A sum with learnt weights, as feature pyramids write it."""
+    if form == "relu":
+        layer = functional.relu(layer)
+        layer = layer / (layer.sum() + 1e-3)
+    weights = layer.softmax(0).unbind() if form == "softmax" else list(layer)
+    return sum((w * x for w, x in zip(weights[1:], xs[1:], strict=True)), weights[0] * xs[0])
+
+
 def _permuted(x: Tensor) -> Tensor:
     return x.permute(0, *range(2, x.dim()), 1).flatten(1)
 
@@ -144,6 +153,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "sum": lambda *xs: sum(xs[1:], xs[0]),
     "minus": lambda x, y: x - y,
     "product": lambda x, y: x * y,
+    "weighted": _weighted,
     "maximum": torch.maximum,
     "quotient": lambda x, y: x / (1 + y.square()),
     "cat": lambda *xs, dim: torch.cat(xs, dim),
@@ -421,7 +431,12 @@ class _Drawing:
         out = [self.mix(r, width) for _ in range(2)]
         if self.chance(0.5):
             out[1] = self.active(out[1])
-        return self.do(self.some("sum", "product", "maximum", "quotient"), *out)
+        op = self.some("sum", "product", "maximum", "quotient", "weighted")
+        if op == "weighted":
+            weights = self.add("mixing", nn.Parameter(torch.rand(2, dtype=torch.float64) + 0.5))
+            form = self.some("plain", "relu", "softmax")
+            return self.do(op, *out, layer=weights, form=form)
+        return self.do(op, *out)
 
     def halves(self, r: int) -> int:
         """Channels taken apart, and put together in one way or another."""

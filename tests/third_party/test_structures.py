@@ -30,6 +30,7 @@ from dpm_core.adapters.depgraph import (
 )
 from dpm_core.third_party import dependency, graph, groups, running, trial, walk
 from dpm_core.third_party.groups import UnsupportedLayerError
+from dpm_core.third_party.rewriting import Rewritten
 
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
 
@@ -87,6 +88,8 @@ TOGETHER = {
         16,
         8,
     ),
+    "a gated linear unit": (lambda m, x: m.o(F.glu(m.a(x), 1)), 16, 8),
+    "one by its module": (lambda m, x: m.o(nn.GLU(dim=-3)(m.a(x))), 16, 8),
     "maxout": (lambda m, x: m.o(torch.maximum(*m.a(x).chunk(2, 1))), 16, 8),
     "four parts": (lambda m, x: m.o(sum(m.a(x).chunk(4, 1))), 16, 4),
     "split": (lambda m, x: m.o(torch.add(*m.a(x).split(m.a.out_channels // 2, 1))), 16, 8),
@@ -110,6 +113,53 @@ def test_channels_that_meet_are_one_structure(name):
     ]
     for seed in range(3):
         assert assert_exact(build(), IMAGES, seed) % each == 0
+
+
+WEIGHTED = {
+    "an element each": lambda w, a, b: w[0] * a + b * w[1],
+    "softmax": lambda w, a, b: torch.add(
+        *(v * p for v, p in zip(w.softmax(0), (a, b), strict=True))
+    ),
+    "a share": lambda w, a, b: (w / w.sum())[0].mul(a).add(b),
+    "unbind": lambda w, a, b: torch.lerp(a, b, w.sigmoid().unbind()[1]),
+    "in place": lambda w, a, b: a.clone().mul_(w[:1]).sub_(b / (1 + w[1].exp())),
+    "a sum": lambda w, a, b: (a - b) * w.sum(),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_learnt_weights_of_whole_branches_are_no_channels(name):
+    def run(m: Any, x: Tensor) -> Tensor:
+        a = F.relu(m.a(x))
+        return m.o(F.relu(WEIGHTED[name](m.w, m.b(a), m.c(a))))
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        layers = {"a": conv(3, 6), "b": conv(6, 8), "c": conv(6, 8), "o": conv(8, 3)}
+        return Net(run, **layers, w=nn.Parameter(torch.tensor([0.7, 0.4])))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LeftUnprunedWarning)
+        found = sizes(build(), IMAGES, skip_unsupported=True)
+    assert found in ({"a": 6, "b": 8}, {"a": 6, "c": 8})
+    assert assert_exact(build(), IMAGES) > 0
+
+
+def test_only_numbers_of_bare_parameters_lose_their_history():
+    """A number that layers make leads to them, and the channels that they read."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        x = F.relu(m.a(x))
+        return m.o(x * m.s(x.mean((2, 3))).mean() * m.w[0]) + m.v * m.a.weight.norm()
+
+    bare = {"w": nn.Parameter(torch.tensor([0.5, 0.7])), "v": nn.Parameter(torch.ones(3, 1, 1))}
+    model = Net(run, a=conv(3, 6), s=nn.Linear(6, 4), o=conv(6, 3), **bare)
+    with Rewritten(model) as rewritten:
+        traced = model(IMAGES)
+    assert torch.equal(traced, model(IMAGES))
+    assert len(rewritten.numbers) == 1
+    traced.sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == ["w"]
 
 
 def test_a_block_that_both_halves_share_ties_them():
