@@ -17,7 +17,7 @@ from ..record import CONTROLS, ORDER, Record, Timed, Variant
 from .lengths import Row
 from .norms import Kind, Sample
 from .pairs import Difference
-from .sections import NAMES, by_variant, dense, minus, summary
+from .sections import DIFFERENCES, NAMES, by_variant, dense, minus, summary
 
 Samples = Mapping[Variant, Sample]
 """Sampled norms by variant."""
@@ -363,10 +363,6 @@ def draw_latency(
     if title:
         _head(figure, "Latency", title)
     return figure
-
-
-DIFFERENCES: list[tuple[Variant, Variant]] = [("sp", "base"), ("sr", "base"), ("sr", "random")]
-"""What a reader asks of a cell: is smoothing worth it, is rectifying, does the choice matter?"""
 
 
 def draw_differences(

@@ -18,6 +18,7 @@ from .kept import Run
 from .norms import LINES, find_norms
 from .page import DARK, SIZE, STYLE, Page, palette
 from .sections import (
+    DIFFERENCES,
     NAMES,
     by_variant,
     dense,
@@ -150,7 +151,7 @@ def _differences(page: Page, of: Sequence[tuple[str, list[Record]]]) -> str:
     said = [
         f"{name}, {NAMES[one]} minus {NAMES[other]}: {found.interval}"
         for name, members in named.items()
-        for one, other in figures.DIFFERENCES
+        for one, other in DIFFERENCES
         if (found := minus(members, one, other)) is not None
     ]
     if not said:

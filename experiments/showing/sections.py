@@ -20,6 +20,12 @@ NAMES: dict[Variant, str] = {
     "least-resistant": "least resistant",
 }
 """What tables and plots call the variants."""
+DIFFERENCES: tuple[tuple[Variant, Variant], ...] = (
+    ("sp", "base"),
+    ("sr", "base"),
+    ("sr", "random"),
+)
+"""What a reader asks of a cell: is smoothing worth it, is rectifying, does the choice matter?"""
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..record import Record, Variant
 from .grid import Table, text
 from .pairs import Difference
 from .sections import (
+    DIFFERENCES,
     NAMES,
     Row,
     benchmark,
     contrasts,
     counterpart,
     dense,
+    minus,
     rows,
     sections,
 )
@@ -85,6 +87,43 @@ def compared(title: str, members: Sequence[Record]) -> Compared:
         [_contrast(other, versus) for other, versus in differences],
         _caution([r.difference for r in table if r.difference] + [d for _, d in differences]),
     )
+
+
+def differences(members_by_name: Mapping[str, Sequence[Record]]) -> Table:
+    """What a reader asks of every section, a line for each: the text to the picture of them.
+
+    Args:
+        members_by_name: the records of each section, under a short name, in their order.
+    """
+    lines = []
+    for name, members in members_by_name.items():
+        found = {pair: minus(members, *pair) for pair in DIFFERENCES}
+        most = max((d for d in found.values() if d), key=lambda d: d.pairs, default=None)
+        cells = []
+        for (one, other), versus in found.items():
+            if versus is None or most is None:
+                cells.append("-")
+                continue
+            claimed = _published(members, one) if other == "base" else None
+            paper = "" if claimed is None else f" ({claimed:+g})"
+            fewer = f", {versus.counted}" if versus.pairs < most.pairs else ""
+            cells.append(f"{versus.interval}{paper}{fewer}")
+        lines.append([name, *cells, most.counted if most else "-"])
+    header = ["experiment", *(f"{NAMES[one]} minus {NAMES[other]}" for one, other in DIFFERENCES)]
+    caption = (
+        "Final accuracy in points, with 95% intervals where there are several networks; in "
+        "parentheses what is published for the framework, from single runs on other networks."
+    )
+    return Table([*header, "pairs"], lines, caption)
+
+
+def _published(members: Sequence[Record], variant: Variant) -> float | None:
+    """What is published for a variant minus what is for the framework alone, in points."""
+    published = benchmark(members)
+    if published is None:
+        return None
+    one, start = (published.top1(*counterpart(members), v) for v in (variant, "base"))
+    return None if one is None or start is None else round(one - start, 2)
 
 
 def _training(members: Sequence[Record]) -> str:

@@ -196,6 +196,8 @@ def test_results_are_written_from_the_kept_records(root):
     assert len(pictures) == 4  # with that of all differences
     for path in pictures:
         assert f"]({path.relative_to(root).as_posix()})" in text
+    named = sections.short_names(sections.sections(records))
+    assert f"differences.png)\n\n{table.differences(named).markdown()}\n\n## Reading" in text
     again = {path: path.read_bytes() for path in written if path.suffix == ".md"}
     results.renew(root)
     assert again == {path: path.read_bytes() for path in again}

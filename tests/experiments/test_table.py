@@ -13,7 +13,7 @@ from scipy import stats
 from experiments.__main__ import main
 from experiments.errors import RunError
 from experiments.record import VERSION as RECORD_VERSION
-from experiments.showing import kept, sections, table
+from experiments.showing import kept, published, sections, table
 from experiments.showing.pairs import Difference, detectable
 from tests.support.records import STAGE, changed, content, of, record, save
 
@@ -322,6 +322,29 @@ def test_sr_is_compared_with_its_controls_and_with_sp():
     assert [d.pairs for _, d in contrasts] == [2, 1, 2]
     assert [d.mean for _, d in contrasts] == pytest.approx([0.0, 2.0, -0.25])
     assert sections.contrasts(runs({"sr": {0: 1.0}, "sp": {1: 1.0}, "base": {0: 1.0}})) == []
+
+
+def test_one_table_has_all_differences_beside_what_is_published():
+    other = [changed(r, framework="torch-prune") for r in runs({"base": {0: 80.0}})]
+    shown = table.differences({"ours": runs(PAIRED), "shared": sharing(1), "other": other})
+    found = {row.variant: row.difference for row in sections.rows(runs(PAIRED))}
+    paper = published.load().benchmark("depgraph", sparse=False)
+    start, sp, sr = (paper.top1("depgraph", False, v) for v in ("base", "sp", "sr"))
+    chance = dict(sections.contrasts(runs(PAIRED)))["random"]
+    assert list(shown.header) == [
+        *("experiment", "+SP minus base", "+SR minus base", "+SR minus random release", "pairs")
+    ]
+    assert shown.rows == [
+        [
+            "ours",
+            f"{found['sp'].interval} ({sp - start:+.2g})",
+            f"{found['sr'].interval} ({sr - start:+.2g}), 2 pairs",
+            f"{chance.interval}, 2 pairs",
+            "3 pairs",
+        ],
+        ["shared", f"+0.50 ({sp - start:+.2g})", "-", "-", "4 pairs of 1 network"],
+        ["other", "-", "-", "-", "-"],
+    ]
 
 
 def test_controls_have_rows_and_lines_of_their_own():
