@@ -24,6 +24,7 @@ from .sections import (
     dense,
     heading,
     minus,
+    paired,
     sections,
     short_names,
     summary,
@@ -147,7 +148,7 @@ def _overview(page: Page, found: Sequence[tuple[str, list[Record]]]) -> str:
 
 
 def _differences(page: Page, of: Sequence[tuple[str, list[Record]]]) -> str:
-    named = short_names(of)
+    named = paired(short_names(of))
     said = [
         f"{name}, {NAMES[one]} minus {NAMES[other]}: {found.interval}"
         for name, members in named.items()

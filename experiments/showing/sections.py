@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import RunError
@@ -168,6 +168,15 @@ def short_names(sections: Sequence[tuple[str, list[Record]]]) -> dict[str, list[
         name = members[0].name
         named[name if times[name] == 1 else title] = members
     return named
+
+
+def paired(members_by_name: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[Record]]:
+    """Those sections that have any of :data:`DIFFERENCES`."""
+    return {
+        name: members
+        for name, members in members_by_name.items()
+        if any(minus(members, one, other) for one, other in DIFFERENCES)
+    }
 
 
 def by_variant(

@@ -653,3 +653,52 @@ def test_budgets_are_drawn_at_their_steps_and_long_decays_apart():
     low, high = axis.get_ylim()
     assert low == -high
     assert high > 8
+
+
+def test_decay_lengths_are_drawn_by_share_and_a_line_per_kind():
+    def row(rate, steps, mean, low=None, high=None, device="here", shape="linear", allowed=1000):
+        versus = None if steps is None else Difference(4, 4, mean, 1.0, low, high, 1.0)
+        decay = steps and SmoothPruning(steps, shape)
+        final = sections.Summary(80.0, 1.0)
+        variant = "base" if steps is None else "sp"
+        return Row(allowed, rate, variant, decay, device, final, [0, 1, 2, 3], versus)
+
+    rows = [
+        *(row(0.02, None, 0.0), row(0.02, 20, -0.1, -0.9, 0.7), row(0.02, 400, 0.2)),
+        *(row(0.002, None, 0.0), row(0.002, 100, 0.4), row(0.002, 400, -2.0, -9.0, 5.0)),
+    ]
+    (axis,) = figures.draw_lengths(rows).axes
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["2%", "10%", "40%"]
+    marks = {line.get_label(): line for line in axis.lines if line.get_marker() in list("os^D")}
+    drawn = {
+        k: [(round(x), y) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]
+        for k, line in marks.items()
+    }
+    assert drawn == {
+        "learning rate 0.02": [(0, -0.1), (2, 0.2)],
+        "learning rate 0.002": [(1, 0.4), (2, -2.0)],
+    }
+    spans = [tuple(line.get_ydata()) for line in axis.lines if line not in marks.values()]
+    assert {s for s in spans if s != (0, 0)} == {(-0.9, 0.7), (-9.0, 5.0)}
+    low, high = axis.get_ylim()
+    assert low == -high < -2
+    apart = [*rows, row(0.02, 20, 1.0, shape="cosine"), row(0.02, 20, 2.0, device="there")]
+    (axis,) = figures.draw_lengths(apart).axes
+    labels = {line.get_label() for line in axis.lines if line.get_marker() in list("os^D")}
+    assert labels == {
+        f"learning rate {rest}"
+        for rest in ("0.02, linear, here", "0.002, linear, here", "0.02, cosine, here",
+                     "0.02, linear, there")
+    }  # fmt: skip
+    (axis,) = figures.draw_lengths(rows[:3]).axes
+    assert "learning rate 0.02" in {line.get_label() for line in axis.lines}
+
+
+def test_sections_without_any_pair_are_not_asked_for_differences():
+    named = {
+        "alone": [record("base", 0)],
+        "a pair": [record("base", 0), record("sp", 0)],
+        "of other seeds": [record("base", 0), record("sp", 1)],
+        "to chance": [record("sr", 0), record("random", 0)],
+    }
+    assert list(sections.paired(named)) == ["a pair", "to chance"]

@@ -212,9 +212,13 @@ def test_decay_lengths_are_shown_where_some_are_kept(root):
     config = {"name": "p", "stages": stages, "smooth": {"steps": 2}, "data": {"validation": 9}}
     one = [record(variant, 0, config=config) for variant in ("base", "sp")]
     lengths.keep(one, tried)
-    results.renew(root)
-    shown = f"## The length of the decay\n\n{lengths.table(one).markdown()}\n\n"
-    assert shown in (root / "RESULTS.md").read_text()
+    written = results.renew(root)
+    (picture,) = [path for path in written if path.name == "lengths.png"]
+    assert picture.stat().st_size > 0
+    link = f"]({picture.relative_to(root).as_posix()})\n\n"
+    text = (root / "RESULTS.md").read_text()
+    assert f"{link}{lengths.table(one).markdown()}\n\n" in text
+    assert text.index("## The length of the decay") < text.index(link)
 
 
 def test_budgets_are_drawn_and_shown_where_some_are_kept(root):
