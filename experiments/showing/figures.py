@@ -424,30 +424,31 @@ def draw_lengths(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
     """
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
-    lines: dict[tuple[str, ...], dict[int, Difference]] = {}
+    lines: dict[tuple[str, ...], list[tuple[float, Difference]]] = {}
     for row in rows:
         if row.decay is not None and row.difference is not None:
             steps, rate = f"{row.allowed:,} steps", f"learning rate {row.learning_rate:g}"
-            line = lines.setdefault((steps, rate, row.decay.shape, row.device), {})
-            line[round(100 * row.decay.steps / row.allowed)] = row.difference
-    shares = sorted({share for line in lines.values() for share in line})
+            share = float(f"{100 * row.decay.steps / row.allowed:.2g}")
+            line = lines.setdefault((steps, rate, row.decay.shape, row.device), [])
+            line.append((share, row.difference))
+    shares = sorted({share for line in lines.values() for share, _ in line})
     differ = [len(set(column)) > 1 for column in zip(*lines, strict=True)]
     for i, (kind, line) in enumerate(lines.items()):
         colour = [COLOURS[v] for v in ORDER if v != "base"][i % (len(ORDER) - 1)]
-        places = [shares.index(share) + (i - (len(lines) - 1) / 2) * 0.1 for share in line]
-        for place, found in zip(places, line.values(), strict=True):
+        places = [shares.index(share) + (i - (len(lines) - 1) / 2) * 0.1 for share, _ in line]
+        for place, (_, found) in zip(places, line, strict=True):
             if found.low is not None and found.high is not None:
                 axis.plot([place] * 2, [found.low, found.high], color=colour, linewidth=1.5)
         label = ", ".join(k for k, apart in zip(kind, differ, strict=True) if apart) or kind[1]
-        means = [found.mean for found in line.values()]
+        means = [found.mean for _, found in line]
         marker = MARKERS[i % len(MARKERS)]
         axis.plot(places, means, marker, color=colour, linestyle="-", label=label)
     axis.axhline(0, color=COLOURS["base"], linewidth=1, zorder=0)
-    reach = 1.5 * max((abs(f.mean) for line in lines.values() for f in line.values()), default=0.0)
+    reach = 1.5 * max((abs(f.mean) for line in lines.values() for _, f in line), default=0.0)
     axis.set_ylim(-reach - 0.5, reach + 0.5)
     axis.yaxis.set_major_formatter("{x:+g}")
     axis.set_xlim(-0.5, len(shares) - 0.5)
-    axis.set_xticks(range(len(shares)), [f"{share}%" for share in shares])
+    axis.set_xticks(range(len(shares)), [f"{share:g}%" for share in shares])
     axis.set_xlabel("steps of the decay, of all that there are")
     axis.set_ylabel("final accuracy minus base's, points")
     _legend_above(figure, 2)

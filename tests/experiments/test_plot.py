@@ -690,8 +690,10 @@ def test_decay_lengths_are_drawn_by_share_and_a_line_per_kind():
         for rest in ("0.02, linear, here", "0.002, linear, here", "0.02, cosine, here",
                      "0.02, linear, there")
     }  # fmt: skip
-    (axis,) = figures.draw_lengths(rows[:3]).axes
-    assert "learning rate 0.02" in {line.get_label() for line in axis.lines}
+    (axis,) = figures.draw_lengths([*rows[:3], row(0.02, 398, 0.3)]).axes  # 40%, too
+    (line,) = [line for line in axis.lines if line.get_label() == "learning rate 0.02"]
+    assert list(line.get_ydata()) == [-0.1, 0.2, 0.3]
+    assert [t.get_text() for t in axis.get_xticklabels()] == ["2%", "40%"]
 
 
 def test_sections_without_any_pair_are_not_asked_for_differences():
