@@ -426,9 +426,9 @@ def draw_lengths(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
     axis = figure.subplots()
     lines: dict[tuple[str, ...], list[tuple[float, Difference]]] = {}
     for row in rows:
-        if row.decay is not None and row.difference is not None:
+        if row.decay and row.share and row.difference is not None:
             steps, rate = f"{row.allowed:,} steps", f"learning rate {row.learning_rate:g}"
-            share = float(f"{100 * row.decay.steps / row.allowed:.2g}")
+            share = float(f"{100 * row.share:.2g}")
             line = lines.setdefault((steps, rate, row.decay.shape, row.device), [])
             line.append((share, row.difference))
     shares = sorted({share for line in lines.values() for share, _ in line})
@@ -436,21 +436,14 @@ def draw_lengths(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
     for i, (kind, line) in enumerate(lines.items()):
         colour = [COLOURS[v] for v in ORDER if v != "base"][i % (len(ORDER) - 1)]
         places = [shares.index(share) + (i - (len(lines) - 1) / 2) * 0.1 for share, _ in line]
-        for place, (_, found) in zip(places, line, strict=True):
-            if found.low is not None and found.high is not None:
-                axis.plot([place] * 2, [found.low, found.high], color=colour, linewidth=1.5)
+        _intervals(axis, places, [found for _, found in line], colour)
         label = ", ".join(k for k, apart in zip(kind, differ, strict=True) if apart) or kind[1]
         means = [found.mean for _, found in line]
         marker = MARKERS[i % len(MARKERS)]
         axis.plot(places, means, marker, color=colour, linestyle="-", label=label)
-    axis.axhline(0, color=COLOURS["base"], linewidth=1, zorder=0)
-    reach = 1.5 * max((abs(f.mean) for line in lines.values() for _, f in line), default=0.0)
-    axis.set_ylim(-reach - 0.5, reach + 0.5)
-    axis.yaxis.set_major_formatter("{x:+g}")
-    axis.set_xlim(-0.5, len(shares) - 0.5)
-    axis.set_xticks(range(len(shares)), [f"{share:g}%" for share in shares])
+    reach = 1.5 * max((abs(f.mean) for line in lines.values() for _, f in line), default=0.0) + 0.5
+    _minus_base(axis, [f"{share:g}%" for share in shares], reach)
     axis.set_xlabel("steps of the decay, of all that there are")
-    axis.set_ylabel("final accuracy minus base's, points")
     _legend_above(figure, 2)
     return figure
 
@@ -477,10 +470,7 @@ def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
     for i, ((long, variant), members) in enumerate(ordered):
         aside = (i - (len(kinds) - 1) / 2) * 0.1
         places = [allowed.index(row.allowed) + aside for row, _ in members]
-        for place, (_, found) in zip(places, members, strict=True):
-            if found.low is not None and found.high is not None:
-                ends = [found.low, found.high]
-                axis.plot([place] * 2, ends, color=COLOURS[variant], linewidth=1.5)
+        _intervals(axis, places, [found for _, found in members], COLOURS[variant])
         shares = sorted({round(100 * (row.share or 0)) for row, _ in members})
         axis.plot(
             places,
@@ -491,21 +481,33 @@ def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
             fillstyle="none" if long else "full",
             label=f"{NAMES[variant]}, decay of {' or '.join(map(str, shares))}% of the steps",
         )
-    axis.axhline(0, color=COLOURS["base"], linewidth=1, zorder=0)
     means = [abs(found.mean) for members in kinds.values() for _, found in members]
     reach = 1.5 * max(means, default=0.0) + 1
     axis.set_yscale("symlog", linthresh=1)
     ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50) if t <= reach]
     axis.set_yticks([*(-t for t in ticks), 0, *ticks])
-    axis.yaxis.set_major_formatter("{x:+g}")
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.set_ylim(-reach, reach)
-    axis.set_xlim(-0.5, len(allowed) - 0.5)
-    axis.set_xticks(range(len(allowed)), [f"{steps:,}" for steps in allowed])
+    _minus_base(axis, [f"{steps:,}" for steps in allowed], reach)
     axis.set_xlabel("training steps allowed, the decay's among them")
-    axis.set_ylabel("final accuracy minus base's, points")
     _legend_above(figure, 2)
     return figure
+
+
+def _intervals(axis: Axes, places: Sequence[float], of: Sequence[Difference], colour: str) -> None:
+    """Upright lines from end to end of those that have an interval."""
+    for place, found in zip(places, of, strict=True):
+        if found.low is not None and found.high is not None:
+            axis.plot([place] * 2, [found.low, found.high], color=colour, linewidth=1.5)
+
+
+def _minus_base(axis: Axes, names: Sequence[str], reach: float) -> None:
+    """Differences to base upwards, up to ``reach`` points, and named places along."""
+    axis.axhline(0, color=COLOURS["base"], linewidth=1, zorder=0)
+    axis.yaxis.set_major_formatter("{x:+g}")
+    axis.set_ylim(-reach, reach)
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.set_xticks(range(len(names)), names)
+    axis.set_ylabel("final accuracy minus base's, points")
 
 
 def draw_tradeoff(

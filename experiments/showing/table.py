@@ -8,18 +8,20 @@ from dataclasses import dataclass
 
 from ..record import Record, Variant
 from .grid import Table, text
-from .pairs import Difference
+from .pairs import Difference, difference
 from .sections import (
     DIFFERENCES,
     NAMES,
     Row,
     benchmark,
+    by_variant,
     contrasts,
     counterpart,
     dense,
     minus,
     rows,
     sections,
+    started_apart,
 )
 
 EFFECT, ENOUGH = 0.3, 25
@@ -98,14 +100,15 @@ def differences(members_by_name: Mapping[str, Sequence[Record]]) -> Table:
     lines = []
     for name, members in members_by_name.items():
         found = {pair: minus(members, *pair) for pair in DIFFERENCES}
+        published = {row.variant: row.published for row in rows(members)}
         most = max((d for d in found.values() if d), key=lambda d: d.pairs, default=None)
         cells = []
         for (one, other), versus in found.items():
             if versus is None or most is None:
                 cells.append("-")
                 continue
-            claimed = _published(members, one) if other == "base" else None
-            paper = "" if claimed is None else f" ({claimed:+g})"
+            gained = _gain(published[one], published["base"]) if other == "base" else None
+            paper = f" ({gained})" if gained else ""
             fewer = f", {versus.counted}" if versus.pairs < most.pairs else ""
             cells.append(f"{versus.interval}{paper}{fewer}")
         lines.append([name, *cells, most.counted if most else "-"])
@@ -117,13 +120,22 @@ def differences(members_by_name: Mapping[str, Sequence[Record]]) -> Table:
     return Table([*header, "pairs"], lines, caption)
 
 
-def _published(members: Sequence[Record], variant: Variant) -> float | None:
-    """What is published for a variant minus what is for the framework alone, in points."""
-    published = benchmark(members)
-    if published is None:
-        return None
-    one, start = (published.top1(*counterpart(members), v) for v in (variant, "base"))
-    return None if one is None or start is None else round(one - start, 2)
+def across(members: Sequence[Record], others: Sequence[Record]) -> list[str]:
+    """A section's base against every variant of another section that starts from the same networks.
+
+    For a control that is a configuration of its own; nothing where pairs are none.
+    """
+    control = by_variant(members, ("base",))
+    lines = []
+    for variant, runs in by_variant(others).items():
+        if not control or started_apart([*control["base"], *runs]):
+            continue
+        one, other = ({r.seed: r.accuracy.final for r in of} for of in (control["base"], runs))
+        versus = difference(one, other, {r.seed: r.network for r in runs})
+        if versus is not None:
+            against = f"{NAMES[variant]} of {runs[0].name}"
+            lines.append(f"base minus {against}: {versus.interval} points, {versus.counted}")
+    return lines
 
 
 def _training(members: Sequence[Record]) -> str:
@@ -162,7 +174,12 @@ def _paper(row: Row, start: float | None) -> str:
         return "-"
     if start is None or row.variant == "base":
         return f"{top1:g}"
-    return f"{top1:g} ({round(top1 - start, 2):+g})"
+    return f"{top1:g} ({_gain(top1, start)})"
+
+
+def _gain(top1: float | None, start: float | None) -> str | None:
+    """What is published for a variant above the framework alone, in points."""
+    return None if top1 is None or start is None else f"{round(top1 - start, 2):+g}"
 
 
 def _contrast(other: Variant, versus: Difference) -> str:

@@ -67,6 +67,19 @@ def test_its_parts_are_there_in_order():
     assert "\n\n## The length of the decay\n\ngrid\n\n## Published\n" in decays
 
 
+def test_a_control_by_itself_is_set_against_the_sections_of_its_network_and_images():
+    control = [
+        record("base", seed, config={"name": "wider"}, config_hash="w", accuracy__final=86.0)
+        for seed in (0, 1)
+    ]
+    text = results.results([*kept_records(), *control], "p", "r")
+    others = [r for r in kept_records() if r.name == "made-up"]
+    lines = "\n".join(f"- {line}" for line in table.across(control, others))
+    assert lines
+    assert lines in text[text.index("### wider") :]
+    assert text.count("base minus base of made-up") == 1
+
+
 def test_the_same_records_give_the_same_text_in_any_order_of_runs():
     first = [r for r in kept_records() if r.name == "made-up"]
     mixed = first[:]

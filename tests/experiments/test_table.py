@@ -347,6 +347,23 @@ def test_one_table_has_all_differences_beside_what_is_published():
     ]
 
 
+def test_a_control_of_its_own_is_set_against_the_variants_of_another_section():
+    control = sharing(2, {"base": [81.0, 82.0, 83.0, 85.0]})
+    lines = table.across(control, sharing(2))
+    finals = [r.accuracy.final for r in control]
+    for line, (variant, others) in zip(lines, SHARED.items(), strict=True):
+        apart = [one - other for one, other in zip(finals, others, strict=True)]
+        # Pairs 0 and 2 start from network 0, 1 and 3 from network 1.
+        means = [(apart[0] + apart[2]) / 2, (apart[1] + apart[3]) / 2]
+        low, high = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+        shown = f"{sum(means) / 2:+.2f} [{low:+.2f}, {high:+.2f}] points, 4 pairs of 2 networks"
+        assert line == f"base minus {sections.NAMES[variant]} of made-up: {shown}"
+    elsewhere = [changed(r, start="one") for r in control]
+    assert table.across(elsewhere, [changed(r, start="another") for r in sharing(2)]) == []
+    assert table.across([record("sp", 0)], sharing(2)) == []
+    assert table.across([record("base", 9)], sharing(2)) == []
+
+
 def test_controls_have_rows_and_lines_of_their_own():
     text = table.markdown(runs(PAIRED))
     rows = {row[0]: row for row in cells(text)[2:]}
