@@ -1,6 +1,6 @@
 """No wrong model leaves in silence: drawn networks, whose structures are set to zero and removed.
 
-``make test`` draws 300 of them; the environment variable ``DRAWN_NETWORKS`` says how many else.
+``make test`` draws 150 of them; the environment variable ``DRAWN_NETWORKS`` says how many else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.support.networks import Drawn, draw
 from tests.support.snapshot import assert_unchanged, snapshot
 
 CHUNK = 30
-CHUNKS = int(os.environ.get("DRAWN_NETWORKS", "300")) // CHUNK
+CHUNKS = int(os.environ.get("DRAWN_NETWORKS", "150")) // CHUNK
 ALONE = 2
 """Removals of one group alone that are tried of each network; one of all groups comes on top."""
 EXACT = 1e-10
