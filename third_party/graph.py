@@ -134,6 +134,7 @@ class Tracing:
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.heads = heads.find(model, example)
+        self._group_norms = walk.of_group_norms(model)
         self._put_out: list[Any] = []
         self._numbers: list[Any] = []
         self._ran: set[nn.Module] = set()
@@ -144,7 +145,8 @@ class Tracing:
             "forward_fn": self._forward,
             "output_transform": self._traceable,
             "customized_pruners": dict.fromkeys(_RECURRENT, _RecurrentPruner())
-            | dict.fromkeys(heads.conv1d(), _Conv1DPruner()),
+            | dict.fromkeys(heads.conv1d(), _Conv1DPruner())
+            | self._group_norms,
         }
 
     def finish(self, built: Any) -> Any:
@@ -650,7 +652,7 @@ def _table(
                 _add(table, share)
             producers.append((module, 1 if _any_conv(rows) else -1, index))
             continue
-        kind = _kind(module, names[module])
+        kind = _kind(built, module, names[module])
         if kind is None:
             continue
         dims, norm = kind
@@ -721,8 +723,8 @@ def why_one(reading: Reading, model: nn.Module, group: UpstreamGroup) -> str:
 def members(built: Any, group: Any, ties: Sequence[Meeting] = ()) -> list[list[int]]:
     """The root's channels by structure: those that can only be removed together.
 
-    Two channels belong together where they meet in one position of some layer, or of ``ties``, or
-    lie in the same place of a grouped convolution's parts.
+    Two channels belong together where they meet in one position of some layer, or of ``ties``, lie
+    in the same place of a grouped convolution's parts, or are normalised together by a GroupNorm.
     """
     root, count = group[0].dep, len(group[0].idxs)
     label = torch.arange(count, device="cpu")
@@ -733,6 +735,7 @@ def members(built: Any, group: Any, ties: Sequence[Meeting] = ()) -> list[list[i
             raise UnsupportedLayerError("has channels beyond its root's")
         if (node, handler) == (root.target, root.handler):
             places, channels = torch.cat([places, places]), torch.cat([places, channels])
+        places = places // walk.together(node.module, built)
         parts, size = _parts(built, node, handler)
         if parts > 1:
             if len(places.unique()) != size:
@@ -929,7 +932,7 @@ def _add(table: UpstreamGroup, share: Share) -> None:
     table.shares.append(share)
 
 
-def _kind(module: nn.Module, name: str) -> tuple[dict[str, int], bool] | None:
+def _kind(built: Any, module: nn.Module, name: str) -> tuple[dict[str, int], bool] | None:
     """By attribute the dimension of the output positions; and whether the layer is a norm.
 
     ``None`` where nothing has to be zero for the output to be zero.
@@ -957,6 +960,8 @@ def _kind(module: nn.Module, name: str) -> tuple[dict[str, int], bool] | None:
         if not module.track_running_stats:
             return None
         why = "which has no weight and bias, so it shifts zeros by its running mean"
+    elif walk.loses_whole_groups(module, built) and module.num_groups > 1:
+        return ({"weight": 0, "bias": 0}, True) if module.affine else None
     elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
         why = "whose mean and variance are over several channels, those of zeros among them"
     elif isinstance(module, nn.PReLU) or not any(True for _ in module.parameters()):

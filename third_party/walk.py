@@ -9,16 +9,18 @@ What this file works around, all of it in torch-pruning 1.6.1:
 - Index maps are worked out anew for every group (``index_mapping``), though only a removal changes
   them. After a removal a split keeps its old offsets (``SplitPruner``). Those of splits,
   concatenations and slices are worked out here, from the shapes that autograd has noted.
+- A GroupNorm loses channels of any group and keeps its number of groups (``GroupNormPruner`` of
+  ``function``), so that none is normalised as before. Here it loses whole groups.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +61,68 @@ class EndlessWalkError(OverflowError):
     def __init__(self, met: dict[tuple[Any, Any], Meeting]) -> None:
         super().__init__("the walk from layer to layer does not end")
         self.met = met
+
+
+class _WholeGroups(tp.BasePruningFunc):  # type: ignore[misc]
+    """Takes channels from a GroupNorm: whole groups, as each group is normalised by itself.
+
+    Upstream leaves as many groups as there were, of fewer channels each: so none is what it was.
+    """
+
+    def prune_out_channels(self, layer: nn.GroupNorm, idxs: Sequence[int]) -> nn.Module:
+        size, gone = layer.num_channels // layer.num_groups, set(idxs)
+        if len(gone) != size * len({i // size for i in gone}):
+            raise UnsupportedLayerError("a GroupNorm can only lose all channels of a group")
+        keep = [i for i in range(layer.num_channels) if i not in gone]
+        layer.num_channels, layer.num_groups = len(keep), len(keep) // size
+        if layer.affine:
+            layer.weight = self._prune_parameter_and_grad(layer.weight, keep, 0)
+            layer.bias = self._prune_parameter_and_grad(layer.bias, keep, 0)
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+    def get_out_channels(self, layer: nn.GroupNorm) -> int:
+        return layer.num_channels
+
+    def get_in_channels(self, layer: nn.GroupNorm) -> int:
+        return layer.num_channels
+
+
+def of_group_norms(model: nn.Module) -> dict[type[nn.Module], Any]:
+    """What takes channels from a model's GroupNorms, for upstream's graph to be told of."""
+    kinds = {type(m) for m in model.modules() if isinstance(m, nn.GroupNorm)}
+    return dict.fromkeys(kinds, _WholeGroups())
+
+
+def loses_whole_groups(layer: nn.Module, built: Any) -> TypeGuard[nn.GroupNorm]:
+    """Whether a layer is a GroupNorm, and the graph was told of it by :func:`of_group_norms`."""
+    return isinstance(built.CUSTOMIZED_PRUNERS.get(type(layer)), _WholeGroups)
+
+
+def together(layer: nn.Module, built: Any) -> int:
+    """How many channels, side by side, a layer can only lose together."""
+    if loses_whole_groups(layer, built):
+        return layer.num_channels // layer.num_groups
+    return 1
+
+
+def _completed(pairs: Meeting, before: Tensor, size: int) -> Meeting:
+    """Pairs, and more where of ``size`` positions that go together some have not been met.
+
+    Args:
+        pairs: what comes to a layer now.
+        before: the positions that came there before.
+        size: of the layer's parts that go whole.
+    """
+    places, channels = pairs
+    parts, which = (places // size).unique(return_inverse=True)
+    channel_of = torch.empty_like(parts)
+    channel_of[which] = channels  # of each part any
+    every = (parts[:, None] * size + torch.arange(size, device="cpu")).flatten()
+    missing = ~torch.isin(every, torch.cat([before, places]))
+    more = every[missing], channel_of.repeat_interleave(size)[missing]
+    return joined([pairs, more])
 
 
 class Group(_graph_module.Group):  # type: ignore[misc]
@@ -133,6 +197,10 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
             if not len(there[0]):
                 continue
             at = dep.target, dep.handler
+            size = together(dep.target.module, built)
+            if size > 1:
+                before = reached[at].all()[0] if at in reached else here[0][:0]
+                there = _completed(there, before, size)
             if at not in reached:
                 reached[at] = _Reached(dep, *there)
                 fresh = len(there[0])

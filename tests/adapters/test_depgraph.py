@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import replace
 from importlib import metadata
 
 import pytest
@@ -327,6 +328,27 @@ def test_a_ranking_drawn_at_random_is_the_runs_own():
 
     assert selected(0, 1.0) == selected(0, -3.0)
     assert selected(0, 1.0) != selected(1, 1.0)
+
+
+def in_groups(model: nn.Module) -> nn.Module:
+    """With GroupNorms of two channels to a group in the place of BatchNorms."""
+    for name, module in list(model.named_children()):
+        if isinstance(module, nn.BatchNorm2d):
+            setattr(model, name, nn.GroupNorm(module.num_features // 2, module.num_features))
+    return model
+
+
+@pytest.mark.parametrize("variant", ["base", "sp", "sr"])
+def test_groupnorms_end_with_whole_groups(variant):
+    case = replace(
+        CASES[0],
+        build=lambda: in_groups(small_resnet()),
+        options={"ratio": 0.5, "global_pruning": False, "skip_unsupported": False},
+    )
+    model = Drive(case, case.adapter(case.build(), variant)).run().model
+    norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    assert [(m.num_groups, m.num_channels) for m in norms] == [(3, 6), (4, 8), (3, 6)]
+    assert model.last.out_channels == 5
 
 
 # ---------------------------------------------------------------------- what is refused

@@ -70,6 +70,23 @@ def test_zeroed_is_removed_or_refused(chunk):
     assert len(seen.reasons) >= 2, seen.reasons
 
 
+def test_groupnorms_lose_whole_groups_or_are_refused():
+    seen, normalised = Seen(), 0
+    for seed in range(20_000, 20_000 + CHUNK):
+        drawn = draw(seed, norm=True, group_norm=True)
+        try:
+            examine(drawn, seen)
+        except Exception as fault:
+            fault.add_note(f"network {seed}, example {shapes(drawn.example)}:\n{drawn.model}")
+            raise
+        norms = {id(m.weight) for m in drawn.model.modules() if isinstance(m, nn.GroupNorm)}
+        groups, _ = read(drawn.model, drawn.example)
+        normalised += sum(any(id(s.parameter) in norms for s in g.slices) for g in groups)
+    assert normalised >= CHUNK // 2
+    assert seen.counts["removals that change the outputs"] >= CHUNK
+    assert seen.counts["structures of several channels"] >= CHUNK // 2
+
+
 def examine(drawn: Drawn, seen: Seen) -> None:
     """One network: whatever is read of it, removed from it or refused."""
     model, example, counts = drawn.model, drawn.example, seen.counts
@@ -216,7 +233,8 @@ def test_adapters_end_in_the_same_counts_or_refuse(chunk):
     for seed in range(3 * chunk, 3 * chunk + 3):
         for number, (framework, options) in enumerate(LOOPS):
             norm = framework == "gate-decorator"
-            drawn = draw(10_000 + 4 * seed + number, norm=norm, plain=norm)
+            grouped = seed % 3 == 2
+            drawn = draw(10_000 + 4 * seed + number, norm or grouped, norm or grouped, grouped)
             try:
                 ended[framework] += ends_alike(drawn, framework, options)
             except Exception as fault:

@@ -217,24 +217,28 @@ class Drawn:
         return self.inputs(0, 2)
 
 
-def draw(seed: int, norm: bool = False, plain: bool = False) -> Drawn:
+def draw(seed: int, norm: bool = False, plain: bool = False, group_norm: bool = False) -> Drawn:
     """The network of a seed.
 
     Args:
         seed: any.
         norm: a BatchNorm behind every convolution and linear layer.
         plain: images in, one tensor of scores out, and fewer odd things between them.
+        group_norm: most BatchNorms are GroupNorms instead.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        return _Drawing(random.Random(seed), seed, norm, plain).drawn()
+        return _Drawing(random.Random(seed), seed, norm, plain, group_norm).drawn()
 
 
 class _Drawing:
     """A network while it is drawn: every step runs at once, so that shapes are known."""
 
-    def __init__(self, choose: random.Random, seed: int, norm: bool, plain: bool) -> None:
+    def __init__(
+        self, choose: random.Random, seed: int, norm: bool, plain: bool, group_norm: bool
+    ) -> None:
         self.choose, self.seed, self.norm, self.plain = choose, seed, norm, plain
+        self.group_norm = group_norm
         self.net = Network([], {}, ("tensor", ()))
         self.values: list[Any] = []
         self.kinds: dict[int, str] = {}  # maps (N, C, H, W), line (N, C, L), tokens (N, T, C), flat
@@ -323,6 +327,11 @@ class _Drawing:
         return self.batch_norm(r) if self.norm and self.kind(r) != "tokens" else r
 
     def batch_norm(self, r: int) -> int:
+        if self.group_norm and self.chance(0.7):
+            width, places = self.width(r), self.values[r][0, 0].numel()
+            groups = self.some(*(g for g in range(1, width + 1) if width % g == 0))
+            if width // groups * places > 1:
+                return self.layer("norm", nn.GroupNorm(groups, width, affine=self.chance(0.8)), r)
         of = nn.BatchNorm2d if self.kind(r) == "maps" else nn.BatchNorm1d
         return self.layer("norm", of(self.width(r)), r)
 

@@ -28,6 +28,7 @@ from dpm_core.adapters.depgraph import (
     LeftUnprunedWarning,
     structure_groups,
 )
+from dpm_core.adapters.removal import Removal
 from dpm_core.third_party import dependency, graph, groups, running, trial, walk
 from dpm_core.third_party.groups import UnsupportedLayerError
 from dpm_core.third_party.rewriting import Rewritten
@@ -622,7 +623,7 @@ def test_weights_that_are_worked_out_are_refused_with_the_remedy(name):
 
 def test_the_cause_is_named_where_it_is_a_norm_over_channels_and_not_elsewhere():
     with pytest.raises(UnsupportedLayerError, match=r"'n' \(GroupNorm\), whose mean and variance"):
-        structure_groups(norm_between(nn.GroupNorm(2, 8)), IMAGES)
+        structure_groups(norm_between(nn.GroupNorm(1, 8)), IMAGES)
     with pytest.raises(UnsupportedLayerError, match=r"'n' \(BatchNorm2d\), which has no weight"):
         structure_groups(norm_between(nn.BatchNorm2d(8, affine=False)), IMAGES)
     with pytest.raises(UnsupportedLayerError, match=r"'n' \(InstanceNorm2d\), whose running"):
@@ -631,6 +632,41 @@ def test_the_cause_is_named_where_it_is_a_norm_over_channels_and_not_elsewhere()
         with pytest.raises(UnsupportedLayerError) as caught:
             structure_groups(norm_between(other), IMAGES)
         assert "mean and variance" not in str(caught.value)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("groups", "left"), [(2, {"a": 2}), (4, {"a": 4}), (8, {"a": 8})])
+def test_a_groupnorm_loses_whole_groups(groups, left, affine):
+    norm = nn.GroupNorm(groups, 8, affine=affine)
+    assert sizes(norm_between(norm), IMAGES) == left
+    assert assert_exact(norm_between(norm), IMAGES) % (8 // groups) == 0
+    assert 0 < norm.num_groups < groups
+    assert norm.num_channels == norm.num_groups * (8 // groups)
+
+
+def test_groups_of_a_groupnorm_tie_what_is_added_to_them_and_are_refused_across_a_seam():
+    def added(m, x):
+        return m.o(F.relu(m.n(m.a(x)) + m.b(x)))
+
+    layers = {"a": conv(3, 12), "n": nn.GroupNorm(4, 12), "b": conv(3, 12), "o": conv(12, 3)}
+    (group,) = structure_groups(Net(added, **layers), IMAGES)
+    assert group.size == 4
+    model = Net(added, **layers)
+    with pytest.raises(UnsupportedLayerError, match=r"\[0\] of 'b' .*takes \[1, 2\] of the layer"):
+        Removal([("b", [0])]).apply(model, IMAGES)
+
+    def side_by_side(groups):
+        def run(m, x):
+            return m.o(F.relu(m.n(torch.cat([m.a(x), m.b(x)], 1))))
+
+        layers = {"a": conv(3, 8), "b": conv(3, 4), "o": conv(12, 3)}
+        return Net(run, **layers, n=nn.GroupNorm(groups, 12))
+
+    assert sizes(side_by_side(3), IMAGES) == {"a": 2, "b": 1}
+    assert sizes(side_by_side(6), IMAGES) == {"a": 4, "b": 2}
+    assert assert_exact(side_by_side(6), IMAGES) % 2 == 0
+    with pytest.raises(UnsupportedLayerError, match="unequal shares"):
+        sizes(side_by_side(2), IMAGES)
 
 
 def test_unknown_layers_in_ignored_are_refused():
