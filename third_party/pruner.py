@@ -6,7 +6,8 @@ What this file works around, all of it in that version:
   passed.
 - Every step walks through all groups anew and ranks them, though it changes a few (``_prune``).
 - Channels are counted and ranked one by one, except in grouped layers and heads, though removing
-  one may take others along (``BasePruner._prune``). Here what goes together is ranked together.
+  one may take others along (``BasePruner._prune``). Here what goes together is counted and ranked
+  as one.
 - A layer that would lose all its channels loses none (``DependencyGraph.check_pruning_group``).
 - Groups kept across a removal go stale, so they are kept as (root, indices) and fetched anew.
 - Rounding takes channels and structures for the same number, asks for all of a layer that is no
@@ -171,23 +172,14 @@ class Pruner:
         names = {m: n for n, m in model.named_modules()}
         self.upstream.least = lambda root: self._least(names[root])
         self.upstream.kept = set()
-        self._tied = {
-            model.get_submodule(g.root) for g in self.groups if not g.heads and not self._tie(g)
-        }
+        self._tied: set[nn.Module] = set()  # structures not laid out as in a grouped convolution
+        for group in (g for g in self.groups if not g.heads and len(g.members[0]) > 1):
+            root, count = model.get_submodule(group.root), group.structures
+            self.upstream.out_channel_groups[root] = len(group.members[0])
+            if group.members != [list(range(k, group.channels, count)) for k in range(count)]:
+                self._tied.add(root)
         self._rank_all()
         self._wholes = _Wholes()
-
-    def _tie(self, group: UpstreamGroup) -> bool:
-        """Let upstream rank and count the channels of a structure as one, if it can say so.
-
-        It can where they lie as in a grouped convolution.
-        """
-        count, size = group.structures, len(group.members[0])
-        if size > 1:
-            if group.members != [list(range(k, group.channels, count)) for k in range(count)]:
-                return False
-            self.upstream.out_channel_groups[self._model.get_submodule(group.root)] = size
-        return True
 
     @property
     def kept(self) -> list[str]:
@@ -262,8 +254,10 @@ class Pruner:
         if isinstance(group, _HeadGroup):
             return group.by_head(scores).repeat_interleave(group.size)
         if group[0].dep.target.module in self._tied:
-            for members in graph.members(self._graph, group):
+            together = graph.members(self._graph, group)
+            for members in together:
                 scores[members] = scores[members].mean()
+            return self._wholes.ordered(group[0].dep.target.module, together, scores)
         return scores
 
     def _rank_all(self) -> None:
@@ -424,12 +418,18 @@ class _Wholes:
     """Whole groups and their scores, each kept until a removal touches one of its layers.
 
     What a group holds, and how it ranks, depends on the layers and operations in it alone.
+
+    Upstream takes structures of several channels to lie as in a grouped convolution: first one
+    channel of each structure, then another of each. During a run it is given scores in that order,
+    and what it chooses is put back into the layer's own.
     """
 
     def __init__(self) -> None:
         self._groups: dict[tuple[nn.Module, Any], Any] = {}
         self._nodes: dict[int, set[int]] = {}
         self._scores: dict[int, Any] = {}
+        self._orders: dict[nn.Module, list[int]] = {}
+        self._running = False
 
     @contextmanager
     def during_run(self, built: Any) -> Iterator[None]:
@@ -438,19 +438,36 @@ class _Wholes:
 
         def group_of(layer: nn.Module, function: Any, idxs: Sequence[int]) -> Any:
             out = built.is_out_channel_pruning_fn(function)
-            if not idxs or not out or len(idxs) != built.get_out_channels(layer):
+            if not idxs or not out:
                 return anew(layer, function, idxs)
+            if len(idxs) != built.get_out_channels(layer):
+                order = self._orders.get(layer)
+                return anew(layer, function, [order[i] for i in idxs] if order else idxs)
             if (layer, function) not in self._groups:
                 group = self._groups[layer, function] = anew(layer, function, idxs)
                 self._nodes[id(group)] = {id(item.dep.target) for item in group.items}
             return self._groups[layer, function]
 
-        built.get_pruning_group = group_of
+        built.get_pruning_group, self._running = group_of, True
         try:
             yield
         finally:
             del built.get_pruning_group
             self._groups, self._nodes, self._scores = {}, {}, {}
+            self._orders, self._running = {}, False
+
+    def ordered(self, root: nn.Module, together: list[list[int]], scores: Tensor) -> Tensor:
+        """The scores of a group's channels in the order in which upstream is to have them.
+
+        Args:
+            root: the group's.
+            together: the channels of each structure.
+            scores: by channel.
+        """
+        if not self._running:
+            return scores
+        self._orders[root] = [channel for place in zip(*together, strict=True) for channel in place]
+        return scores[self._orders[root]]
 
     def scores(self, group: Any, rank: Callable[[Any], Any]) -> Any:
         """A group's scores, by ``rank`` unless they are kept."""

@@ -36,6 +36,7 @@ from tests.support.frameworks import (
     Grouped,
     Shuffled,
     batch,
+    group_normed,
     small_resnet,
     until_removed,
 )
@@ -330,19 +331,11 @@ def test_a_ranking_drawn_at_random_is_the_runs_own():
     assert selected(0, 1.0) != selected(1, 1.0)
 
 
-def in_groups(model: nn.Module) -> nn.Module:
-    """With GroupNorms of two channels to a group in the place of BatchNorms."""
-    for name, module in list(model.named_children()):
-        if isinstance(module, nn.BatchNorm2d):
-            setattr(model, name, nn.GroupNorm(module.num_features // 2, module.num_features))
-    return model
-
-
 @pytest.mark.parametrize("variant", ["base", "sp", "sr"])
 def test_groupnorms_end_with_whole_groups(variant):
     case = replace(
         CASES[0],
-        build=lambda: in_groups(small_resnet()),
+        build=group_normed,
         options={"ratio": 0.5, "global_pruning": False, "skip_unsupported": False},
     )
     model = Drive(case, case.adapter(case.build(), variant)).run().model

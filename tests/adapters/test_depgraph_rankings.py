@@ -27,6 +27,7 @@ from tests.support.frameworks import (
     Grouped,
     batch,
     check_once,
+    group_normed,
     mixed,
     small_resnet,
     until_removed,
@@ -41,7 +42,12 @@ def grouped() -> nn.Module:
     return Grouped()
 
 
-NETS = {"small": small_resnet, "mixed": mixed, "grouped": grouped}
+NETS = {
+    "small": small_resnet,
+    "mixed": mixed,
+    "grouped": grouped,
+    "group-normed": group_normed,
+}
 
 
 class Batches:

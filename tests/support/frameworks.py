@@ -49,6 +49,17 @@ def small_resnet(seed: int = 0) -> nn.Module:
     return _awake(SmallResNet, seed)
 
 
+def group_normed(seed: int = 0) -> nn.Module:
+    """With GroupNorms of two channels to a group in the place of BatchNorms."""
+    model = small_resnet(seed)
+    for name, norm in list(model.named_children()):
+        if isinstance(norm, nn.BatchNorm2d):
+            grouped = nn.GroupNorm(norm.num_features // 2, norm.num_features)
+            grouped.load_state_dict({"weight": norm.weight, "bias": norm.bias})
+            setattr(model, name, grouped)
+    return model
+
+
 def _awake(kind: type[nn.Module], seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = kind()
