@@ -322,14 +322,30 @@ class Trial:
                 zeroed = running.outputs(self._model, self._example)
             except Exception as cause:  # a network that wants values other than zero
                 return f"cannot run with channels at zero ({kind_and_line(cause)})"
-            why = comparing.unlike(zeroed, removed, self._rounding, doubts=True)
+            why = self._differs(zeroed, removed)
             if why is None and self._in_training is not None and subset is _anywhere:
                 other = running.outputs(self._model, self._example, training=True)
-                why = comparing.unlike(other, in_training, self._rounding_in_training, doubts=False)
+                why = self._differs(other, in_training, training=True)
                 why = f"{why}, in training mode" if why else None
         if why is None or why.startswith("cannot be checked"):
             return why
         return f"gives different outputs at zero and removed: its removal {why}"
+
+    def _differs(
+        self, zeroed: running.Outputs, removed: running.Outputs, training: bool = False
+    ) -> str | None:
+        """How outputs differ by more than rounding; the model is at zero, as in the first of them.
+
+        Rounding is measured in the whole network, for all subsets at once. What is next to nothing
+        there, in the tail of a sigmoid, say, may not be so at zero; so a difference is looked at
+        again by what rounding does here.
+        """
+        measured = self._rounding_in_training if training else self._rounding
+        why = comparing.unlike(zeroed, removed, measured, doubts=not training)
+        if why is None or why.startswith("cannot be checked"):
+            return why
+        here = comparing.rounding(self._model, self._example, zeroed, training=training)
+        return why if comparing.unlike(zeroed, removed, here, doubts=True) else None
 
     @torch.no_grad()
     def reason(self, group: UpstreamGroup, subset: Subset) -> str:

@@ -124,6 +124,31 @@ def test_outputs_that_a_relu_holds_at_zero_are_no_reason(seed, pooled):
     assert {g.name for g in structure_groups(model, IMAGES)} == {"0", "2"}
 
 
+TAILS = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda y: y.softmax(1),
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "bell": lambda y: torch.exp(-y * y),
+    "exponential": torch.exp,
+}
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@SOME
+@given(st.sampled_from([1.0, 3.0, 10.0, 30.0]), st.sampled_from(["same", "other columns"]))
+def test_outputs_that_are_next_to_nothing_until_channels_are_zero_are_no_reason(
+    tail, gain, between
+):
+    """In a tail, as most of a softmax's outputs are, rounding does less than elsewhere."""
+    model = Net(BETWEEN[between], lambda y: TAILS[tail](gain * y))
+    if between == "same":
+        assert {g.name for g in structure_groups(model, IMAGES)} == {"a", "b", "f"}
+    else:
+        with pytest.raises(UnsupportedLayerError, match="'b' gives different outputs"):
+            structure_groups(model, IMAGES)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @SOME
 @given(st.data())
