@@ -95,8 +95,8 @@ def _at(model: nn.Module, given: Passage, one: Passage, other: Passage) -> str:
     module, what = model.get_submodule(one.name), _what(model, one.name)
     if weight_dims(module) is not None:
         return (
-            f"the graph takes other columns out of {what} than those that read them, as behind a "
-            "flatten of permuted axes"
+            f"the graph takes other columns out of {what} than those that read them, as where "
+            "channels are put into another order"
         )
     if len(given.tensors) >= 1 <= len(one.tensors):
         before, after, left = given.tensors[0], one.tensors[0], other.tensors[0]

@@ -28,8 +28,8 @@ ROWS = 2
 Subset = Callable[[int, torch.Generator], list[int]]
 """Draws some of a number of structures: at least one, never all."""
 REASONS = (
-    ": the dependency graph takes its channels for others on their way, as behind a flatten of "
-    "permuted axes, or something answers their zeros with more than zeros"
+    ": the dependency graph takes its channels for others on their way, as where they are put into "
+    "another order, or something answers their zeros with more than zeros"
 )
 
 

@@ -9,6 +9,9 @@ What this file works around, all of it in torch-pruning 1.6.1:
 - Index maps are worked out anew for every group (``index_mapping``), though only a removal changes
   them. After a removal a split keeps its old offsets (``SplitPruner``). Those of splits,
   concatenations and slices are worked out here, from the shapes that autograd has noted.
+- What is read behind a flatten is taken for positions of one layer's channels, with those of a
+  channel side by side: not so where several flattens are concatenated, or behind a flatten of
+  tokens (``update_reshape_index_mapping``).
 - A GroupNorm loses channels of any group and keeps its number of groups (``GroupNormPruner`` of
   ``function``), so that none is normalised as before. Here it loses whole groups.
 """
@@ -17,8 +20,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeGuard
 
@@ -372,6 +377,15 @@ def _mapped(dep: Any, pairs: Meeting, widest: int) -> Meeting:
             inside = torch.arange(of._stride, device="cpu")
             places = (places[:, None] * of._stride + inside).flatten()
             pairs = places, channels.repeat_interleave(of._stride)
+        elif isinstance(of, _Repeated) and of.reverse:
+            codes = _codes(places % of.width, channels + 1).unique()
+            pairs = codes >> 32, (codes & (2**32 - 1)) - 1
+        elif isinstance(of, _Repeated):
+            starts = of.width * torch.arange(of.times, device="cpu")
+            pairs = (
+                (places[:, None] + starts).flatten(),
+                channels.repeat_interleave(of.times),
+            )
         elif isinstance(of, _index_mapping._SliceIndexMapping):
             if of.reverse:
                 pairs = places * of.step + of.start, channels
@@ -504,6 +518,55 @@ def _map_slice(built: Any, node: Any) -> None:
         _index_mapping.update_slice_index_mapping(built, node)
 
 
+def _map_reshape(built: Any, node: Any) -> None:
+    """The map of a flatten of channels and positions, by the shapes.
+
+    Upstream takes all that is read from there for positions of these channels, each channel's side
+    by side. So it loses them where several flattens are put side by side, or channels come last.
+    """
+    width = _shape_infer.infer_out_channels_recursively(built, node.inputs[0], [0])
+    if not hasattr(node, "flatten"):  # what autograd has kept is of the time of the tracing
+        shape: tuple[int, ...] = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
+        flat, node.flatten = _shape(node.grad_fn, 0), None
+        if len(shape) > 2 and len(flat) > 2:
+            first = flat[:2] == shape[:2] and width == shape[1]
+            if first or flat[-1] == shape[-1] == width:  # positions alone are flattened
+                node.flatten = 1, False
+        elif len(shape) > 2 and flat == (shape[0], math.prod(shape[1:])):
+            if width == shape[1] and (len(shape) > 3 or width != shape[2]):
+                node.flatten = math.prod(shape[2:]), False  # where both fit, upstream says
+            elif width == shape[-1] != shape[1]:
+                node.flatten = math.prod(shape[1:-1]), True
+    if node.flatten is None:
+        _index_mapping.update_reshape_index_mapping(built, node)
+        return
+    times, last = node.flatten
+    for source in node.inputs:
+        for one, other, back in ((node, source, True), (source, node, False)):
+            for dep in one.dependencies:
+                if dep.target is other:
+                    dep.index_mapping[0] = (
+                        _Repeated(width, times, back)
+                        if last
+                        else _index_mapping._FlattenIndexMapping(stride=times, reverse=back)
+                    )
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """The map of a flatten of positions, each with all channels.
+
+    Attributes:
+        width: how many channels there are.
+        times: how many positions.
+        reverse: whether from a place among all to a channel.
+    """
+
+    width: int
+    times: int
+    reverse: bool
+
+
 def _shape(node: Any, output: int) -> tuple[int, ...]:
     """The shape of one of the outputs of an operation that autograd has noted."""
     known = getattr(node, "_input_metadata", None)
@@ -513,7 +576,7 @@ def _shape(node: Any, output: int) -> tuple[int, ...]:
 _MAPS = {
     tp.ops.OPTYPE.CONCAT: _map_concat,
     tp.ops.OPTYPE.SPLIT: _map_split,
-    tp.ops.OPTYPE.RESHAPE: _index_mapping.update_reshape_index_mapping,
+    tp.ops.OPTYPE.RESHAPE: _map_reshape,
     tp.ops.OPTYPE.UNBIND: _index_mapping.update_unbind_index_mapping,
     tp.ops.OPTYPE.EXPAND: _index_mapping.update_expand_index_mapping,
     tp.ops.OPTYPE.SLICE: _map_slice,

@@ -119,6 +119,12 @@ def _weighted(*xs: Tensor, layer: Tensor, form: str) -> Tensor:
     return sum((w * x for w, x in zip(weights[1:], xs[1:], strict=True)), weights[0] * xs[0])
 
 
+def _pyramid(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """A spatial pyramid: pooled to several sizes, side by side."""
+    pool = functional.adaptive_avg_pool2d if x.dim() == 4 else functional.adaptive_max_pool1d
+    return torch.cat([pool(x, size).flatten(1) for size in sizes], 1)
+
+
 def _permuted(x: Tensor) -> Tensor:
     return x.permute(0, *range(2, x.dim()), 1).flatten(1)
 
@@ -170,6 +176,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "flatten": lambda x: x.flatten(1),
     "view": lambda x, size: x.contiguous().view(x.shape[0], size),
     "flatten permuted": _permuted,
+    "pyramid": _pyramid,
     "maps": lambda x, places: x.unflatten(1, (-1, *places)),
     "fixed maps": lambda x, sizes: x.reshape(x.shape[0], *sizes),
     "tokens": lambda x: x.flatten(2).transpose(1, 2),
@@ -754,8 +761,11 @@ class _Drawing:
         form = self.choose.random()
         if form < 0.4:
             return self.do("mean over places", r, kind="flat")
-        if form < 0.7:
+        if form < 0.6:
             return self.do("flatten", r, kind="flat")
+        if form < 0.7:
+            sizes = self.choose.choices((1, 2, 3), k=self.some(1, 2, 3))
+            return self.do("pyramid", r, kind="flat", sizes=sizes)
         if form < 0.75:
             return self.do("view", r, kind="flat", size=-1)
         if form < 0.8:

@@ -71,7 +71,7 @@ LAST = {
 CONSTANTS = [1.0, -1e4, 5e8, -1e9, 1.76e9, 1e11]
 BETWEEN = {
     "same": lambda m, x: x.flatten(1),
-    "other columns": lambda m, x: x.permute(0, 2, 3, 1).flatten(1),
+    "other columns": lambda m, x: x.flip(1).flatten(1),
     "more than zeros": lambda m, x: torch.sigmoid(x).flatten(1),
 }
 
@@ -145,7 +145,7 @@ def test_outputs_that_are_next_to_nothing_until_channels_are_zero_are_no_reason(
     if between == "same":
         assert {g.name for g in structure_groups(model, IMAGES)} == {"a", "b", "f"}
     else:
-        with pytest.raises(UnsupportedLayerError, match="'b' gives different outputs"):
+        with pytest.raises(UnsupportedLayerError, match="gives different outputs"):
             structure_groups(model, IMAGES)
 
 

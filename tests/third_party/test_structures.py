@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import re
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -376,28 +377,28 @@ def test_a_network_of_detached_outputs_alone_is_refused():
 # ---------------------------------------------------------------------- the trial
 
 
-def permuted(first: Any = lambda x: x, last: Any = lambda y: y) -> nn.Module:
-    """A flatten of permuted axes, which upstream takes for another."""
+def flipped(first: Any = lambda x: x, last: Any = lambda y: y) -> nn.Module:
+    """Channels in another order, which upstream does not follow."""
 
     def run(m: Any, x: Tensor) -> Tensor:
-        return last(m.f(F.relu(m.a(first(x))).permute(0, 2, 3, 1).flatten(1)))
+        return last(m.f(F.relu(m.a(first(x))).flip(1).flatten(1)))
 
     return Net(run, a=conv(3, 6), f=nn.Linear(6 * 64, 8))
 
 
 REFUSED = {
-    "floats": (permuted(), IMAGES),
+    "floats": (flipped(), IMAGES),
     "bytes": (
-        permuted(lambda x: x.float() / 255),
+        flipped(lambda x: x.float() / 255),
         torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8),
     ),
     "an infinite output": (
-        permuted(last=lambda y: torch.cat([y, torch.full_like(y, -torch.inf)], 1)),
+        flipped(last=lambda y: torch.cat([y, torch.full_like(y, -torch.inf)], 1)),
         IMAGES,
     ),
-    "draws": (permuted(last=lambda y: y + torch.randn_like(y)), IMAGES),
-    "half precision": (permuted().bfloat16(), IMAGES.bfloat16()),
-    "an example of zeros": (permuted(), torch.zeros(2, 3, 8, 8)),
+    "draws": (flipped(last=lambda y: y + torch.randn_like(y)), IMAGES),
+    "half precision": (flipped().bfloat16(), IMAGES.bfloat16()),
+    "an example of zeros": (flipped(), torch.zeros(2, 3, 8, 8)),
     "a LocalResponseNorm": (norm_between(nn.LocalResponseNorm(3)), IMAGES),
     "softmax over channels": (norm_between(nn.Softmax(1)), IMAGES),
     "a sigmoid": (norm_between(nn.Sigmoid()), IMAGES),
@@ -419,7 +420,7 @@ class RootMean(nn.Module):
 
 
 def flattened(m: Any, x: Tensor) -> Tensor:
-    return m.o(F.relu(m.a(x)).permute(0, 2, 3, 1).flatten(1))
+    return m.o(F.relu(m.a(x)).flip(1).flatten(1))
 
 
 CAUSES = {
@@ -667,6 +668,48 @@ def test_groups_of_a_groupnorm_tie_what_is_added_to_them_and_are_refused_across_
     assert assert_exact(side_by_side(6), IMAGES) % 2 == 0
     with pytest.raises(UnsupportedLayerError, match="unequal shares"):
         sizes(side_by_side(2), IMAGES)
+
+
+@pytest.mark.parametrize("places", [(1, 2, 4), (2, 2), (3, 1), (4,)])
+def test_flattens_side_by_side_are_followed(places):
+    """A spatial pyramid."""
+
+    def run(m, x):
+        x = F.relu(m.b(F.relu(m.a(x))))
+        return m.o(torch.cat([F.adaptive_max_pool2d(x, p).flatten(1) for p in places], 1))
+
+    width = sum(p * p for p in places)
+    model = Net(run, a=conv(3, 6), b=conv(6, 8), o=nn.Linear(8 * width, 3))
+    assert sizes(model, IMAGES) == {"a": 6, "b": 8}
+    assert assert_exact(model, IMAGES) > 0
+    assert model.o.in_features == width * model.b.out_channels
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+FLATTENED = {
+    "tokens": (nn.Linear, lambda y: y.flatten(1), drawn(4, 5, 6)),
+    "permuted maps": (conv, lambda y: y.permute(0, 2, 3, 1).flatten(1), drawn(4, 3, 5, 6)),
+    "tokens of maps": (conv, lambda y: y.flatten(2).mT.flatten(1), drawn(4, 3, 5, 6)),
+    "maps": (conv, lambda y: y.flatten(1), drawn(4, 3, 8, 8)),
+    "tokens and their mean": (
+        nn.Linear, lambda y: torch.cat([y.mean(1), y.flatten(1)], 1), drawn(4, 5, 6)
+    ),
+    "a line": (partial(nn.Conv1d, kernel_size=1), lambda y: y.flatten(1), drawn(4, 6, 5)),
+    "a square line": (partial(nn.Conv1d, kernel_size=1), lambda y: y.flatten(1), drawn(4, 6, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLATTENED)
+def test_flattens_are_followed_wherever_the_channels_are(name):
+    of, flat, example = FLATTENED[name]
+    layers = {"a": of(example.shape[2 if of is nn.Linear else 1], 7), "b": of(7, 8)}
+    width = flat(layers["b"](layers["a"](example))).shape[1]
+    model = Net(lambda m, x: m.o(F.relu(flat(m.b(m.a(x))))), **layers, o=nn.Linear(width, 3))
+    assert sizes(model, example) == {"a": 7, "b": 8}
+    assert assert_exact(model, example) > 0
 
 
 def test_unknown_layers_in_ignored_are_refused():
