@@ -433,8 +433,9 @@ def draw_lengths(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
             line.append((share, row.difference))
     shares = sorted({share for line in lines.values() for share, _ in line})
     differ = [len(set(column)) > 1 for column in zip(*lines, strict=True)]
+    colours = [*(COLOURS[v] for v in ORDER if v != "base"), "dimgrey"]
     for i, (kind, line) in enumerate(lines.items()):
-        colour = [COLOURS[v] for v in ORDER if v != "base"][i % (len(ORDER) - 1)]
+        colour = colours[i % len(colours)]
         places = [shares.index(share) + (i - (len(lines) - 1) / 2) * 0.1 for share, _ in line]
         _intervals(axis, places, [found for _, found in line], colour)
         label = ", ".join(k for k, apart in zip(kind, differ, strict=True) if apart) or kind[1]
@@ -444,7 +445,7 @@ def draw_lengths(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
     reach = 1.5 * max((abs(f.mean) for line in lines.values() for _, f in line), default=0.0) + 0.5
     _minus_base(axis, [f"{share:g}%" for share in shares], reach)
     axis.set_xlabel("steps of the decay, of all that there are")
-    _legend_above(figure, 2)
+    _legend_above(figure, 1 if differ[-1] else 2)  # a machine's name is long
     return figure
 
 
