@@ -537,7 +537,7 @@ def _map_reshape(built: Any, node: Any) -> None:
                 node.flatten = math.prod(shape[2:]), False  # where both fit, upstream says
             elif width == shape[-1] != shape[1]:
                 node.flatten = math.prod(shape[1:-1]), True
-    if node.flatten is None:
+    if node.flatten is None or width is None:
         _index_mapping.update_reshape_index_mapping(built, node)
         return
     times, last = node.flatten
