@@ -126,7 +126,8 @@ test: $(SETUP) ## all tests; FLAGS="-m 'not slow'" leaves out the slow ones
 # Another processor adds numbers up in another order. These settings make this one do so, too, each
 # differing from `make test` (this processor's own kernels, one thread) and from the others: the
 # kernels of PyTorch, of oneDNN (convolutions) and of MKL (products of matrices), and the threads. The
-# first two differ most. Elsewhere than on x86 the kernels are the processor's own.
+# first two have none of this processor's own kernels, and one thread and two. Elsewhere than on x86
+# the kernels are the processor's own.
 KERNELS := \
   ATEN_CPU_CAPABILITY=default,ONEDNN_MAX_CPU_ISA=SSE41,MKL_ENABLE_INSTRUCTIONS=SSE4_2,OMP_NUM_THREADS=1 \
   ATEN_CPU_CAPABILITY=avx2,ONEDNN_MAX_CPU_ISA=AVX2,MKL_ENABLE_INSTRUCTIONS=AVX2,OMP_NUM_THREADS=2 \

@@ -247,18 +247,15 @@ class Pruner:
             for parameter, gradient in kept:
                 parameter.grad = gradient
 
-    def _scores_by_structure(self, group: Any) -> Any:
-        scores = self._ask(group)
-        if scores is None:
-            return None
-        if isinstance(group, _HeadGroup):
-            return group.by_head(scores).repeat_interleave(group.size)
-        if group[0].dep.target.module in self._tied:
+    def _scores_by_structure(self, group: Any) -> tuple[Any, list[list[int]]]:
+        scores, together = self._ask(group), []
+        if scores is not None and isinstance(group, _HeadGroup):
+            scores = group.by_head(scores).repeat_interleave(group.size)
+        elif scores is not None and group[0].dep.target.module in self._tied:
             together = graph.members(self._graph, group)
             for members in together:
                 scores[members] = scores[members].mean()
-            return self._wholes.ordered(group[0].dep.target.module, together, scores)
-        return scores
+        return scores, together
 
     def _rank_all(self) -> None:
         """Let upstream's regularizer know the heads, and all layers by kinds that it knows."""
@@ -429,7 +426,6 @@ class _Wholes:
         self._nodes: dict[int, set[int]] = {}
         self._scores: dict[int, Any] = {}
         self._orders: dict[nn.Module, list[int]] = {}
-        self._running = False
 
     @contextmanager
     def during_run(self, built: Any) -> Iterator[None]:
@@ -448,33 +444,30 @@ class _Wholes:
                 self._nodes[id(group)] = {id(item.dep.target) for item in group.items}
             return self._groups[layer, function]
 
-        built.get_pruning_group, self._running = group_of, True
+        built.get_pruning_group = group_of
         try:
             yield
         finally:
             del built.get_pruning_group
             self._groups, self._nodes, self._scores = {}, {}, {}
-            self._orders, self._running = {}, False
+            self._orders = {}
 
-    def ordered(self, root: nn.Module, together: list[list[int]], scores: Tensor) -> Tensor:
-        """The scores of a group's channels in the order in which upstream is to have them.
+    def scores(self, group: Any, rank: Callable[[Any], tuple[Any, list[list[int]]]]) -> Any:
+        """A group's scores, unless they are kept.
 
         Args:
-            root: the group's.
-            together: the channels of each structure.
-            scores: by channel.
+            group: upstream's.
+            rank: gives the scores by channel, and the channels of structures that do not lie as in
+                a grouped convolution.
         """
-        if not self._running:
-            return scores
-        self._orders[root] = [channel for place in zip(*together, strict=True) for channel in place]
-        return scores[self._orders[root]]
-
-    def scores(self, group: Any, rank: Callable[[Any], Any]) -> Any:
-        """A group's scores, by ``rank`` unless they are kept."""
         if id(group) not in self._nodes:
-            return rank(group)
+            return rank(group)[0]
         if id(group) not in self._scores:
-            self._scores[id(group)] = rank(group)
+            scores, together = rank(group)
+            if together:
+                order = [channel for place in zip(*together, strict=True) for channel in place]
+                self._orders[group[0].dep.target.module], scores = order, scores[order]
+            self._scores[id(group)] = scores
         return self._scores[id(group)]
 
     def forget(self, changed: Iterable[Any]) -> None:

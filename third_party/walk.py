@@ -80,9 +80,10 @@ class _WholeGroups(tp.BasePruningFunc):  # type: ignore[misc]
             raise UnsupportedLayerError("a GroupNorm can only lose all channels of a group")
         keep = [i for i in range(layer.num_channels) if i not in gone]
         layer.num_channels, layer.num_groups = len(keep), len(keep) // size
-        if layer.affine:
-            layer.weight = self._prune_parameter_and_grad(layer.weight, keep, 0)
-            layer.bias = self._prune_parameter_and_grad(layer.bias, keep, 0)
+        for name in ("weight", "bias"):
+            parameter = getattr(layer, name)
+            if parameter is not None:
+                setattr(layer, name, self._prune_parameter_and_grad(parameter, keep, 0))
         return layer
 
     prune_in_channels = prune_out_channels
@@ -365,27 +366,23 @@ def _mapped(dep: Any, pairs: Meeting, widest: int) -> Meeting:
     """
     for of in _maps(dep):
         places, channels = pairs
-        if isinstance(of, _index_mapping._FlattenIndexMapping) and of.reverse:
-            codes = _codes(places // of._stride, channels + 1).unique()
+        if isinstance(of, (_index_mapping._FlattenIndexMapping, _Repeated)) and of.reverse:
+            inside = places % of.width if isinstance(of, _Repeated) else places // of._stride
+            codes = _codes(inside, channels + 1).unique()
             pairs = codes >> 32, (codes & (2**32 - 1)) - 1
-        elif isinstance(of, _index_mapping._FlattenIndexMapping):
-            if len(places) * of._stride > 16 * widest:
+        elif isinstance(of, (_index_mapping._FlattenIndexMapping, _Repeated)):
+            if isinstance(of, _Repeated):
+                times, size, step = of.times, 1, of.width
+            else:
+                times, size, step = of._stride, of._stride, 1
+            if len(places) * times > 16 * widest:
                 raise OverflowError(
-                    f"{len(places)} channels would become {len(places) * of._stride} positions, "
+                    f"{len(places)} channels would become {len(places) * times} positions, "
                     "more than any layer has"
                 )
-            inside = torch.arange(of._stride, device="cpu")
-            places = (places[:, None] * of._stride + inside).flatten()
-            pairs = places, channels.repeat_interleave(of._stride)
-        elif isinstance(of, _Repeated) and of.reverse:
-            codes = _codes(places % of.width, channels + 1).unique()
-            pairs = codes >> 32, (codes & (2**32 - 1)) - 1
-        elif isinstance(of, _Repeated):
-            starts = of.width * torch.arange(of.times, device="cpu")
-            pairs = (
-                (places[:, None] + starts).flatten(),
-                channels.repeat_interleave(of.times),
-            )
+            inside = step * torch.arange(times, device="cpu")
+            places = (places[:, None] * size + inside).flatten()
+            pairs = places, channels.repeat_interleave(times)
         elif isinstance(of, _index_mapping._SliceIndexMapping):
             if of.reverse:
                 pairs = places * of.step + of.start, channels

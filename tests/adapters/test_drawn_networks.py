@@ -53,13 +53,7 @@ def test_what_was_found_among_more_networks_stays_mended(seed):
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_zeroed_is_removed_or_refused(chunk):
     seen = Seen()
-    for seed in range(chunk * CHUNK, (chunk + 1) * CHUNK):
-        drawn = draw(seed)
-        try:
-            examine(drawn, seen)
-        except Exception as fault:
-            fault.add_note(f"network {seed}, example {shapes(drawn.example)}:\n{drawn.model}")
-            raise
+    examine_all(range(chunk * CHUNK, (chunk + 1) * CHUNK), seen)
     counts = seen.counts
     assert counts["networks with groups"] >= CHUNK * 0.3
     assert counts["networks with refusals"] >= CHUNK * 0.15
@@ -71,20 +65,21 @@ def test_zeroed_is_removed_or_refused(chunk):
 
 
 def test_groupnorms_lose_whole_groups_or_are_refused():
-    seen, normalised = Seen(), 0
-    for seed in range(20_000, 20_000 + CHUNK):
-        drawn = draw(seed, norm=True, group_norm=True)
+    seen = Seen()
+    examine_all(range(20_000, 20_000 + CHUNK), seen, norm=True, group_norm=True)
+    assert seen.counts["groups with a GroupNorm"] >= CHUNK // 2
+    assert seen.counts["removals that change the outputs"] >= CHUNK
+    assert seen.counts["structures of several channels"] >= CHUNK // 2
+
+
+def examine_all(seeds: range, seen: Seen, **settings: bool) -> None:
+    for seed in seeds:
+        drawn = draw(seed, **settings)
         try:
             examine(drawn, seen)
         except Exception as fault:
             fault.add_note(f"network {seed}, example {shapes(drawn.example)}:\n{drawn.model}")
             raise
-        norms = {id(m.weight) for m in drawn.model.modules() if isinstance(m, nn.GroupNorm)}
-        groups, _ = read(drawn.model, drawn.example)
-        normalised += sum(any(id(s.parameter) in norms for s in g.slices) for g in groups)
-    assert normalised >= CHUNK // 2
-    assert seen.counts["removals that change the outputs"] >= CHUNK
-    assert seen.counts["structures of several channels"] >= CHUNK // 2
 
 
 def examine(drawn: Drawn, seen: Seen) -> None:
@@ -105,6 +100,10 @@ def examine(drawn: Drawn, seen: Seen) -> None:
     assert_unchanged(before, model)
     if groups:
         DecayPruning(groups, SmoothPruning(2))  # no element is in two structures
+    normed = {id(m.weight) for m in model.modules() if isinstance(m, nn.GroupNorm)}
+    counts["groups with a GroupNorm"] += sum(
+        any(id(s.parameter) in normed for s in g.slices) for g in groups
+    )
     groups = [g for g in groups if g.size > 1]
     for group in groups:
         counts["structures of several channels"] += root_index(group).shape[1] > 1
@@ -234,7 +233,8 @@ def test_adapters_end_in_the_same_counts_or_refuse(chunk):
         for number, (framework, options) in enumerate(LOOPS):
             norm = framework == "gate-decorator"
             grouped = seed % 3 == 2
-            drawn = draw(10_000 + 4 * seed + number, norm or grouped, norm or grouped, grouped)
+            plain = norm or grouped
+            drawn = draw(10_000 + 4 * seed + number, plain, plain, group_norm=grouped)
             try:
                 ended[framework] += ends_alike(drawn, framework, options)
             except Exception as fault:
