@@ -430,11 +430,12 @@ _STANDS_FOR = {"gate": "weight", "shift": "bias"}
 def structure_group(
     group: method.GateGroup, gates: Mapping[str, method.GatedBatchNorm]
 ) -> StructureGroup:
-    """Tied gates as the core's structure group: a structure is a gate with its shift."""
+    """Tied gates as the core's structure group: a structure is a gate with its shift, if any."""
     slices = [
-        Slice(getattr(gates[name], part), index, batch_norm=True, name=f"{name}.{part}")
+        Slice(parameter, index, batch_norm=True, name=f"{name}.{part}")
         for name, index in group.members.items()
         for part in ("gate", "shift")
+        if (parameter := getattr(gates[name], part)) is not None
     ]
     owners = [Owner(gates[name], index) for name, index in group.members.items()]
     return StructureGroup(group.name, slices, owners)

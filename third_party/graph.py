@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from . import heads, running, walk
+from . import heads, norms, running, walk
 from .groups import BATCH_NORMS, Plan, Share, UnsupportedLayerError, UpstreamGroup, named
 from .upstreams import require
 from .walk import EndlessWalkError, Meeting, joined, roots
@@ -134,7 +134,7 @@ class Tracing:
 
     def __init__(self, model: nn.Module, example: Any) -> None:
         self.heads = heads.find(model, example)
-        self._group_norms = walk.of_group_norms(model)
+        self._norms = norms.of(model)
         self._put_out: list[Any] = []
         self._numbers: list[Any] = []
         self._ran: set[nn.Module] = set()
@@ -146,7 +146,7 @@ class Tracing:
             "output_transform": self._traceable,
             "customized_pruners": dict.fromkeys(_RECURRENT, _RecurrentPruner())
             | dict.fromkeys(heads.conv1d(), _Conv1DPruner())
-            | self._group_norms,
+            | self._norms,
         }
 
     def finish(self, built: Any) -> Any:
@@ -735,7 +735,7 @@ def members(built: Any, group: Any, ties: Sequence[Meeting] = ()) -> list[list[i
             raise UnsupportedLayerError("has channels beyond its root's")
         if (node, handler) == (root.target, root.handler):
             places, channels = torch.cat([places, places]), torch.cat([places, channels])
-        places = places // walk.together(node.module, built)
+        places = places // norms.together(node.module, built)
         parts, size = _parts(built, node, handler)
         if parts > 1:
             if len(places.unique()) != size:
@@ -952,15 +952,18 @@ def _kind(built: Any, module: nn.Module, name: str) -> tuple[dict[str, int], boo
         return {"weight": 1, "bias": 0}, False
     elif isinstance(module, nn.Embedding):
         return {"weight": 1}, False
-    elif isinstance(module, _InstanceNorm) and module.track_running_stats:
-        why = "whose running statistics torch-pruning takes no channels from"
+    elif norms.needs_telling(module) and not norms.is_told(module, built):
+        raise UnsupportedLayerError(
+            f"involves {name!r} ({type(module).__name__}), of which torch-pruning by itself takes "
+            "no channels, as it has no bias, or tracks statistics"
+        )
     elif isinstance(module, (_BatchNorm, _InstanceNorm)):
         if module.affine:
             return {"weight": 0, "bias": 0}, True
         if not module.track_running_stats:
             return None
         why = "which has no weight and bias, so it shifts zeros by its running mean"
-    elif walk.loses_whole_groups(module, built) and module.num_groups > 1:
+    elif norms.loses_whole_groups(module, built) and module.num_groups > 1:
         return ({"weight": 0, "bias": 0}, True) if module.affine else None
     elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
         why = "whose mean and variance are over several channels, those of zeros among them"

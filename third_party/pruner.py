@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from dpm_core.errors import kind_and_line
@@ -482,8 +483,9 @@ class _Wholes:
 def _rankable(group: Any) -> Any:
     """A group as upstream's importance can read it.
 
-    It knows no Conv1D, and fails where it looks for rows of a convolution with one input channel to
-    each part and several output channels; the same weights are in the group as that layer's output.
+    It knows no Conv1D, knows BatchNorms by its own function to prune them alone, and fails where it
+    looks for rows of a convolution with one input channel to each part and several output channels;
+    the same weights are in the group as that layer's output.
     """
     rankable = copy.copy(group)
     rankable._group = []
@@ -499,6 +501,9 @@ def _rankable(group: Any) -> Any:
                 tp.function, f"prune_linear_{handler.__name__.split('_')[1]}_channels"
             )
             item = _item(_AsLinear(module), function, item.idxs, item.root_idxs)
+        elif isinstance(module, _BatchNorm):
+            function = tp.function.prune_batchnorm_out_channels
+            item = _item(module, function, item.idxs, item.root_idxs)
         rankable._group.append(item)
     return rankable
 

@@ -12,8 +12,6 @@ What this file works around, all of it in torch-pruning 1.6.1:
 - What is read behind a flatten is taken for positions of one layer's channels, with those of a
   channel side by side: not so where several flattens are concatenated, or behind a flatten of
   tokens (``update_reshape_index_mapping``).
-- A GroupNorm loses channels of any group and keeps its number of groups (``GroupNormPruner`` of
-  ``function``), so that none is normalised as before. Here it loses whole groups.
 """
 
 from __future__ import annotations
@@ -21,16 +19,16 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import heads
+from . import heads, norms
 from .groups import BATCH_NORMS, UnsupportedLayerError
 from .upstreams import require
 
@@ -66,51 +64,6 @@ class EndlessWalkError(OverflowError):
     def __init__(self, met: dict[tuple[Any, Any], Meeting]) -> None:
         super().__init__("the walk from layer to layer does not end")
         self.met = met
-
-
-class _WholeGroups(tp.BasePruningFunc):  # type: ignore[misc]
-    """Takes channels from a GroupNorm: whole groups, as each group is normalised by itself.
-
-    Upstream leaves as many groups as there were, of fewer channels each: so none is what it was.
-    """
-
-    def prune_out_channels(self, layer: nn.GroupNorm, idxs: Sequence[int]) -> nn.Module:
-        size, gone = layer.num_channels // layer.num_groups, set(idxs)
-        if len(gone) != size * len({i // size for i in gone}):
-            raise UnsupportedLayerError("a GroupNorm can only lose all channels of a group")
-        keep = [i for i in range(layer.num_channels) if i not in gone]
-        layer.num_channels, layer.num_groups = len(keep), len(keep) // size
-        for name in ("weight", "bias"):
-            parameter = getattr(layer, name)
-            if parameter is not None:
-                setattr(layer, name, self._prune_parameter_and_grad(parameter, keep, 0))
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: nn.GroupNorm) -> int:
-        return layer.num_channels
-
-    def get_in_channels(self, layer: nn.GroupNorm) -> int:
-        return layer.num_channels
-
-
-def of_group_norms(model: nn.Module) -> dict[type[nn.Module], Any]:
-    """What takes channels from a model's GroupNorms, for upstream's graph to be told of."""
-    kinds = {type(m) for m in model.modules() if isinstance(m, nn.GroupNorm)}
-    return dict.fromkeys(kinds, _WholeGroups())
-
-
-def loses_whole_groups(layer: nn.Module, built: Any) -> TypeGuard[nn.GroupNorm]:
-    """Whether a layer is a GroupNorm, and the graph was told of it by :func:`of_group_norms`."""
-    return isinstance(built.CUSTOMIZED_PRUNERS.get(type(layer)), _WholeGroups)
-
-
-def together(layer: nn.Module, built: Any) -> int:
-    """How many channels, side by side, a layer can only lose together."""
-    if loses_whole_groups(layer, built):
-        return layer.num_channels // layer.num_groups
-    return 1
 
 
 def _completed(pairs: Meeting, before: Tensor, size: int) -> Meeting:
@@ -203,7 +156,7 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
             if not len(there[0]):
                 continue
             at = dep.target, dep.handler
-            size = together(dep.target.module, built)
+            size = norms.together(dep.target.module, built)
             if size > 1:
                 before = reached[at].all()[0] if at in reached else here[0][:0]
                 there = _completed(there, before, size)

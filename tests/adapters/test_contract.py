@@ -39,6 +39,7 @@ from tests.support.frameworks import (
     EXAMPLE,
     Case,
     Drive,
+    bias_less,
     check_once,
     until_removed,
 )
@@ -181,6 +182,17 @@ def test_the_smaller_model_gives_the_zeroed_models_outputs(case, variant):
         before, after = exact_outputs(at.large, IMAGES), exact_outputs(at.small, IMAGES)
         assert not torch.equal(before, torch.zeros_like(before))
         rounding.assert_exact(after, before)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name == c.framework], ids=lambda c: c.name)
+def test_batchnorms_without_a_bias_end_without_one(case):
+    case = replace(case, build=bias_less)
+    drive = Followed(case, case.adapter(case.exact(), "sr"))
+    model = drive.run().model
+    (at,) = drive.removals
+    rounding.assert_exact(exact_outputs(at.small, IMAGES), exact_outputs(at.large, IMAGES))
+    assert model.state_dict().keys() == bias_less().state_dict().keys()
+    assert count_parameters(model) < count_parameters(bias_less())
 
 
 @cases

@@ -26,6 +26,7 @@ from tests.support.frameworks import (
     Drive,
     Grouped,
     batch,
+    bias_less,
     check_once,
     group_normed,
     mixed,
@@ -47,6 +48,7 @@ NETS = {
     "mixed": mixed,
     "grouped": grouped,
     "group-normed": group_normed,
+    "bias-less": bias_less,
 }
 
 

@@ -23,7 +23,15 @@ from dpm_core.adapters.removal import Removal
 from dpm_core.adapters.saved import SavedModelError, load_pruned
 from dpm_core.adapters.torch_pruning import TorchPruning
 from dpm_core.third_party import dependency
-from tests.support.frameworks import CLASSES, EAGER, EXAMPLE, Grouped, batch, small_resnet
+from tests.support.frameworks import (
+    CLASSES,
+    EAGER,
+    EXAMPLE,
+    Grouped,
+    batch,
+    bias_less,
+    small_resnet,
+)
 from tests.support.rounding import in_double
 
 P, IMP = tp.pruner, tp.importance
@@ -747,6 +755,7 @@ def test_what_cannot_decay_is_refused_by_name():
     frozen.inner.bias.requires_grad_(False)
     with pytest.raises(AdapterError, match=r"'inner' holds 'inner.bias', which is frozen"):
         TorchPruning(own, SMOOTH).check()
+    refused(bias_less(), pruner, match=r"'outer_norm' \(BatchNorm2d\), .* as it has no bias")
     refused(small_resnet(), lambda m: pruner(m, pruning_ratio=0.0), match="no group of layers")
     refused(
         Tokens(),

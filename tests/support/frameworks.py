@@ -60,6 +60,15 @@ def group_normed(seed: int = 0) -> nn.Module:
     return model
 
 
+def bias_less(seed: int = 0) -> nn.Module:
+    """With BatchNorms that scale and do not shift."""
+    model = small_resnet(seed)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.register_parameter("bias", None)
+    return model
+
+
 def _awake(kind: type[nn.Module], seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = kind()

@@ -340,7 +340,10 @@ class _Drawing:
             if width // groups * places > 1:
                 return self.layer("norm", nn.GroupNorm(groups, width, affine=self.chance(0.8)), r)
         of = nn.BatchNorm2d if self.kind(r) == "maps" else nn.BatchNorm1d
-        return self.layer("norm", of(self.width(r)), r)
+        norm = of(self.width(r))
+        if self.chance(0.15):
+            norm.register_parameter("bias", None)
+        return self.layer("norm", norm, r)
 
     def grouped(self, r: int) -> int:
         width, kind = self.width(r), self.kind(r)
@@ -384,7 +387,10 @@ class _Drawing:
                 return r
             ofs = nn.InstanceNorm2d if kind == "maps" else nn.InstanceNorm1d
             affine, track = self.chance(0.6), self.chance(0.4)
-            return self.layer("norm", ofs(width, affine=affine, track_running_stats=track), r)
+            norm = ofs(width, affine=affine, track_running_stats=track)
+            if self.chance(0.3):
+                norm.register_parameter("bias", None)
+            return self.layer("norm", norm, r)
         if drawn < 0.9:
             return self.layer("norm", nn.GroupNorm(self.some(1, self.parts(width)), width), r)
         if kind == "maps" and drawn < 0.97:

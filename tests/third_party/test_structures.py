@@ -627,7 +627,7 @@ def test_the_cause_is_named_where_it_is_a_norm_over_channels_and_not_elsewhere()
         structure_groups(norm_between(nn.GroupNorm(1, 8)), IMAGES)
     with pytest.raises(UnsupportedLayerError, match=r"'n' \(BatchNorm2d\), which has no weight"):
         structure_groups(norm_between(nn.BatchNorm2d(8, affine=False)), IMAGES)
-    with pytest.raises(UnsupportedLayerError, match=r"'n' \(InstanceNorm2d\), whose running"):
+    with pytest.raises(UnsupportedLayerError, match=r"'n' \(InstanceNorm2d\), which has no weight"):
         structure_groups(norm_between(nn.InstanceNorm2d(8, track_running_stats=True)), IMAGES)
     for other in (nn.Sigmoid(), nn.LocalResponseNorm(3)):
         with pytest.raises(UnsupportedLayerError) as caught:
@@ -646,6 +646,21 @@ def test_a_groupnorm_loses_whole_groups(groups, affine, bias):
     assert assert_exact(norm_between(norm), IMAGES) % (8 // groups) == 0
     assert 0 < norm.num_groups < groups
     assert norm.num_channels == norm.num_groups * (8 // groups)
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("track", [True, False])
+def test_a_norm_of_single_channels_loses_what_it_has(kind, bias, track):
+    norm = kind(8, affine=True, track_running_stats=track)
+    if not bias:
+        norm.register_parameter("bias", None)
+    assert sizes(norm_between(norm), IMAGES) == {"a": 8}
+    assert assert_exact(norm_between(norm), IMAGES) > 0
+    assert 0 < norm.num_features < 8
+    own = {*norm.parameters(), norm.running_mean, norm.running_var} - {None}
+    assert len(own) == 1 + bias + 2 * track
+    assert {len(t) for t in own} == {norm.num_features}
 
 
 def test_groups_of_a_groupnorm_tie_what_is_added_to_them_and_are_refused_across_a_seam():

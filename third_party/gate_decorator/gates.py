@@ -30,26 +30,26 @@ class GatedBatchNorm(_BatchNorm):
     their count, eps, momentum, mode, device and dtype are taken from the BatchNorm.
 
     A weight of exactly 0 gives a gate of 0, which silences the shift: exact if the bias is 0 too,
-    refused otherwise (ours).
+    refused otherwise (ours). A BatchNorm without a bias has no shift (ours).
 
     Args:
-        norm: a BatchNorm1d, 2d or 3d with weight and bias over C channels; left as it is.
+        norm: a BatchNorm1d, 2d or 3d with a weight over C channels; left as it is.
         name: what errors call it.
 
     Attributes:
         gate: parameter (C,), phi; starts as the weight.
-        shift: parameter (C,); starts as bias / weight, clamped to -10..10.
+        shift: parameter (C,), or ``None``; starts as bias / weight, clamped to -10..10.
         mask: buffer (C,) of 0 and 1. A channel at 0 puts out zeros whatever its gate becomes.
         clamped: at how many channels the clamp was hit, so that the function changed (ours).
         kind: the class of ``norm``.
 
     Raises:
-        GateError: another class than those three, no weight or bias, a value that is not finite,
-            or a zero weight beside a bias.
+        GateError: another class than those three, no weight, a value that is not finite, or a zero
+            weight beside a bias.
     """
 
     gate: nn.Parameter
-    shift: nn.Parameter
+    shift: nn.Parameter | None
     mask: Tensor
 
     def __init__(self, norm: _BatchNorm, name: str = "this BatchNorm") -> None:
@@ -59,32 +59,34 @@ class GatedBatchNorm(_BatchNorm):
                 "Name it in `ignored`"
             )
         weight, bias = norm.weight, norm.bias
-        if weight is None or bias is None:
-            raise GateError(f"{name} has no weight and bias to gate; name it in `ignored`")
-        if not bool(torch.isfinite(weight).all() & torch.isfinite(bias).all()):
+        if weight is None:
+            raise GateError(f"{name} has no weight to gate; name it in `ignored`")
+        added = torch.zeros_like(weight) if bias is None else bias
+        if not bool(torch.isfinite(weight).all() & torch.isfinite(added).all()):
             raise GateError(f"{name} has a weight or bias that is not finite; repair the model")
-        lost = ((weight == 0) & (bias != 0)).nonzero()[:, 0].tolist()
+        lost = ((weight == 0) & (added != 0)).nonzero()[:, 0].tolist()
         if lost:
             raise GateError(
                 f"{name} has weight 0 and a bias at channels {lost[:8]}: a gate of 0 would lose "
                 f"the bias. Give those weights at least |bias| / {LIMIT:g}, or name it in `ignored`"
             )
         super().__init__(norm.num_features, norm.eps, norm.momentum, False, device=weight.device)
-        ratio = torch.where(weight == 0, 0.0, bias / weight).detach()
+        ratio = torch.where(weight == 0, 0.0, added / weight).detach()
         self.clamped = int((ratio.abs() > LIMIT).sum())
         self.kind: type[_BatchNorm] = type(norm)
         self.gate = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-        self.shift = nn.Parameter(ratio.clamp(-LIMIT, LIMIT), bias.requires_grad)
+        shift = None if bias is None else ratio.clamp(-LIMIT, LIMIT)
+        self.register_parameter("shift", _like(shift, bias))
         self.register_buffer("mask", torch.ones_like(ratio))
         _copy_statistics(norm, self)
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002  (PyTorch's own name)
         self.kind._check_input_dim(self, input)
 
-    def affine_part(self) -> tuple[Tensor, Tensor]:
+    def affine_part(self) -> tuple[Tensor, Tensor | None]:
         """What a plain BatchNorm's weight and bias would be: (C,) and (C,)."""
         scale = self.gate * self.mask
-        return scale, scale * self.shift
+        return scale, None if self.shift is None else scale * self.shift
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """(B, C, ...) to the same shape, float32 or what BatchNorm takes."""
@@ -113,9 +115,14 @@ class GatedBatchNorm(_BatchNorm):
         weight, bias = self.affine_part()
         norm = self.kind(self.num_features, self.eps, self.momentum, device=weight.device)
         norm.weight = nn.Parameter(weight, self.gate.requires_grad)
-        norm.bias = nn.Parameter(bias, self.shift.requires_grad)
+        norm.register_parameter("bias", _like(bias, self.shift))
         _copy_statistics(self, norm)
         return norm
+
+
+def _like(values: Tensor | None, other: nn.Parameter | None) -> nn.Parameter | None:
+    """A parameter of these values that trains if the other does; ``None`` of ``None``."""
+    return None if values is None or other is None else nn.Parameter(values, other.requires_grad)
 
 
 def _copy_statistics(source: _BatchNorm, to: _BatchNorm) -> None:
