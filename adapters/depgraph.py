@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_core import SelfRectifying, SmoothPruning, StructureGroup
-from dpm_core.third_party import dependency, graph, running, trial
+from dpm_core.third_party import dependency, graph, running, tracing, trial
 from dpm_core.third_party.groups import Plan, UpstreamGroup, named
 from dpm_core.third_party.pruner import Pruner
 
@@ -148,7 +148,7 @@ class DepGraph(Adapter):
 
     def __new__(cls, model: Any = None, *given: Any, **settings: Any) -> Any:
         """A pruner in the model's place has an adapter of its own."""
-        if not graph.is_pruner(model):
+        if not tracing.is_pruner(model):
             return super().__new__(cls)
         from .torch_pruning import TorchPruning
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpm_core import Owner, Phase, Slice, StructureGroup
 from dpm_core.third_party import gate_decorator as method
-from dpm_core.third_party import graph, running
+from dpm_core.third_party import running, tracing
 
 from .base import Adapter, AdapterError, Structures, Training, width_unit
 from .optimizer_state import Attributes, exchange
@@ -172,7 +172,7 @@ class GateDecorator(Adapter):
                 f"fine-tuning the training has {self._last}; give it more epochs or shorten "
                 "smooth.steps, tock_epochs or finetune_epochs"
             )
-        graph.require_plain_weights(self.model)
+        tracing.require_plain_weights(self.model)
         gated = self._decorated(running.copied(self.model))
         for group in gated.groups:
             for name in group.members:

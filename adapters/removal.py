@@ -155,12 +155,12 @@ class Removal:
             CarryOverError: the optimizer's state cannot be divided by structure. In all cases model
                 and optimizer are as they were.
         """
-        from dpm_core.third_party import graph  # only now: it loads torch-pruning
+        from dpm_core.third_party import tracing  # only now: it loads torch-pruning
 
         require_model(model)
         with running.uncompiled(model) as plain:
             try:
-                self._apply(plain, example, optimizer, cut, graph.build if build is None else build)
+                self._apply(plain, example, optimizer, cut, build or tracing.build)
             except Exception:
                 require_example(plain, example)  # which may be all that is wrong
                 raise

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dpm_core.errors import first_line
 
-from . import comparing, graph, running
+from . import comparing, graph, running, shares, tracing
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
 
 Build = Callable[[nn.Module, Any], Any]
@@ -30,7 +30,7 @@ class RemovalError(UnsupportedLayerError):
     """A removal would change what the model computes. Nothing has been removed."""
 
 
-def remove(model: nn.Module, example: Any, plan: Plan, build: Build = graph.build) -> None:
+def remove(model: nn.Module, example: Any, plan: Plan, build: Build = tracing.build) -> None:
     """Make a model physically smaller, in place; parameters become new objects.
 
     The channels have to be zero already: the outputs for the example stay the same, to rounding.
@@ -51,7 +51,7 @@ def remove(model: nn.Module, example: Any, plan: Plan, build: Build = graph.buil
         before.require_same(model, plan)
 
 
-def cut(model: nn.Module, example: Any, plan: Plan, build: Build = graph.build) -> None:
+def cut(model: nn.Module, example: Any, plan: Plan, build: Build = tracing.build) -> None:
     """Like :func:`remove`, for channels that are not zero, as in a freshly built model.
 
     The small model computes what the large one would with these channels set to zero.
@@ -127,7 +127,7 @@ class Comparison:
         return f"{why}, in training mode" if why else None
 
 
-def set_to_zero(model: nn.Module, example: Any, plan: Plan, build: Build = graph.build) -> None:
+def set_to_zero(model: nn.Module, example: Any, plan: Plan, build: Build = tracing.build) -> None:
     """Set the channels of one removal to zero, in place, with all that has to go with them."""
     by = _fitting(build, plan)
     for name, table in graph.tables(model, example, [name for name, _ in plan], by).items():
@@ -163,7 +163,7 @@ def separate(plan: Plan) -> Iterator[Plan]:
         yield part
 
 
-def take_out(model: nn.Module, example: Any, plan: Plan, build: Build = graph.build) -> None:
+def take_out(model: nn.Module, example: Any, plan: Plan, build: Build = tracing.build) -> None:
     """Remove channels from a model, in place, without comparing its outputs.
 
     Raises:
@@ -173,7 +173,7 @@ def take_out(model: nn.Module, example: Any, plan: Plan, build: Build = graph.bu
     with _whole_or_not(model):
         for part in separate(plan):
             built = _fitting(build, part)(model, example)
-            with graph.upstream(model):
+            with tracing.upstream(model):
                 _apply_whole(built, model, part)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(trained[name])  # upstream makes new ones that train
@@ -298,11 +298,11 @@ def _tie(model: nn.Module, names: Sequence[str]) -> None:
 
 def one_by_one(model: nn.Module, example: Any, plan: Plan) -> Iterator[str]:
     """Remove each item of a plan alone, yield its layer's name, and put the model back."""
-    built = graph.build(model, example)
+    built = tracing.build(model, example)
     for item in plan:
         kept = running.parts(model)
         try:
-            with graph.upstream(model):
+            with tracing.upstream(model):
                 apply(built, model, gathered(built, model, [item]))
             yield item[0]
         finally:
@@ -336,7 +336,7 @@ def _whole_or_not(model: nn.Module) -> Iterator[None]:
 
 
 def survivors(
-    model: nn.Module, example: Any, plan: Plan, build: Build = graph.build
+    model: nn.Module, example: Any, plan: Plan, build: Build = tracing.build
 ) -> dict[str, list[Tensor]]:
     """Which positions of every parameter :func:`take_out` would leave.
 
@@ -373,7 +373,7 @@ def survivors(
         built = _fitting(build, part)(trial, example)
         for name, parameter in parameters().items():
             parameter.data = codes[name].double().to(parameter.device)  # exact to 2^53
-        with _whole_or_not(trial), graph.upstream(trial):
+        with _whole_or_not(trial), tracing.upstream(trial):
             _apply_whole(built, trial, part)
         codes = {n: p.detach().cpu().long() for n, p in parameters().items()}
-    return {n: graph.positions(n, value, shapes[n]) for n, value in codes.items()}
+    return {n: shares.positions(n, value, shapes[n]) for n, value in codes.items()}

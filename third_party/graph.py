@@ -1,365 +1,22 @@
-"""The touch points in torch-pruning 1.6.1: its dependency graph, and its groups as index tables.
-
-What this file works around, all of it in that version:
-
-- Building a graph leaves the model in eval mode. It follows gradients, and silently misses frozen
-  layers, so all layers train while it is built. It unpacks an example of one sample into the
-  model's arguments, so it is given a forward pass of ours. It fails at outputs that are no tensors
-  (``graph._trace``).
-- A layer whose output is returned *and* used further does not look like an output.
-- GRU and RNN are taken for operations element by element, and an LSTM is traced inside; here each
-  of them is traced as one piece.
-- A linear layer's output may be a view (that of a sequence is, in PyTorch up to 2.14). An operation
-  in place, such as a ReLU's, takes its place in autograd's graph, and upstream misses the layer.
-"""
+"""A network's groups by torch-pruning 1.6.1, as index tables, and why others are refused."""
 
 from __future__ import annotations
 
-import traceback
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.instancenorm import _InstanceNorm
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.rnn import PackedSequence
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.modules.conv import _ConvNd
 
-from . import heads, norms, running, walk
+from . import heads, norms, shares, tracing, walk
 from .groups import BATCH_NORMS, Plan, Share, UnsupportedLayerError, UpstreamGroup, named
 from .upstreams import require
-from .walk import EndlessWalkError, Meeting, joined, roots
+from .walk import EndlessWalkError, Meeting, roots
 
 require("torch-pruning")
 import torch_pruning as tp  # noqa: E402  (only after its version is known)
-
-from .rewriting import Rewritten  # noqa: E402
-
-
-class TraceError(UnsupportedLayerError):
-    """Upstream cannot follow the channels through a network."""
-
-
-def is_pruner(thing: object) -> bool:
-    """Whether it is one of upstream's pruners, or is derived from one."""
-    return isinstance(thing, tp.pruner.BasePruner)
-
-
-# ---------------------------------------------------------------------- building the graph
-
-
-@contextmanager
-def upstream(model: nn.Module) -> Iterator[None]:
-    """Let upstream read or prune a model inside, with the workarounds; explain its errors.
-
-    Raises:
-        TraceError: upstream fails; the message says where.
-    """
-    try:
-        with (
-            running.evaluating(model),
-            _all_trainable(model),
-            torch.enable_grad(),
-            _quiet(),
-            walk.installed(),
-        ):
-            yield
-    except UnsupportedLayerError:
-        raise
-    except Exception as cause:
-        where = _place(cause, model)
-        if where is None:  # the network's own forward pass, say
-            raise
-        raise TraceError(_untraced(cause, where)) from cause
-
-
-def _untraced(cause: BaseException, where: str) -> str:
-    return (
-        f"torch-pruning cannot follow the channels {where} ({type(cause).__name__}: {cause}). "
-        "Reshapes other than flattens, such as a channel shuffle, are not known to it; prune "
-        "this network by another framework, or write that part of it in other layers"
-    )
-
-
-@contextmanager
-def _all_trainable(model: nn.Module) -> Iterator[None]:
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def build(model: nn.Module, example: Any) -> Any:
-    """Upstream's dependency graph of a model, which stays in its mode.
-
-    Raises:
-        UnsupportedLayerError: upstream cannot trace the network; the message says where, and why.
-    """
-    require_plain_weights(model)
-    tracing = Tracing(model, example)
-    with upstream(model):
-        built = tp.DependencyGraph().build_dependency(
-            model, example, verbose=False, **tracing.settings()
-        )
-    return tracing.finish(built)
-
-
-class Tracing:
-    """How a model is run while upstream traces it, and which tensors it puts out.
-
-    Attributes:
-        heads: those of the model, which upstream cannot follow.
-    """
-
-    def __init__(self, model: nn.Module, example: Any) -> None:
-        self.heads = heads.find(model, example)
-        self._norms = norms.of(model)
-        self._put_out: list[Any] = []
-        self._numbers: list[Any] = []
-        self._ran: set[nn.Module] = set()
-
-    def settings(self) -> dict[str, Any]:
-        """Upstream's arguments, the same for its graph and for its pruners."""
-        return {
-            "forward_fn": self._forward,
-            "output_transform": self._traceable,
-            "customized_pruners": dict.fromkeys(_RECURRENT, _RecurrentPruner())
-            | dict.fromkeys(heads.conv1d(), _Conv1DPruner())
-            | self._norms,
-        }
-
-    def finish(self, built: Any) -> Any:
-        """Note on the graph its outputs, which layers have heads, and what the outputs feel."""
-        built.put_out, built.heads = set(self._put_out), self.heads
-        built.counted = heads.Found()
-        built.ran, built.felt = self._ran, _felt([*self._put_out, *self._numbers])
-        return built
-
-    def _forward(self, model: nn.Module, example: Any) -> Any:
-        layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
-        own = {m: m.__dict__.get("forward") for m in layers}
-        for layer in layers:
-            layer.forward = _in_one_piece(layer.forward)
-        noting = [register_module_forward_pre_hook(lambda module, _given: self._ran.add(module))]
-        # Behind upstream's own hooks, which note the output itself.
-        noting += [
-            model.get_submodule(name).register_forward_hook(lambda _layer, _given, y: y.clone())
-            for name in self.heads.hidden
-        ]
-        try:
-            eager = running.as_written()
-            with running.same_draws(), running.untouched(model), eager, running.Watched():
-                rewritten = Rewritten(model)
-                with rewritten:
-                    outputs = running.call(model, example)
-            self._numbers += rewritten.numbers
-            return outputs
-        finally:
-            for hook in noting:
-                hook.remove()
-            for layer, forward in own.items():
-                del layer.forward
-                if forward is not None:
-                    layer.forward = forward
-
-    def _traceable(self, outputs: Any) -> list[Tensor]:
-        """The outputs that upstream can trace, each once."""
-        traceable = {t.grad_fn: t for t in running.tensors(outputs) if t.grad_fn is not None}
-        if not traceable and torch.is_inference_mode_enabled():
-            raise UnsupportedLayerError(
-                "channels cannot be traced within torch.inference_mode(), which keeps no "
-                "gradients; do this outside of it"
-            )
-        if not traceable:
-            raise UnsupportedLayerError(
-                "no output of the model depends on its parameters, so its channels cannot be "
-                "traced; return the tensors that the loss is made of, without detaching them"
-            )
-        self._put_out += traceable
-        return list(traceable.values())
-
-
-def _felt(put_out: Iterable[Any]) -> set[Any]:
-    """The parameters that some outputs depend on, by autograd's nodes."""
-    ahead = list(put_out)
-    seen = set(ahead)
-    while ahead:
-        fresh = {node for node, _ in ahead.pop().next_functions if node is not None} - seen
-        seen |= fresh
-        ahead += fresh
-    return {node.variable for node in seen if hasattr(node, "variable")}
-
-
-class _Piece(torch.autograd.Function):
-    """Makes one node of autograd's graph of whatever runs inside."""
-
-    @staticmethod
-    def forward(_ctx: Any, run: Callable[..., Any], given: Tensor) -> tuple[Tensor, ...]:
-        return tuple(t.clone() for t in running.tensors(run(given)))
-
-    @staticmethod
-    def backward(_ctx: Any, *_gradients: Any) -> Any:
-        raise RuntimeError("this graph is for tracing only")
-
-
-def _in_one_piece(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A recurrent layer's forward pass, with all outputs coming from one node."""
-
-    def run(given: Any, state: Any = None) -> Any:
-        if isinstance(given, PackedSequence):
-            return forward(given, state)
-        piece: Any = _Piece
-        out, *states = piece.apply(lambda x: forward(x, state), given)
-        return out, tuple(states) if len(states) == 2 else states[0]
-
-    return run
-
-
-_RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
-
-
-class _RecurrentPruner(tp.BasePruningFunc):  # type: ignore[misc]
-    """Inputs of a recurrent layer can go; its hidden units cannot."""
-
-    def prune_in_channels(self, layer: nn.RNNBase, idxs: Sequence[int]) -> nn.Module:
-        gone = set(idxs)
-        keep = [i for i in range(layer.input_size) if i not in gone]
-        for name in ("weight_ih_l0", "weight_ih_l0_reverse"):
-            if hasattr(layer, name):
-                left = self._prune_parameter_and_grad(getattr(layer, name), keep, 1)
-                setattr(layer, name, left)
-        layer.input_size = len(keep)
-        return layer
-
-    def prune_out_channels(self, layer: nn.RNNBase, idxs: Sequence[int]) -> nn.Module:
-        raise UnsupportedLayerError("hidden units of a recurrent layer cannot be removed")
-
-    def get_in_channels(self, layer: nn.RNNBase) -> int:
-        return layer.input_size
-
-    def get_out_channels(self, layer: nn.RNNBase) -> int:
-        return (layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1)
-
-
-class _Conv1DPruner(tp.BasePruningFunc):  # type: ignore[misc]
-    """Of transformers' Conv1D, a linear layer with a transposed weight."""
-
-    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
-        keep = [i for i in range(layer.nf) if i not in set(idxs)]
-        layer.weight = self._prune_parameter_and_grad(layer.weight, keep, 1)
-        layer.bias = self._prune_parameter_and_grad(layer.bias, keep, 0)
-        layer.nf = len(keep)
-        return layer  # type: ignore[no-any-return]
-
-    def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> nn.Module:
-        keep = [i for i in range(layer.nx) if i not in set(idxs)]
-        layer.weight = self._prune_parameter_and_grad(layer.weight, keep, 0)
-        layer.nx = len(keep)
-        return layer  # type: ignore[no-any-return]
-
-    def get_out_channels(self, layer: Any) -> int:
-        return len(layer.weight[0])
-
-    def get_in_channels(self, layer: Any) -> int:
-        return len(layer.weight)
-
-
-def _place(cause: Exception, model: nn.Module) -> str | None:
-    """Where in the graph upstream failed: at a layer, or at an operation behind layers."""
-    names = _names(model)
-    nodes: list[Any] = []
-    for frame, _ in traceback.walk_tb(cause.__traceback__):
-        nodes += [v for v in frame.f_locals.values() if isinstance(v, tp.dependency.Node)][:1]
-    if not nodes:
-        return None
-    ahead, seen, layers = [nodes[-1]], set(), set()
-    while ahead:
-        node = ahead.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.module in names:
-            layers.add(names[node.module])
-        else:
-            ahead += node.inputs
-    kind = nodes[-1].module
-    if kind in names:
-        return f"at {names[kind]!r}"
-    behind = _listed(sorted(layers)) or "the input"
-    operation = type(kind).__name__.strip("_").removesuffix("Op").lower()
-    return f"through the {operation} behind {behind}"
-
-
-def _listed(layers: Sequence[str]) -> str:
-    more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
-    return ", ".join(map(repr, layers[:4])) + more
-
-
-# ---------------------------------------------------------------------- weights of their own
-
-
-def require_plain_weights(model: nn.Module) -> None:
-    """Refuse layers whose weight is worked out anew in every pass, by a hook of the old kind.
-
-    Such a weight is no parameter; a model that holds one cannot even be copied.
-
-    Raises:
-        UnsupportedLayerError: naming layer and remedy.
-    """
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, UninitializedParameter):
-            raise UnsupportedLayerError(
-                f"{name!r} has no shape yet: run the model once on the example first"
-            )
-    for name, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            for kind, what, remedy in _HOOKS:
-                if isinstance(hook, kind):
-                    raise UnsupportedLayerError(
-                        f"{name!r} has {what}, so its weight is worked out anew in every pass and "
-                        f"cannot be decayed or removed in part; call {remedy} on it first"
-                    )
-
-
-_HOOKS: list[tuple[type, str, str]] = [
-    (WeightNorm, "weight normalisation", "torch.nn.utils.remove_weight_norm(layer)"),
-    (SpectralNorm, "spectral normalisation", "torch.nn.utils.remove_spectral_norm(layer)"),
-    (BasePruningMethod, "a mask of torch.nn.utils.prune", "prune.remove(layer, 'weight')"),
-]
-
-
-def _require_no_parametrization(name: str, module: nn.Module) -> None:
-    if parametrize.is_parametrized(module):
-        weights = ", ".join(module.parametrizations)  # type: ignore[arg-type]
-        raise UnsupportedLayerError(
-            f"involves {name!r}, whose {weights} is parametrized: what is trained is not what is "
-            "removed. Call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') "
-            "on it first"
-        )
-
-
-# ---------------------------------------------------------------------- reading the groups
 
 
 @dataclass
@@ -398,7 +55,7 @@ def read(model: nn.Module, example: Any, ignored: Collection[str | nn.Module] = 
         UnsupportedLayerError: the network cannot be traced at all, or an ignored name is unknown.
     """
     left = ignored_layers(model, ignored)  # or a name is refused before the model is traced
-    return read_built(build(model, example), model, left)
+    return read_built(tracing.build(model, example), model, left)
 
 
 def ignored_layers(model: nn.Module, ignored: Collection[str | nn.Module]) -> set[nn.Module]:
@@ -408,7 +65,7 @@ def ignored_layers(model: nn.Module, ignored: Collection[str | nn.Module]) -> se
         UnsupportedLayerError: one is no layer of the model.
     """
     layers = dict(model.named_modules(remove_duplicate=False))
-    names = _names(model)
+    names = tracing.names_of(model)
     found: set[nn.Module] = set()
     for given in ignored:
         name = names.get(given, given) if isinstance(given, nn.Module) else given
@@ -422,13 +79,13 @@ def ignored_layers(model: nn.Module, ignored: Collection[str | nn.Module]) -> se
 def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> Reading:
     """The groups in a graph of a model, without those of the layers ``inside``."""
     reading = Reading(built)
-    names = _names(model)
+    names = tracing.names_of(model)
     apart = {model.get_submodule(name) for name in built.heads.layers}
-    with upstream(model):
+    with tracing.upstream(model):
         for root, group, cause in _walks(reading.graph, apart | set(inside)):
             name = names[root]
             if cause is not None:
-                where = _place(cause, model) or "on from there"
+                where = tracing.place(cause, model) or "on from there"
                 reading.refused[name] = named(
                     name,
                     f"cannot be read: torch-pruning loses its channels {where} "
@@ -459,7 +116,7 @@ def read_built(built: Any, model: nn.Module, inside: Collection[nn.Module]) -> R
             except UnsupportedLayerError as why:
                 listed = [names[m] for m in others if isinstance(m, roots())]
                 reading.layers[name] = [name, *listed]
-                too = f"; {_listed(listed)} would lose channels, too" if listed else ""
+                too = f"; {tracing.listed(listed)} would lose channels, too" if listed else ""
                 reading.refused[name] = named(name, f"{why}{too}")
     _add_heads(reading, model, {names[m] for m in inside if m in names})
     reading.outputs = sorted(set(reading.outputs))
@@ -540,7 +197,7 @@ def tables(
     model: nn.Module,
     example: Any,
     roots: Iterable[str],
-    build: Callable[[nn.Module, Any], Any] = build,
+    build: Callable[[nn.Module, Any], Any] = tracing.build,
 ) -> dict[str, UpstreamGroup]:
     """The groups that some layers belong to, by the layers' names, whatever their root is.
 
@@ -548,12 +205,12 @@ def tables(
         UnsupportedLayerError: naming a layer whose group cannot be read, and why.
     """
     built = build(model, example)
-    with upstream(model):
+    with tracing.upstream(model):
         return dict(_tables(built, model, roots))
 
 
 def _tables(built: Any, model: nn.Module, of: Iterable[str]) -> Iterator[tuple[str, UpstreamGroup]]:
-    names, kinds = _names(model), getattr(built, "roots", roots())
+    names, kinds = tracing.names_of(model), getattr(built, "roots", roots())
     layers: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     for name in of:
         of_heads = built.heads.of(name)
@@ -581,10 +238,6 @@ def require_whole(built: Any, model: nn.Module, plan: Plan) -> None:
     tables = _tables(built, model, [name for name, _ in plan])
     for (_, table), (_, channels) in zip(tables, plan, strict=True):
         table.structures_of(channels)
-
-
-def _names(model: nn.Module) -> dict[nn.Module, str]:
-    return {m: n for n, m in model.named_modules()}
 
 
 def _walks(built: Any, inside: Collection[nn.Module]) -> Iterator[tuple[nn.Module, Any, Any]]:
@@ -634,36 +287,38 @@ def _table(
         if built.is_out_channel_pruning_fn(handler):
             rows.setdefault(node, []).append(group.meeting((node, handler)))
         if isinstance(node.module, nn.Module) and node.module in names:
-            _require_no_parametrization(names[node.module], node.module)
+            tracing.require_no_parametrization(names[node.module], node.module)
+    any_conv = any(isinstance(node.module, _ConvNd) for node in rows)
     producers: list[tuple[nn.Module, int, list[list[int]]]] = []
     norms: list[tuple[nn.Module, int, list[list[int]]]] = []
     for node, meetings in rows.items():
         module = node.module
         if isinstance(module, nn.Parameter):
             name = built._param_to_name[module]
-            index = _by_structure(meetings, of, len(tied), name)
-            _add(table, _share(name, module, node.pruning_dim % module.dim(), False, index))
+            index = shares.by_structure(meetings, of, len(tied), name)
+            dim = node.pruning_dim % module.dim()
+            shares.add(table, shares.share_of(name, module, dim, False, index))
             continue
         if module not in names:
             continue  # an operation between layers
-        if _customised(built, module):
-            index = _by_structure(meetings, of, len(tied), names[module])
-            for share in _probed(built, node, index, names[module]):
-                _add(table, share)
-            producers.append((module, 1 if _any_conv(rows) else -1, index))
+        if shares.customised(built, module):
+            index = shares.by_structure(meetings, of, len(tied), names[module])
+            for share in shares.probed(built, node, index, names[module]):
+                shares.add(table, share)
+            producers.append((module, 1 if any_conv else -1, index))
             continue
-        kind = _kind(built, module, names[module])
+        kind = shares.kind_of(built, module, names[module])
         if kind is None:
             continue
         dims, norm = kind
-        index = _by_structure(meetings, of, len(tied), names[module])
+        index = shares.by_structure(meetings, of, len(tied), names[module])
         for attribute, dim in dims.items():
             parameter = getattr(module, attribute)
             if parameter is not None:
                 name = f"{names[module]}.{attribute}"
-                _add(table, _share(name, parameter, dim, norm, index))
-        source = isinstance(module, roots()) and not _depthwise(node.module)
-        if source and sum(map(len, index)) != _width(module):
+                shares.add(table, shares.share_of(name, parameter, dim, norm, index))
+        source = isinstance(module, roots()) and not shares.depthwise(node.module)
+        if source and sum(map(len, index)) != shares.width(module):
             raise UnsupportedLayerError(_partly(built, module, sum(map(len, index)), names))
         last = isinstance(module, (nn.Linear, nn.Embedding, *heads.conv1d()))
         (norms if norm else producers).append((module, -1 if last else 1, index))
@@ -673,7 +328,7 @@ def _table(
 
 def _partly(built: Any, layer: Any, tied: int, names: Mapping[nn.Module, str]) -> str:
     """Why a group has only some of a layer's channels, told by a walk from all of them."""
-    width, what = _width(layer), names[layer]
+    width, what = shares.width(layer), names[layer]
     ties = f"ties {width} channels of {what!r} to {tied}"
     try:
         met = whole(built, layer, range(width)).met
@@ -705,8 +360,9 @@ def _partly(built: Any, layer: Any, tied: int, names: Mapping[nn.Module, str]) -
 
 def why_one(reading: Reading, model: nn.Module, group: UpstreamGroup) -> str:
     """Why a group is one structure, in words that follow its name."""
-    names, why = _names(model), f"is one structure: its {group.channels} channels only go together"
-    with upstream(model):
+    names = tracing.names_of(model)
+    why = f"is one structure: its {group.channels} channels only go together"
+    with tracing.upstream(model):
         met = whole(reading.graph, model.get_submodule(group.root), range(group.channels)).met
         for node, handler in met:
             parts, size = _parts(reading.graph, node, handler)
@@ -756,7 +412,7 @@ def members(built: Any, group: Any, ties: Sequence[Meeting] = ()) -> list[list[i
             break
     _, sizes = label.unique(return_counts=True)
     if bool((sizes != sizes[0]).any()):
-        raise _uneven("its root")
+        raise shares.uneven("its root")
     return label.argsort(stable=True).view(len(sizes), -1).tolist()
 
 
@@ -766,215 +422,11 @@ def _parts(built: Any, node: Any, handler: Any) -> tuple[int, int]:
     if not isinstance(module, nn.Module) or not any(True for _ in module.parameters()):
         return 1, 0
     pruner = built.get_pruner_of_module(module)
-    if isinstance(pruner, type(tp.ops.DummyPruner())) or _depthwise(module):
+    if isinstance(pruner, type(tp.ops.DummyPruner())) or shares.depthwise(module):
         return 1, 0
     if built.is_out_channel_pruning_fn(handler):
         return pruner.get_out_channel_groups(module), pruner.get_out_channels(module)
     return pruner.get_in_channel_groups(module), pruner.get_in_channels(module)
-
-
-def _customised(built: Any, module: nn.Module) -> bool:
-    """Whether a pruner of the user's own takes channels from a layer that is not known here."""
-    return type(module) in built.CUSTOMIZED_PRUNERS and not isinstance(module, _KNOWN)
-
-
-_KNOWN = (
-    _ConvNd,
-    nn.Linear,
-    nn.Embedding,
-    _BatchNorm,
-    _InstanceNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.PReLU,
-    nn.RNNBase,
-)
-
-
-def _any_conv(nodes: Iterable[Any]) -> bool:
-    return any(isinstance(node.module, _ConvNd) for node in nodes)
-
-
-def _probed(built: Any, node: Any, index: list[list[int]], name: str) -> list[Share]:
-    """The parts in a group of a layer's parameters, read off what its own pruner takes of copies.
-
-    Each element of a copy's parameters is its own position. The binary digits of a channel's number
-    say in which trials it goes; so a few trials tell which rows go with which channel.
-
-    Raises:
-        UnsupportedLayerError: a channel takes something else than whole rows along one dimension.
-    """
-    layer, own = node.module, dict(node.module.named_parameters())
-    number = {p: i + 1 for i, p in enumerate(sorted(p for places in index for p in places))}
-    codes = {
-        n: [torch.zeros(size, dtype=torch.int64, device="cpu") for size in p.shape]
-        for n, p in own.items()
-    }
-    for bit in range(len(number).bit_length()):
-        trial = running.copied(layer)
-        for parameter in trial.parameters():
-            parameter.grad = None
-            parameter.data = (
-                torch.arange(parameter.numel(), device="cpu").view(parameter.shape).double()
-            )
-        handler = built.get_pruner_of_module(layer).prune_out_channels
-        handler.__self__.pruning_dim = node.pruning_dim
-        handler(trial, [p for p, code in number.items() if code >> bit & 1])
-        for what, parameter in trial.named_parameters():
-            left = positions(f"{name}.{what}", parameter.detach().long(), own[what].shape)
-            for code, kept in zip(codes[what], left, strict=True):
-                taken = torch.ones_like(code)
-                taken[kept] = 0
-                code += taken << bit
-    shares = []
-    for what, by_dim in codes.items():
-        touched = [dim for dim, code in enumerate(by_dim) if bool(code.any())]
-        if not touched:
-            continue
-        if len(touched) > 1:
-            raise UnsupportedLayerError(
-                f"involves {name!r}, of whose {what!r} a channel takes rows and columns at once"
-            )
-        rows: dict[int, list[int]] = {}
-        for row, code in enumerate(by_dim[touched[0]].tolist()):
-            rows.setdefault(code, []).append(row)
-        taken_by = [[r for p in places for r in rows.get(number[p], [])] for places in index]
-        if len({len(t) for t in taken_by}) > 1 or not set(rows) <= {0, *number.values()}:
-            raise _uneven(repr(f"{name}.{what}"))
-        shares.append(
-            _share(f"{name}.{what}", own[what], touched[0], False, list(map(sorted, taken_by)))
-        )
-    return shares
-
-
-def positions(name: str, codes: Tensor, shape: torch.Size) -> list[Tensor]:
-    """What is left of a tensor along each dimension, of which each element was its own position.
-
-    Raises:
-        UnsupportedLayerError: that is not whole rows and columns.
-    """
-    if codes.dim() == len(shape) and codes.numel():
-        strides = [shape[d + 1 :].numel() for d in range(len(shape))]
-        index = []
-        for d, stride in enumerate(strides):
-            line = codes.movedim(d, 0).reshape(codes.shape[d], -1)[:, 0]
-            index.append(line // stride % shape[d])
-        expected = torch.zeros((), dtype=torch.int64, device="cpu")
-        for here, stride in zip(index, strides, strict=True):
-            expected = expected[..., None] + here * stride
-        if torch.equal(expected, codes):
-            return index
-    raise UnsupportedLayerError(
-        f"what the removal leaves of {name!r}, {tuple(codes.shape)} of {tuple(shape)}, is nothing, "
-        "or is not whole rows and columns of it; leave the channels out of the plan that lead there"
-    )
-
-
-def _width(layer: Any) -> int:
-    if isinstance(layer, heads.conv1d()):
-        return int(layer.nf)
-    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
-
-
-def _depthwise(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) and 1 < module.groups == module.out_channels
-
-
-def _by_structure(
-    meetings: Iterable[Meeting], of: Tensor, structures: int, layer: str
-) -> list[list[int]]:
-    """A layer's positions by structure, equally many for each, in ascending order.
-
-    Raises:
-        UnsupportedLayerError: structures have unequal numbers of positions.
-    """
-    places, channels = joined(meetings)
-    size = int(places.max()) + 1
-    pairs = (of[channels] * size + places).unique()  # by structure, then by position
-    counts = (pairs // size).bincount(minlength=structures)
-    if bool((counts != counts[0]).any()):
-        raise _uneven(repr(layer))
-    return (pairs % size).view(structures, -1).tolist()  # type: ignore[no-any-return]
-
-
-def _uneven(layer: str) -> UnsupportedLayerError:
-    return UnsupportedLayerError(
-        f"gives its structures unequal shares of {layer}, as where one half of a split is added to "
-        "something and the other is not"
-    )
-
-
-def _share(name: str, parameter: Tensor, dim: int, norm: bool, index: list[list[int]]) -> Share:
-    """One parameter's part in a group, after a check that the parameter has the positions."""
-    if not parameter.is_floating_point():
-        raise UnsupportedLayerError(
-            f"holds {name!r}, which is {parameter.dtype}: only real numbers decay"
-        )
-    last = max(map(max, index))
-    if last >= parameter.shape[dim]:
-        raise UnsupportedLayerError(
-            f"reaches position {last} of {name!r}, which has {parameter.shape[dim]}: torch-pruning "
-            "takes its channels for others on their way"
-        )
-    return Share(name, parameter, dim, norm, index)
-
-
-def _add(table: UpstreamGroup, share: Share) -> None:
-    """Add a share to a group; a parameter that two layers share is added once."""
-    for other in table.shares:
-        if other.parameter is share.parameter:
-            if (other.dim, other.index) == (share.dim, share.index):
-                return
-            raise UnsupportedLayerError(
-                f"holds one parameter as {other.name!r} and as {share.name!r}, of which a "
-                "structure has different parts"
-            )
-    table.shares.append(share)
-
-
-def _kind(built: Any, module: nn.Module, name: str) -> tuple[dict[str, int], bool] | None:
-    """By attribute the dimension of the output positions; and whether the layer is a norm.
-
-    ``None`` where nothing has to be zero for the output to be zero.
-
-    Raises:
-        UnsupportedLayerError: a channel of zeros does not equal a removed one in this layer.
-    """
-    if isinstance(module, _ConvTransposeNd):
-        if module.groups == 1:
-            return {"weight": 1, "bias": 0}, False
-        if _depthwise(module) and module.groups == module.in_channels:
-            return {"weight": 0, "bias": 0}, False
-        why = "whose parts torch-pruning cannot take channels from"
-    elif isinstance(module, (_ConvNd, nn.Linear)):
-        return {"weight": 0, "bias": 0}, False
-    elif isinstance(module, heads.conv1d()):
-        return {"weight": 1, "bias": 0}, False
-    elif isinstance(module, nn.Embedding):
-        return {"weight": 1}, False
-    elif norms.needs_telling(module) and not norms.is_told(module, built):
-        raise UnsupportedLayerError(
-            f"involves {name!r} ({type(module).__name__}), of which torch-pruning by itself takes "
-            "no channels, as it has no bias, or tracks statistics"
-        )
-    elif isinstance(module, (_BatchNorm, _InstanceNorm)):
-        if module.affine:
-            return {"weight": 0, "bias": 0}, True
-        if not module.track_running_stats:
-            return None
-        why = "which has no weight and bias, so it shifts zeros by its running mean"
-    elif norms.loses_whole_groups(module, built) and module.num_groups > 1:
-        return ({"weight": 0, "bias": 0}, True) if module.affine else None
-    elif isinstance(module, (nn.LayerNorm, nn.GroupNorm)):
-        why = "whose mean and variance are over several channels, those of zeros among them"
-    elif isinstance(module, nn.PReLU) or not any(True for _ in module.parameters()):
-        return None  # zero in, zero out
-    else:
-        why = "whose output channels cannot be set to zero one by one"
-    raise UnsupportedLayerError(
-        f"involves {name!r} ({type(module).__name__}), {why}: a channel of zeros does not equal a "
-        "removed one"
-    )
 
 
 def heard_without_norm(reading: Reading, model: nn.Module) -> set[str]:
@@ -989,7 +441,7 @@ def heard_without_norm(reading: Reading, model: nn.Module) -> set[str]:
             heard.add(table.root)
             continue
         layer = model.get_submodule(table.root)
-        with upstream(model):
+        with tracing.upstream(model):
             items = whole(built, layer, range(table.channels)).items
         nodes = {i.dep.target for i in items if built.is_out_channel_pruning_fn(i.dep.handler)}
         ahead = [n for n in nodes if not _passes_zeros(n.module) and not _is_norm(n.module)]

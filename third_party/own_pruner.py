@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dpm_core.errors import kind_and_line
 
-from . import dependency, graph, heads, running
+from . import dependency, graph, heads, running, tracing
 from .errors import AdapterError
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
 from .heads import Found
@@ -88,7 +88,7 @@ class OwnPruner:
     """
 
     def __init__(self, upstream: Any, adapt: Callable[[nn.Module], object] | None = None) -> None:
-        if not graph.is_pruner(upstream):
+        if not tracing.is_pruner(upstream):
             raise AdapterError(
                 f"{type(upstream).__name__} is no pruner of torch-pruning; give one derived from "
                 "torch_pruning.pruner.BasePruner, as you constructed it"
@@ -99,7 +99,7 @@ class OwnPruner:
                 "may miss layers; construct it of the model that torch.compile was given"
             )
         self.upstream, self.model = upstream, upstream.model
-        graph.require_plain_weights(self.model)
+        tracing.require_plain_weights(self.model)
         self._graph: Any = upstream.DG
         self._graph.heads = self._graph.counted = Found()  # the user's settings say which
         self._adapt = adapt
@@ -128,7 +128,7 @@ class OwnPruner:
         self._graph.maps_valid = False  # whoever pruned meanwhile did not say so
         if not hasattr(self._graph, "put_out"):
             self._graph.put_out = set()
-        with graph.upstream(self.model):
+        with tracing.upstream(self.model):
             yield
 
     # ------------------------------------------------------------------ groups
@@ -187,7 +187,7 @@ class OwnPruner:
                 )
             )
         except Exception as cause:  # of a layer's own pruner, say
-            place = graph._place(cause, self.model)
+            place = tracing.place(cause, self.model)
             if place is not None:  # what is around says so
                 raise
             raise AdapterError(

@@ -36,7 +36,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from dpm_core.errors import kind_and_line
 
-from . import graph, walk
+from . import graph, tracing, walk
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup, structures_in
 from .heads import Heads, conv1d, owner, weight_dims
 from .upstreams import require
@@ -134,11 +134,11 @@ class Pruner:
         self._ranking = "random" if isinstance(importance, int) else importance
         self._sorting = importance in ("taylor", "hessian")
         self._share, self._unit = 1 - max_pruning_ratio, round_to or 1
-        graph.require_plain_weights(model)
-        tracing = graph.Tracing(model, example)
+        tracing.require_plain_weights(model)
+        traced = tracing.Tracing(model, example)
         inside = {m for name in ignored for m in model.get_submodule(name).modules()}
-        apart = {model.get_submodule(name) for name in tracing.heads.layers}
-        with graph.upstream(model):
+        apart = {model.get_submodule(name) for name in traced.heads.layers}
+        with tracing.upstream(model):
             self.upstream = _Upstream(
                 model,
                 example,
@@ -156,9 +156,9 @@ class Pruner:
                 in_channel_groups={},
                 out_channel_groups={},
                 num_heads={},
-                **tracing.settings(),
+                **traced.settings(),
             )
-        self._graph = tracing.finish(self.upstream.DG)
+        self._graph = traced.finish(self.upstream.DG)
         self.left_whole: list[str] = []
         self._enough = self._graph.check_pruning_group
         self._graph.check_pruning_group = self._checked
@@ -166,7 +166,7 @@ class Pruner:
         for why in reading.refused.values():
             raise UnsupportedLayerError(why)
         self.groups = reading.groups
-        of_heads = (tracing.heads.of(g.root) for g in self.groups if g.heads)
+        of_heads = (traced.heads.of(g.root) for g in self.groups if g.heads)
         self._heads: dict[str, Heads] = {h.root: h for h in of_heads if h is not None}
         self._first = {root: h.count for root, h in self._heads.items()}
         self._sizes = {g.root: g.structures for g in self.groups} | dict(sizes or {})
@@ -284,7 +284,7 @@ class Pruner:
         if group.heads:
             return self._heads_scores(self._heads[group.root])
         layer = self._model.get_submodule(group.root)
-        with graph.upstream(self._model), torch.no_grad():
+        with tracing.upstream(self._model), torch.no_grad():
             whole = graph.whole(self._graph, layer, range(group.channels))
             scores = self._ask(whole)
         return None if scores is None else scores[torch.tensor(group.members, device="cpu")].mean(1)
@@ -301,7 +301,7 @@ class Pruner:
         Upstream counts them in a pruner's first step, which has a ratio of zero here and removes
         nothing.
         """
-        with graph.upstream(self._model):
+        with tracing.upstream(self._model):
             for _ in self.upstream._prune():
                 raise RuntimeError("torch-pruning removes structures at a ratio of zero")
         return dict(self.upstream._scope_initial_channels) | self._first
@@ -322,7 +322,7 @@ class Pruner:
             What was removed, by the channels' positions before the run.
         """
         trained = {n: p.requires_grad for n, p in _parameters(self._model)}
-        with graph.upstream(self._model), self._wholes.during_run(self._graph):
+        with tracing.upstream(self._model), self._wholes.during_run(self._graph):
             plan = self._run(reached, progress)
         for name, parameter in _parameters(self._model):
             parameter.requires_grad_(trained[name])
@@ -399,7 +399,7 @@ class Pruner:
 
     def update_regularizer(self) -> None:
         """Upstream's, once an epoch of sparse learning."""
-        with graph.upstream(self._model):
+        with tracing.upstream(self._model):
             self.upstream.update_regularizer()
         self._rank_all()
 

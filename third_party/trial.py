@@ -20,7 +20,7 @@ from torch import nn
 
 from dpm_core.errors import kind_and_line
 
-from . import comparing, dependency, graph, parting, running, trial_values
+from . import comparing, dependency, graph, parting, running, tracing, trial_values
 from .groups import UnsupportedLayerError, UpstreamGroup, named
 
 ROWS = 2
@@ -113,7 +113,7 @@ def inexact(
     example: Any,
     groups: Sequence[UpstreamGroup],
     progress: Callable[[str], object] = str,
-    build: dependency.Build = graph.build,
+    build: dependency.Build = tracing.build,
 ) -> dict[str, str]:
     """The groups for which removing structures is not the same as setting them to zero.
 
@@ -193,9 +193,9 @@ class Trial:
         model: nn.Module,
         example: Any,
         groups: Sequence[UpstreamGroup],
-        build: dependency.Build = graph.build,
+        build: dependency.Build = tracing.build,
     ) -> None:
-        graph.require_plain_weights(model)
+        tracing.require_plain_weights(model)
         example = running.informative(example)
         double = True
         try:
@@ -254,7 +254,7 @@ class Trial:
         """Layers whose weights have no effect on any output for the example, by the gradients."""
         own = [p for p in self._model.parameters() if p.is_floating_point()]
         try:
-            with graph.upstream(self._model):
+            with tracing.upstream(self._model):
                 given = running.tensors(running.probe(self._model, self._example))
                 real = [t for t in given if t.is_floating_point() and t.requires_grad]
                 draw = torch.Generator().manual_seed(0)
@@ -271,7 +271,7 @@ class Trial:
 
     def unfelt(self, group: UpstreamGroup) -> str | None:
         """Why a group cannot be checked, if a layer that it passes through has no effect."""
-        with graph.upstream(self._model):
+        with tracing.upstream(self._model):
             plan = [(group.root, group.channels_of(range(group.structures)))]
             try:  # what the removal will ask
                 tied = dict(graph._tables(self._graph, self._model, [group.root]))
@@ -382,7 +382,7 @@ class Trial:
         return parting.cause(self._model, zeroed, removed)
 
     def _remove(self, groups: Sequence[UpstreamGroup], chosen: dict[str, list[int]]) -> None:
-        with graph.upstream(self._model):
+        with tracing.upstream(self._model):
             plan = [(g.root, g.channels_of(chosen[g.root])) for g in groups]
             taken = dependency.gathered(self._graph, self._model, plan)
             dependency.apply(self._graph, self._model, taken)

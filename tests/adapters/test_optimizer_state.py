@@ -22,7 +22,7 @@ from dpm_core import SmoothPruning
 from dpm_core.adapters.depgraph import DepGraph, DepGraphOptions
 from dpm_core.adapters.optimizer_state import CarryOver, CarryOverError
 from dpm_core.adapters.removal import Removal
-from dpm_core.third_party import dependency, graph
+from dpm_core.third_party import dependency, shares
 from dpm_core.third_party.groups import UnsupportedLayerError
 from experiments.inputs.models import build
 from tests.support import rounding
@@ -922,13 +922,13 @@ def test_what_is_no_block_of_rows_and_columns_is_refused():
     shape = torch.Size([3, 4])
     codes = torch.arange(12).view(shape)
     rows, columns = torch.tensor([0, 2]), torch.tensor([1, 3])
-    found = graph.positions("p", codes[rows][:, columns], shape)
+    found = shares.positions("p", codes[rows][:, columns], shape)
     assert [i.tolist() for i in found] == [[0, 2], [1, 3]]
-    assert graph.positions("p", torch.tensor(0), torch.Size([])) == []
+    assert shares.positions("p", torch.tensor(0), torch.Size([])) == []
     torn = torch.tensor([[0, 1], [4, 6]])
     for bad in (torn, codes.flatten(), codes[:0]):
         with pytest.raises(UnsupportedLayerError, match="'p'"):
-            graph.positions("p", bad, shape)
+            shares.positions("p", bad, shape)
 
 
 def test_a_layer_of_which_nothing_would_stay_is_refused_before_anything_changes():
