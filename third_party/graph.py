@@ -12,8 +12,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from . import heads, norms, shares, tracing, walk
 from .groups import BATCH_NORMS, Plan, Share, UnsupportedLayerError, UpstreamGroup, named
+from .maps import Meeting
 from .upstreams import require
-from .walk import EndlessWalkError, Meeting, roots
+from .walk import EndlessWalkError, roots
 
 require("torch-pruning")
 import torch_pruning as tp  # noqa: E402  (only after its version is known)
@@ -387,10 +388,10 @@ def members(built: Any, group: Any, ties: Sequence[Meeting] = ()) -> list[list[i
     pairs = list(ties)
     for node, handler in group.met:
         places, channels = group.meeting((node, handler))
-        if int(channels.max()) >= count:
-            raise UnsupportedLayerError("has channels beyond its root's")
         if (node, handler) == (root.target, root.handler):
             places, channels = torch.cat([places, places]), torch.cat([places, channels])
+        if int(channels.max()) >= count:
+            raise UnsupportedLayerError("has channels beyond its root's")
         places = places // norms.together(node.module, built)
         parts, size = _parts(built, node, handler)
         if parts > 1:

@@ -18,7 +18,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,12 +25,12 @@ from torch import Tensor, nn
 
 from dpm_core.errors import kind_and_line
 
-from . import dependency, graph, heads, running, tracing
+from . import dependency, graph, heads, maps, running, tracing
 from .errors import AdapterError
 from .groups import Plan, UnsupportedLayerError, UpstreamGroup
 from .heads import Found
+from .maps import Meeting
 from .upstreams import require
-from .walk import Meeting
 
 require("torch-pruning")
 import torch_pruning as tp  # noqa: E402  (only after its version is known)
@@ -128,8 +127,11 @@ class OwnPruner:
         self._graph.maps_valid = False  # whoever pruned meanwhile did not say so
         if not hasattr(self._graph, "put_out"):
             self._graph.put_out = set()
-        with tracing.upstream(self.model):
-            yield
+        try:
+            with tracing.upstream(self.model):
+                yield
+        finally:
+            maps.forget(self._graph)
 
     # ------------------------------------------------------------------ groups
 
@@ -583,14 +585,13 @@ class OwnPruner:
             root = built._module2name[whole[0].dep.target.module]
             built._pruning_history.append([root, True, list(whole[0].idxs)])
         layers = set(self.model.modules())
-        for dep, positions in taken:
-            module = dep.target.module
-            if isinstance(module, nn.Parameter):
-                self._exchange(module)
-            elif module not in layers:  # an operation between layers
-                dep(positions)
-                if isinstance(module, tp.ops._SplitOp) and module.split_sizes:
-                    module.offsets = list(accumulate([0, *module.split_sizes]))
+        with maps.removing(built, *(whole.met for whole in wholes)):
+            for dep, positions in taken:
+                module = dep.target.module
+                if isinstance(module, nn.Parameter):
+                    self._exchange(module)
+                elif module not in layers:  # an operation between layers
+                    dep(positions)
         for name, later in self._later.items():
             getattr(up, name).update(later)
         self._later = {}

@@ -13,7 +13,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from . import heads, norms, running
 from .groups import Share, UnsupportedLayerError, UpstreamGroup
-from .walk import Meeting, joined
+from .maps import Meeting
+from .walk import joined
 
 
 def customised(built: Any, module: nn.Module) -> bool:

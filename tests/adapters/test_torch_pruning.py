@@ -33,6 +33,7 @@ from tests.support.frameworks import (
     small_resnet,
 )
 from tests.support.rounding import in_double
+from tests.support.structures import Net, conv
 
 P, IMP = tp.pruner, tp.importance
 SMOOTH = SmoothPruning(4)
@@ -473,6 +474,25 @@ def test_the_number_of_heads_follows_and_a_fresh_model_needs_no_pruner(given, st
     load_pruned(tmp_path / "small.safetensors", dense, EXAMPLE)
     assert dense.heads == model.heads
     assert same(dense, model)
+
+
+def test_concatenations_of_concatenations_are_followed_after_a_pruners_own_steps():
+    """The shapes that autograd has noted are of the time before."""
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        y = functional.relu(torch.cat([m.a(x), m.b(x)], 1))
+        return m.head(functional.relu(m.c(y) + m.d(torch.cat([y, m.e(x)], 1))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    layers = {"a": conv(3, 8), "b": conv(3, 8), "c": conv(16, 8), "d": conv(24, 8), "e": conv(3, 8)}
+    model = Net(run, **layers, head=nn.Linear(8, CLASSES))
+    own = pruner(model, pruning_ratio=0.5, iterative_steps=4)
+    for _ in range(2):
+        own.step()
+    assert model.d.in_channels == 18
+    finish(running(model, lambda _: own, SMOOTH))
+    assert model.d.in_channels == 12
+    assert model(EXAMPLE).isfinite().all()
 
 
 class Told(Tokens):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dpm_core.third_party import graph, tracing, walk
+from dpm_core.third_party import graph, maps, tracing, walk
 from dpm_core.third_party.groups import UnsupportedLayerError
 from tests.support.structures import IMAGES, Net, assert_exact, conv, sizes
 
@@ -35,9 +35,9 @@ def in_pieces(parts: list[int], width: int) -> nn.Module:
 def test_a_walk_takes_no_path_twice(monkeypatch):
     """Each block splits what comes along in another place, so that there are ever more parts."""
     parts, width = [1 + 5 * k % 15 for k in range(40)], 16
-    model, steps, mapped = in_pieces(parts, width).eval(), [], walk._mapped
+    model, steps, mapped = in_pieces(parts, width).eval(), [], maps.mapped
     built = tracing.build(model, IMAGES)
-    monkeypatch.setattr(walk, "_mapped", lambda *of: steps.append(of) or mapped(*of))
+    monkeypatch.setattr(maps, "mapped", lambda *of: steps.append(of) or mapped(*of))
     with tracing.upstream(model):
         group = graph.whole(built, model.first, range(width))
     assert len(steps) <= width * built.edges
@@ -99,8 +99,8 @@ class Refined(nn.Module):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_walk_over_layers_that_run_often_takes_as_long_as_the_graph_is(known, monkeypatch):
-    steps, mapped = [], walk._mapped
-    monkeypatch.setattr(walk, "_mapped", lambda *of: steps.append(of) or mapped(*of))
+    steps, mapped = [], maps.mapped
+    monkeypatch.setattr(maps, "mapped", lambda *of: steps.append(of) or mapped(*of))
     for times in (2, 12):
         model = Refined(times, known).eval()
         built = tracing.build(model, IMAGES)
