@@ -181,7 +181,8 @@ def _width(built: Any, node: Any) -> int | None:
 
 def _passed_on(built: Any, node: Any) -> int | None:
     """The width of what an operation makes of its inputs, whose widths are known."""
-    read, given = _read(built, node), _given(built, node)
+    read = _read(built, node)
+    given = next(iter(read), None)
     if node.type == _CONCAT and _is_along(built, node):
         return sum(node.module.concat_sizes)  # type: ignore[no-any-return]
     if node.type == _SLICE and given is not None and _is_sliced(built, node):
@@ -256,17 +257,20 @@ def _is_split(built: Any, node: Any) -> bool:
     """Whether a split is along the channels, and it is known which part each reader has."""
     if not hasattr(node, "parts"):
         node.parts = None
-        sizes = None
         with contextlib.suppress(AttributeError, IndexError, TypeError):
-            sizes = _split_sizes(built, node)
-        edges = {r: r.grad_fn.next_functions for r in node.outputs}
-        parts = {r: [i for fn, i in e if fn is node.grad_fn] for r, e in edges.items()}
-        if sizes is not None:
-            node.module.split_sizes = sizes
-            node.module.offsets = list(accumulate([0, *sizes]))
-            if all(len(p) == node.outputs.count(r) for r, p in parts.items()):
-                node.parts = parts
+            node.parts = _parts(built, node)
     return node.parts is not None
+
+
+def _parts(built: Any, node: Any) -> dict[Any, list[int]] | None:
+    sizes = _split_sizes(built, node)
+    if sizes is None:
+        return None
+    node.module.split_sizes, node.module.offsets = sizes, list(accumulate([0, *sizes]))
+    edges = {r: r.grad_fn.next_functions for r in node.outputs}
+    parts = {r: [i for fn, i in e if fn is node.grad_fn] for r, e in edges.items()}
+    complete = all(len(p) == node.outputs.count(r) for r, p in parts.items())
+    return parts if complete else None
 
 
 def _is_along(built: Any, node: Any) -> bool:
@@ -282,7 +286,7 @@ def _concatenates_channels(built: Any, node: Any) -> bool:
     cat, dim = node.module, _signed(getattr(node.grad_fn, "_saved_dim", 1))
     kept = cat.concat_sizes
     cat.concat_sizes, node.made, shapes = _concat_sizes(built, node)
-    if None in cat.concat_sizes:
+    if None in cat.concat_sizes or dim == 0:
         return False
     widths = _read(built, node)
     sizes = [cat.concat_sizes[i] for i in node.made]
