@@ -75,7 +75,7 @@ class Row:
 def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """Records that may be compared with one another, by what they share.
 
-    Those whose runs trained most come first: they have most to tell.
+    Those of many networks, and whose runs trained most, come first: they have most to tell.
 
     Raises:
         RunError: records of one experiment differ in configuration, in images or in the layers of
@@ -118,7 +118,7 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
             raise RunError(
                 f"{title} has {times} records of {variant}, seed {seed}; give only one of them"
             )
-    return sorted(by_title.items(), key=lambda section: -_work(section[1][0]))
+    return sorted(by_title.items(), key=lambda section: -_weight(section[1]))
 
 
 def heading(record: Record) -> str:
@@ -130,9 +130,13 @@ def _layers(record: Record) -> dict[str, int]:
     return {name: width.dense for name, width in record.channels.items()}
 
 
-def _work(record: Record) -> int:
-    """MACs of all of a run's training, its dense model's included, up to the size of a batch."""
-    return record.macs.dense * (record.steps.total + record.steps.dense)
+def _weight(members: Sequence[Record]) -> int:
+    """How much a section tells (ours): its networks, times the MACs that training one takes.
+
+    Up to the size of a batch, and with the dense model's training.
+    """
+    one, networks = members[0], len({m.network for m in members})
+    return networks * one.macs.dense * (one.steps.total + one.steps.dense)
 
 
 def first_of_images(records: Sequence[Record]) -> dict[str, str]:
