@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -148,6 +148,15 @@ def coded(places: Tensor, channels: Tensor) -> Tensor:
 # noted on the node.
 
 
+def _once(node: Any, what: str, ask: Callable[[Any, Any], Any], built: Any) -> Any:
+    """What an operation does, asked the first time; ``None`` if autograd has not noted it."""
+    if not hasattr(node, what):
+        setattr(node, what, None)
+        with contextlib.suppress(AttributeError, IndexError, TypeError):
+            setattr(node, what, ask(built, node))
+    return getattr(node, what)
+
+
 def _shape(traced: Any, output: int) -> tuple[int, ...]:
     """The shape of one of the outputs of an operation that autograd has noted."""
     known = getattr(traced, "_input_metadata", None)
@@ -218,12 +227,11 @@ def _read(built: Any, node: Any) -> list[int | None]:
     for source in node.inputs:
         number = before.setdefault(source, 0)
         before[source] += 1
-        width = _width(built, source) if source.type != _SPLIT else None
-        if source.type == _SPLIT:
-            if _is_split(built, source):
-                width = source.module.split_sizes[source.parts[node][number]]
-            elif source.module.split_sizes is None:
-                width = _width(built, source)
+        width = _width(built, source)
+        if source.type == _SPLIT and _parts(built, source):
+            width = source.module.split_sizes[source.parts[node][number]]
+        elif source.type == _SPLIT and source.module.split_sizes:
+            width = None  # of one of the parts
         widths.append(width)
     return widths
 
@@ -253,16 +261,12 @@ def _split_sizes(built: Any, node: Any) -> list[int] | None:
     return [min(size, width - start) for start in range(0, width, size)]
 
 
-def _is_split(built: Any, node: Any) -> bool:
-    """Whether a split is along the channels, and it is known which part each reader has."""
-    if not hasattr(node, "parts"):
-        node.parts = None
-        with contextlib.suppress(AttributeError, IndexError, TypeError):
-            node.parts = _parts(built, node)
-    return node.parts is not None
-
-
 def _parts(built: Any, node: Any) -> dict[Any, list[int]] | None:
+    """Which parts of a split along the channels each reader has; ``None`` if that is not known."""
+    return _once(node, "parts", _split_parts, built)  # type: ignore[no-any-return]
+
+
+def _split_parts(built: Any, node: Any) -> dict[Any, list[int]] | None:
     sizes = _split_sizes(built, node)
     if sizes is None:
         return None
@@ -275,11 +279,7 @@ def _parts(built: Any, node: Any) -> dict[Any, list[int]] | None:
 
 def _is_along(built: Any, node: Any) -> bool:
     """Whether a concatenation is along the channels, with parts of known sizes."""
-    if not hasattr(node, "along"):
-        node.along = False
-        with contextlib.suppress(AttributeError, IndexError, TypeError):
-            node.along = _concatenates_channels(built, node)
-    return bool(node.along)
+    return bool(_once(node, "along", _concatenates_channels, built))
 
 
 def _concatenates_channels(built: Any, node: Any) -> bool:
@@ -334,11 +334,7 @@ def _concat_sizes(
 
 def _is_sliced(built: Any, node: Any) -> bool | None:
     """Whether a slice is along the channels; ``None`` if how many there are is not known."""
-    if not hasattr(node, "sliced"):
-        node.sliced = None
-        with contextlib.suppress(AttributeError, IndexError, TypeError):
-            node.sliced = _slices_channels(built, node)
-    return node.sliced  # type: ignore[no-any-return]
+    return _once(node, "sliced", _slices_channels, built)  # type: ignore[no-any-return]
 
 
 def _slices_channels(built: Any, node: Any) -> bool | None:
@@ -362,21 +358,22 @@ def _flatten(built: Any, node: Any) -> tuple[int, bool] | None:
 
     ``None`` for what is no flatten, or may be one of either kind.
     """
-    if not hasattr(node, "flatten"):
-        shape: tuple[int, ...] = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
-        flat, node.flatten = _shape(node.grad_fn, 0), None
-        width = _given(built, node)
-        if flat[-1:] == shape[-1:] == (width,) and width not in shape[1:-1]:
-            node.flatten = 1, False  # positions alone, with channels behind them
-        elif len(shape) > 2 and len(flat) > 2:
-            if flat[:2] == shape[:2] and width == shape[1]:
-                node.flatten = 1, False
-        elif len(shape) > 2 and flat == (shape[0], math.prod(shape[1:])):
-            if width == shape[1] and (len(shape) > 3 or width != shape[2]):
-                node.flatten = math.prod(shape[2:]), False
-            elif width == shape[-1] != shape[1]:
-                node.flatten = math.prod(shape[1:-1]), True
-    return node.flatten  # type: ignore[no-any-return]
+    return _once(node, "flatten", _flattened, built)  # type: ignore[no-any-return]
+
+
+def _flattened(built: Any, node: Any) -> tuple[int, bool] | None:
+    shape, flat = tuple(node.grad_fn._saved_self_sym_sizes), _shape(node.grad_fn, 0)
+    width = _given(built, node)
+    if flat[-1:] == shape[-1:] == (width,) and width not in shape[1:-1]:
+        return 1, False  # positions alone, with channels behind them
+    if len(shape) > 2 and len(flat) > 2 and flat[:2] == shape[:2] and width == shape[1]:
+        return 1, False
+    if len(shape) > 2 and flat == (shape[0], math.prod(shape[1:])):
+        if width == shape[1] and (len(shape) > 3 or width != shape[2]):
+            return math.prod(shape[2:]), False
+        if width == shape[-1] != shape[1]:
+            return math.prod(shape[1:-1]), True
+    return None
 
 
 # ---------------------------------------------------------------------- the maps of a graph
@@ -397,7 +394,7 @@ def _map_split(built: Any, node: Any) -> None:
     behind a parameter with three dimensions; and it numbers the parts as it comes across them. Its
     own map is taken where a part's reader is a layer that runs several times.
     """
-    if not _is_split(built, node):
+    if not _parts(built, node):
         _index_mapping.update_split_index_mapping(built, node)
         return
     for reader, parts in node.parts.items():
@@ -481,7 +478,7 @@ def _note_splits(built: Any) -> None:
     rest.module2node = {
         module: node
         for module, node in built.module2node.items()
-        if node.type != _SPLIT or not (_is_split(built, node) or node.module.split_sizes)
+        if node.type != _SPLIT or not (_parts(built, node) or node.module.split_sizes)
     }
     _SHAPES(rest)
 

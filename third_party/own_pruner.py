@@ -124,14 +124,13 @@ class OwnPruner:
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:
-        self._graph.maps_valid = False  # whoever pruned meanwhile did not say so
         if not hasattr(self._graph, "put_out"):
             self._graph.put_out = set()
         try:
             with tracing.upstream(self.model):
                 yield
         finally:
-            maps.forget(self._graph)
+            maps.forget(self._graph)  # whoever prunes meanwhile does not say so
 
     # ------------------------------------------------------------------ groups
 

@@ -96,8 +96,11 @@ class Group(_graph_module.Group):  # type: ignore[misc]
 
     def prune(self, idxs: Any = None, record_history: bool = True) -> None:
         """As upstream's; the index maps have to be worked out anew."""
-        with maps.removing(self._DG, self.met if idxs is None else {}):
+        if idxs is not None:  # upstream makes a group of these, and prunes that one
             super().prune(idxs, record_history)
+            return
+        with maps.removing(self._DG, self.met):
+            super().prune(None, record_history)
 
 
 def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:

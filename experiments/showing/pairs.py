@@ -24,6 +24,8 @@ class Difference:
         deviation: standard deviation of those means, of a sample; ``None`` for one network.
         low, high: the 95% interval of the mean; ``None`` for one network.
         detectable: see :func:`detectable`; ``None`` for one network.
+        seeds: of the pairs, in order.
+        values: the difference of each pair.
     """
 
     pairs: int
@@ -33,6 +35,8 @@ class Difference:
     low: float | None
     high: float | None
     detectable: float | None
+    seeds: list[int]
+    values: list[float]
 
     @property
     def interval(self) -> str:
@@ -48,6 +52,12 @@ class Difference:
         if self.networks == self.pairs:
             return text
         return f"{text} of {self.networks} network{'s' if self.networks != 1 else ''}"
+
+    @property
+    def by_seed(self) -> str:
+        """The difference of every pair, as text."""
+        pairs = zip(self.seeds, self.values, strict=True)
+        return ", ".join(f"{_signed(value)} ({seed})" for seed, value in pairs)
 
 
 def _signed(value: float) -> str:
@@ -76,21 +86,22 @@ def difference(
     Returns:
         ``None`` without a common seed.
     """
+    seeds = sorted(one.keys() & other.keys())
+    values = [one[seed] - other[seed] for seed in seeds]
     by_network: dict[int, list[float]] = {}
-    for seed in sorted(one.keys() & other.keys()):
-        start = seed if network is None else network[seed]
-        by_network.setdefault(start, []).append(one[seed] - other[seed])
-    pairs = sum(map(len, by_network.values()))
-    if pairs == 0:
+    for seed, value in zip(seeds, values, strict=True):
+        by_network.setdefault(seed if network is None else network[seed], []).append(value)
+    if not seeds:
         return None
     means = [statistics.fmean(d) for d in by_network.values()]
     n, mean = len(means), statistics.fmean(means)
     if n == 1:
-        return Difference(pairs, 1, mean, None, None, None, None)
+        return Difference(len(seeds), 1, mean, None, None, None, None, seeds, values)
     deviation = statistics.stdev(means)
     reach = _quantile(1 - LEVEL / 2, n) * deviation / math.sqrt(n)
     smallest = detectable(n, deviation)
-    return Difference(pairs, n, mean, deviation, mean - reach, mean + reach, smallest)
+    low, high = mean - reach, mean + reach
+    return Difference(len(seeds), n, mean, deviation, low, high, smallest, seeds, values)
 
 
 def detectable(networks: int, deviation: float) -> float:

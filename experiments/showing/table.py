@@ -27,6 +27,8 @@ from .sections import (
 EFFECT, ENOUGH = 0.3, 25
 """The effect that is looked for, in points, and the pairs that it takes at the least, with a dense
 network each."""
+FEW = 6
+"""So many pairs are listed one by one."""
 HEADER = (
     "variant",
     "FLOPs, %",
@@ -86,7 +88,12 @@ def compared(title: str, members: Sequence[Record]) -> Compared:
     differences = contrasts(members)
     return Compared(
         Table(header, [_cells(row, start) for row in table], f"{title}; {_training(members)}"),
-        [_contrast(other, versus) for other, versus in differences],
+        [_contrast(other, versus) for other, versus in differences]
+        + [
+            f"{NAMES[row.variant]} minus base by seed: {row.difference.by_seed}"
+            for row in table
+            if row.difference and 1 < row.difference.pairs <= FEW
+        ],
         _caution([r.difference for r in table if r.difference] + [d for _, d in differences]),
     )
 

@@ -53,12 +53,14 @@ def test_without_a_common_seed_there_is_no_difference():
 
 
 def test_one_pair_has_a_mean_and_nothing_else():
-    assert difference({4: 90.5}, {4: 90.0}) == Difference(1, 1, 0.5, None, None, None, None)
+    assert difference({4: 90.5}, {4: 90.0}) == Difference(
+        1, 1, 0.5, None, None, None, None, [4], [0.5]
+    )
 
 
 def test_pairs_that_all_differ_by_as_much_have_no_spread():
     result = difference({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0})
-    assert result == Difference(2, 2, 1.0, 0.0, 1.0, 1.0, 0.0)
+    assert result == Difference(2, 2, 1.0, 0.0, 1.0, 1.0, 0.0, [0, 1], [1.0, 1.0])
 
 
 @given(pairs)

@@ -620,7 +620,7 @@ def test_differences_are_those_of_the_pairs_and_hollow_without_an_interval():
 
 def test_budgets_are_drawn_at_their_steps_and_long_decays_apart():
     def row(allowed, variant, steps, mean, low=None, high=None):
-        versus = None if steps is None else Difference(4, 4, mean, 1.0, low, high, 1.0)
+        versus = None if steps is None else Difference(4, 4, mean, 1.0, low, high, 1.0, [], [])
         final = sections.Summary(80.0, 1.0)
         decay = steps and SmoothPruning(steps)
         return Row(allowed, 0.02, variant, decay, "none", final, [0, 1, 2, 3], versus)
@@ -657,7 +657,7 @@ def test_budgets_are_drawn_at_their_steps_and_long_decays_apart():
 
 def test_decay_lengths_are_drawn_by_share_and_a_line_per_kind():
     def row(rate, steps, mean, low=None, high=None, device="here", shape="linear", allowed=1000):
-        versus = None if steps is None else Difference(4, 4, mean, 1.0, low, high, 1.0)
+        versus = None if steps is None else Difference(4, 4, mean, 1.0, low, high, 1.0, [], [])
         decay = steps and SmoothPruning(steps, shape)
         final = sections.Summary(80.0, 1.0)
         variant = "base" if steps is None else "sp"

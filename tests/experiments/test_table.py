@@ -127,6 +127,7 @@ def test_markdown_shows_title_variants_and_figures(records):
     assert rest[5:] == [
         "",
         "- +SR minus +SP: +2.00 points, 1 pair",
+        "- +SP minus base by seed: +1.00 (0), +3.00 (1), +2.00 (2)",
         "",
         "One pair is too few to speak about 0.3 points.",
     ]
@@ -255,7 +256,8 @@ def test_differences_are_paired_by_seed():
         interval = stats.ttest_rel(one, other).confidence_interval(0.95)
         versus = rows[variant].difference
         assert (versus.low, versus.high) == pytest.approx((interval.low, interval.high))
-    assert rows["least-resistant"].difference == Difference(1, 1, -1.0, None, None, None, None)
+    alone = Difference(1, 1, -1.0, None, None, None, None, [0], [-1.0])
+    assert rows["least-resistant"].difference == alone
     json.dumps([asdict(row) for row in rows.values()], allow_nan=False)
 
 
@@ -375,6 +377,9 @@ def test_controls_have_rows_and_lines_of_their_own():
         "- +SR minus random release: +0.00 [-6.35, +6.35] points, 2 pairs, 7.04 detectable",
         "- +SR minus least resistant: +2.00 points, 1 pair",
         "- +SR minus +SP: -0.25 [-3.43, +2.93] points, 2 pairs, 3.52 detectable",
+        "- +SP minus base by seed: +1.00 (0), +0.50 (1), +2.00 (2)",
+        "- +SR minus base by seed: +1.00 (0), +1.50 (2)",
+        "- random release minus base by seed: +1.50 (0), +1.00 (1), +1.00 (2)",
     ]
 
 
