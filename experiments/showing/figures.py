@@ -452,46 +452,63 @@ def draw_lengths(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
 def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Figure:
     """What a decay gains or costs at the end, by the training steps that there are in all.
 
-    Decays of at least half of the steps, which leave few or none after the removal, are drawn
-    apart from shorter ones. Beyond one point the scale is logarithmic; intervals that reach the
-    edge go on beyond it.
+    A panel per learning rate and machine. Decays of at least half of the steps, which leave few or
+    none after the removal, are drawn apart from shorter ones, and so is every shape. Beyond one
+    point the scale is logarithmic; intervals that reach the edge go on beyond it.
 
     Args:
         rows: as :func:`.lengths.rows`.
         size: in inches.
     """
     figure = Figure(figsize=size, layout="constrained")
-    axis = figure.subplots()
-    allowed = sorted({row.allowed for row in rows})
-    kinds: dict[tuple[bool, Variant], list[tuple[Row, Difference]]] = {}
-    for row in sorted(rows, key=lambda row: row.allowed):
+    panels: dict[tuple[str, str], list[tuple[Row, Difference]]] = {}
+    shares: dict[tuple[bool, str, Variant], set[int]] = {}
+    for row in sorted(rows, key=lambda row: (-row.learning_rate, row.device, row.allowed)):
         if row.difference is not None and row.share is not None:
-            kinds.setdefault((row.share >= 0.5, row.variant), []).append((row, row.difference))
-    ordered = sorted(kinds.items(), key=lambda kind: (kind[0][0], ORDER.index(kind[0][1])))
-    for i, ((long, variant), members) in enumerate(ordered):
-        aside = (i - (len(kinds) - 1) / 2) * 0.1
-        places = [allowed.index(row.allowed) + aside for row, _ in members]
-        _intervals(axis, places, [found for _, found in members], COLOURS[variant])
-        shares = sorted({round(100 * (row.share or 0)) for row, _ in members})
-        axis.plot(
-            places,
-            [found.mean for _, found in members],
-            MARKERS[i],
-            color=COLOURS[variant],
-            linestyle=":" if long else "-",
-            fillstyle="none" if long else "full",
-            label=f"{NAMES[variant]}, decay of {' or '.join(map(str, shares))}% of the steps",
-        )
-    means = [abs(found.mean) for members in kinds.values() for _, found in members]
+            panel = panels.setdefault((f"learning rate {row.learning_rate:g}", row.device), [])
+            panel.append((row, row.difference))
+            shares.setdefault(_decay_kind(row), set()).add(round(100 * row.share))
+    kinds = sorted(shares, key=lambda kind: (kind[0], kind[1] != "linear", ORDER.index(kind[2])))
+    shaped = len({shape for _, shape, _ in kinds}) > 1
+    differ = [len(set(column)) > 1 for column in zip(*panels, strict=True)]
+    means = [abs(found.mean) for members in panels.values() for _, found in members]
     reach = 1.5 * max(means, default=0.0) + 1
-    axis.set_yscale("symlog", linthresh=1)
     ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50) if t <= reach]
-    axis.set_yticks([*(-t for t in ticks), 0, *ticks])
-    axis.yaxis.set_minor_locator(NullLocator())
-    _minus_base(axis, [f"{steps:,}" for steps in allowed], reach)
-    axis.set_xlabel("training steps allowed, the decay's among them")
-    _legend_above(figure, 2)
+    axes = figure.subplots(1, max(len(panels), 1), sharey=True, squeeze=False)[0]
+    for axis, (panel, members) in zip(axes, panels.items(), strict=False):
+        allowed = sorted({row.allowed for row, _ in members})
+        for i, kind in enumerate(kinds):
+            long, shape, variant = kind
+            lines = [(row, found) for row, found in members if _decay_kind(row) == kind]
+            aside = (i - (len(kinds) - 1) / 2) * 0.1
+            places = [allowed.index(row.allowed) + aside for row, _ in lines]
+            _intervals(axis, places, [found for _, found in lines], COLOURS[variant])
+            of = " or ".join(map(str, sorted(shares[kind])))
+            axis.plot(
+                places,
+                [found.mean for _, found in lines],
+                MARKERS[i % len(MARKERS)],
+                color=COLOURS[variant],
+                linestyle=":" if long else "-",
+                fillstyle="none" if long else "full",
+                label=f"{NAMES[variant]}, {f'{shape} ' * shaped}decay of {of}% of the steps",
+            )
+        axis.set_title(", ".join(k for k, apart in zip(panel, differ, strict=True) if apart))
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_yticks([*(-t for t in ticks), 0, *ticks])
+        axis.yaxis.set_minor_locator(NullLocator())
+        _minus_base(axis, [f"{steps:,}" for steps in allowed], reach)
+        axis.label_outer()
+    figure.supxlabel("training steps allowed, the decay's among them", fontsize="medium")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside upper left", ncols=2)
     return figure
+
+
+def _decay_kind(row: Row) -> tuple[bool, str, Variant]:
+    """Whether the decay takes half of the steps or more, its shape, and the variant."""
+    shape = "" if row.decay is None else row.decay.shape
+    return (row.share or 0.0) >= 0.5, shape, row.variant
 
 
 def _intervals(axis: Axes, places: Sequence[float], of: Sequence[Difference], colour: str) -> None:

@@ -655,6 +655,44 @@ def test_budgets_are_drawn_at_their_steps_and_long_decays_apart():
     assert high > 8
 
 
+def test_budgets_have_a_panel_per_learning_rate_and_machine_and_a_line_per_shape():
+    def row(rate, steps, mean, device="here", shape="linear", variant="sp", allowed=351):
+        versus = Difference(4, 4, mean, 1.0, None, None, 1.0, [], [])
+        final, decay = sections.Summary(80.0, 1.0), SmoothPruning(steps, shape)
+        return Row(allowed, rate, variant, decay, device, final, [0, 1, 2, 3], versus)
+
+    rows = [
+        *(row(0.002, 18, 0.3), row(0.002, 18, 0.2, variant="sr"), row(0.002, 350, -1.0)),
+        *(row(0.02, 18, 0.4), row(0.02, 18, 0.5, shape="cosine")),
+        row(0.002, 35, 0.7, device="there", allowed=702),
+    ]
+    figure = figures.draw_budgets(rows)
+    shown = {
+        axis.get_title(): {
+            line.get_label(): list(line.get_ydata())
+            for line in axis.lines
+            if line.get_marker() not in ("None", None, "") and len(line.get_ydata())
+        }
+        for axis in figure.axes
+    }
+    short, long = "+SP, linear decay of 5% of the steps", "+SP, linear decay of 100% of the steps"
+    assert shown == {
+        "learning rate 0.02, here": {short: [0.4], "+SP, cosine decay of 5% of the steps": [0.5]},
+        "learning rate 0.002, here": {
+            short: [0.3],
+            "+SR, linear decay of 5% of the steps": [0.2],
+            long: [-1.0],
+        },
+        "learning rate 0.002, there": {short: [0.7]},
+    }
+    assert [t.get_text() for t in figure.axes[2].get_xticklabels()] == ["702"]
+    assert len({axis.get_ylim() for axis in figure.axes}) == 1
+    (legend,) = figure.legends
+    assert sorted(t.get_text() for t in legend.get_texts()) == sorted(
+        {label for panel in shown.values() for label in panel}
+    )
+
+
 def test_decay_lengths_are_drawn_by_share_and_a_line_per_kind():
     def row(rate, steps, mean, low=None, high=None, device="here", shape="linear", allowed=1000):
         versus = None if steps is None else Difference(4, 4, mean, 1.0, low, high, 1.0, [], [])
