@@ -125,3 +125,15 @@ def test_the_continuous_integration_runs_the_readmes_test_command():
     assert os.access(script, os.X_OK)
     assert "make test" in script.read_text(encoding="utf-8")
     assert "make test" in commands()
+
+
+def test_its_differences_are_those_of_the_generated_tables():
+    text, results = (
+        " ".join(t.split()) for t in (README, (ROOT / "RESULTS.md").read_text("utf-8"))
+    )
+    ours = results.index("## Reading"), results.index("## Runs")
+    tables = results[: ours[0]] + results[ours[1] :]
+    found = re.findall(r"[+-]\d+\.\d+ \[[+-]\d+\.\d+, [+-]\d+\.\d+\]", text)
+    assert len(found) > 10
+    for difference in found:
+        assert difference in tables, difference
