@@ -203,7 +203,7 @@ def _lengths(paths: list[Path], out: Path | None, *, chosen: bool) -> None:
         out = lengths.KEPT if chosen else lengths.BUDGETS
     if paths:
         lengths.keep(kept.read(paths), out, chosen=chosen)
-    print(lengths.table(kept.read([out])).markdown())
+    print(lengths.markdown(kept.read([out])))
 
 
 def _common(command: argparse.ArgumentParser) -> None:

@@ -465,8 +465,8 @@ def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
     shares: dict[tuple[bool, str, Variant], set[int]] = {}
     for row in sorted(rows, key=lambda row: (-row.learning_rate, row.device, row.allowed)):
         if row.difference is not None and row.share is not None:
-            panel = panels.setdefault((f"learning rate {row.learning_rate:g}", row.device), [])
-            panel.append((row, row.difference))
+            place = f"learning rate {row.learning_rate:g}", row.device
+            panels.setdefault(place, []).append((row, row.difference))
             shares.setdefault(_decay_kind(row), set()).add(round(100 * row.share))
     kinds = sorted(shares, key=lambda kind: (kind[0], kind[1] != "linear", ORDER.index(kind[2])))
     shaped = len({shape for _, shape, _ in kinds}) > 1
@@ -475,7 +475,7 @@ def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
     reach = 1.5 * max(means, default=0.0) + 1
     ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50) if t <= reach]
     axes = figure.subplots(1, max(len(panels), 1), sharey=True, squeeze=False)[0]
-    for axis, (panel, members) in zip(axes, panels.items(), strict=False):
+    for axis, (place, members) in zip(axes, panels.items(), strict=False):
         allowed = sorted({row.allowed for row, _ in members})
         for i, kind in enumerate(kinds):
             long, shape, variant = kind
@@ -493,7 +493,7 @@ def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
                 fillstyle="none" if long else "full",
                 label=f"{NAMES[variant]}, {f'{shape} ' * shaped}decay of {of}% of the steps",
             )
-        axis.set_title(", ".join(k for k, apart in zip(panel, differ, strict=True) if apart))
+        axis.set_title(", ".join(k for k, apart in zip(place, differ, strict=True) if apart))
         axis.set_yscale("symlog", linthresh=1)
         axis.set_yticks([*(-t for t in ticks), 0, *ticks])
         axis.yaxis.set_minor_locator(NullLocator())

@@ -11,7 +11,7 @@ another ``[smooth]``.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ class Row:
     """One fine-tuning and decay.
 
     Attributes:
+        recipe: all that the runs depend on but their seed, decay and number of steps, as text.
         allowed: training steps of the stage ``prune``, the decay's among them.
         learning_rate: of the stage ``prune``.
         variant: of the runs.
@@ -94,12 +95,14 @@ class Row:
         device: the machine that the runs were made on.
         final: accuracy over the seeds, in percent.
         seeds: in order.
+        networks: the dense network that each seed's run started from.
         difference: to the base of the same fine-tuning on the same machine over the seeds that
             both have, in points; ``None`` without any.
         to_chance: the same, to releasing as many by chance; ``None`` but for ``sr``, and without.
         released: structures; ``None`` for variants that release none.
     """
 
+    recipe: str
     allowed: int
     learning_rate: float
     variant: Variant
@@ -107,6 +110,7 @@ class Row:
     device: str
     final: Summary
     seeds: list[int]
+    networks: Mapping[int, int]
     difference: Difference | None
     to_chance: Difference | None = None
     released: Summary | None = None
@@ -132,6 +136,7 @@ def rows(records: Sequence[Record]) -> list[Row]:
             released = summary([r.structures.released for r in members])
             listed.append(
                 Row(
+                    _recipe(members[0]),
                     members[0].steps.total,
                     members[0].settings.stages["prune"].learning_rate,
                     variant,
@@ -139,6 +144,7 @@ def rows(records: Sequence[Record]) -> list[Row]:
                     device,
                     summary(list(final.values())),
                     sorted(final),
+                    start,
                     None if variant == "base" else difference(final, base, start),
                     difference(final, chance, start),
                     None if variant in ("base", "sp") else released,
@@ -182,6 +188,55 @@ def table(records: Sequence[Record]) -> Table:
     return Table(header, lines)
 
 
+def markdown(records: Sequence[Record]) -> str:
+    """The table, and what decays of one share are worth over all numbers of steps."""
+    lines = "\n".join(f"- {line}" for line in over_steps(rows(records)))
+    return "\n\n".join([table(records).markdown(), *([lines] if lines else [])])
+
+
+def over_steps(found: Sequence[Row]) -> list[str]:
+    """What decays of the same share of the steps are worth, over all numbers of steps.
+
+    A line for each recipe, machine, share and variant with several numbers of steps. All their
+    pairs count, those of one dense network as one: see :func:`.pairs.difference`.
+    """
+    alike: dict[tuple[str, str, str, int, Variant], list[Row]] = {}
+    for row in found:
+        if row.decay is not None and row.share is not None:
+            share = round(100 * row.share)
+            kind = row.recipe, row.device, row.decay.shape, share, row.variant
+            alike.setdefault(kind, []).append(row)
+    apart = len({row.device for row in found}) > 1
+    lines = []
+    for (_, device, shape, share, variant), members in alike.items():
+        for other, versus in (
+            ("base", [row.difference for row in members]),
+            (NAMES["random"], [row.to_chance for row in members]),
+        ):
+            told = [(row, d) for row, d in zip(members, versus, strict=True) if d is not None]
+            allowed = [f"{steps:,}" for steps in sorted({row.allowed for row, _ in told})]
+            if len(allowed) < 2:
+                continue
+            pairs = [
+                (value, row.networks[seed])
+                for row, d in told
+                for seed, value in zip(d.seeds, d.values, strict=True)
+            ]
+            whole = difference(
+                {i: value for i, (value, _) in enumerate(pairs)},
+                dict.fromkeys(range(len(pairs)), 0.0),
+                {i: network for i, (_, network) in enumerate(pairs)},
+            )
+            if whole is not None:
+                steps = f"{', '.join(allowed[:-1])} and {allowed[-1]}"
+                lines.append(
+                    f"{NAMES[variant]} minus {other}, {shape} decays of {share}% of {steps} steps, "
+                    f"learning rate {members[0].learning_rate:g}{f', {device}' * apart}: "
+                    f"{whole.interval}, {whole.counted}"
+                )
+    return lines
+
+
 def _cells(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
     """Records that differ in seed and decay alone, by their fine-tuning and machine."""
     cells: dict[tuple[str, str], list[Record]] = {}
@@ -199,6 +254,16 @@ def _fine_tuning(record: Record) -> str:
     """All that a run depends on but its seed and its decay, as text."""
     whole = as_before(record.config)  # a later release's may stand beside an earlier one's
     config = {k: v for k, v in whole.items() if k not in ("name", "smooth", "curve")}
+    return json.dumps(config, sort_keys=True)
+
+
+def _recipe(record: Record) -> str:
+    """The same without the length of the fine-tuning."""
+    config = json.loads(_fine_tuning(record))
+    stage = config["stages"]["prune"]
+    config["stages"]["prune"] = {
+        k: v for k, v in stage.items() if k not in ("epochs", "milestones")
+    }
     return json.dumps(config, sort_keys=True)
 
 

@@ -160,7 +160,7 @@ def _of_decays(records: Sequence[Record], title: str, picture: Path, root: Path)
     if not records:
         return ""
     link = f"![{title}]({picture.relative_to(root).as_posix()})"
-    return f"{link}\n\n{lengths.table(records).markdown()}"
+    return f"{link}\n\n{lengths.markdown(records)}"
 
 
 def published_tables(figures: Published) -> str:

@@ -134,7 +134,7 @@ def test_a_decays_worth_is_told_by_the_steps_there_are_from_test_images(tmp_path
     kept = tmp_path / "budgets.jsonl"
     runs = [save(tmp_path / str(i), r) for i, r in enumerate(BUDGETS)]
     assert main(["budgets", *map(str, runs), "--out", str(kept)]) == 0
-    assert capsys.readouterr().out == lengths.table(BUDGETS).markdown() + "\n"
+    assert capsys.readouterr().out == lengths.markdown(BUDGETS) + "\n"
     assert len(kept.read_text().splitlines()) == len(BUDGETS)
     found = [
         (r.allowed, r.variant, steps(r), r.difference and r.difference.mean)
@@ -145,6 +145,45 @@ def test_a_decays_worth_is_told_by_the_steps_there_are_from_test_images(tmp_path
         (100, "random", 5, 0.0),
         *((100, "sp", 100, -20.0), (400, "base", None, None), (400, "sp", 400, -20.0)),
     ]
+
+
+def test_decays_of_one_share_are_counted_over_all_numbers_of_steps_network_by_network():
+    gains = {(100, 0): 1.0, (100, 1): -0.5, (100, 2): 0.6, (400, 0): 0.2, (400, 3): 2.1}
+    others = [
+        # Another share, rate, machine or network, one number of steps alone, no base.
+        *(allowed("sp", 0, 90.0, epochs=e, steps=50) for e in (1, 4)),
+        *(allowed(v, 0, 90.0, epochs=1, steps=5, rate=0.002) for v in ("base", "sp")),
+        *(allowed(v, 0, 90.0, epochs=1, steps=5, device="other") for v in ("base", "sp")),
+        *(allowed("sp", 0, 90.0, epochs=e, steps=10 * e, device="other") for e in (2, 8)),
+    ]
+    elsewhere = [allowed(v, 0, 90.0, epochs=4, steps=20) for v in ("base", "sp")]
+    others += [changed(r, config={**r.config, "model": "vgg11"}) for r in elsewhere]
+    runs = [
+        *(allowed("base", s, 70.0, epochs=e) for s in range(4) for e in (1, 4)),
+        *(
+            allowed("sp", s, 70.0 + g, epochs=n // 100, steps=n // 20)
+            for (n, s), g in gains.items()
+        ),
+        *(allowed("sr", s, 75.0, epochs=e, steps=5 * e) for s in range(2) for e in (1, 4)),
+        *(allowed("random", s, 74.0 - s, epochs=e, steps=5 * e) for s in range(2) for e in (1, 4)),
+        *others,
+    ]
+    # Seeds 0 and 2 start from network 0, 1 and 3 from network 1.
+    means = [(1.0 + 0.6 + 0.2) / 3, (-0.5 + 2.1) / 2]
+    low, high = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    of = "linear decays of 5% of 100 and 400 steps, learning rate 0.02, none"
+    four = "4 pairs of 2 networks"
+    lines = lengths.over_steps(lengths.rows(runs))
+    assert lines == [
+        f"+SP minus base, {of}: +0.70 [{low:+.2f}, {high:+.2f}], 5 pairs of 2 networks",
+        f"+SR minus base, {of}: +5.00 [+5.00, +5.00], {four}",
+        f"+SR minus random release, {of}: +1.50 [-4.85, +7.85], {four}",
+        f"random release minus base, {of}: +3.50 [-2.85, +9.85], {four}",
+    ]
+    text = lengths.markdown(runs)
+    assert text == lengths.table(runs).markdown() + "\n\n" + "\n".join(f"- {x}" for x in lines)
+    alone = [r for r in runs if r.steps.total == 100]
+    assert lengths.markdown(alone) == lengths.table(alone).markdown()
 
 
 def test_releases_are_set_against_as_many_by_chance():
