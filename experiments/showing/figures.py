@@ -452,9 +452,10 @@ def draw_lengths(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
 def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Figure:
     """What a decay gains or costs at the end, by the training steps that there are in all.
 
-    A panel per learning rate and machine. Decays of at least half of the steps, which leave few or
-    none after the removal, are drawn apart from shorter ones, and so is every shape. Beyond one
-    point the scale is logarithmic; intervals that reach the edge go on beyond it.
+    A panel per learning rate and machine, a line per share of the steps that a decay takes, and
+    shape. Those of at least half of the steps, which leave few or none after the removal, are
+    dotted and hollow. Beyond one point the scale is logarithmic; intervals that reach the edge go
+    on beyond it.
 
     Args:
         rows: as :func:`.lengths.rows`.
@@ -462,38 +463,41 @@ def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
     """
     figure = Figure(figsize=size, layout="constrained")
     panels: dict[tuple[str, str], list[tuple[Row, Difference]]] = {}
-    shares: dict[tuple[bool, str, Variant], set[int]] = {}
+    kinds: dict[tuple[bool, bool, int, int], tuple[Variant, str, int]] = {}
     for row in sorted(rows, key=lambda row: (-row.learning_rate, row.device, row.allowed)):
-        if row.difference is not None and row.share is not None:
+        if row.decay is not None and row.difference is not None and row.share is not None:
             place = f"learning rate {row.learning_rate:g}", row.device
             panels.setdefault(place, []).append((row, row.difference))
-            shares.setdefault(_decay_kind(row), set()).add(round(100 * row.share))
-    kinds = sorted(shares, key=lambda kind: (kind[0], kind[1] != "linear", ORDER.index(kind[2])))
-    shaped = len({shape for _, shape, _ in kinds}) > 1
-    differ = [len(set(column)) > 1 for column in zip(*panels, strict=True)]
+            variant, shape, share = kind = _decay_kind(row)
+            order = share >= 50, shape != "linear", share, ORDER.index(variant)
+            kinds[order] = kind
+    ordered = [kind for _, kind in sorted(kinds.items())]
+    shaped = len({shape for _, shape, _ in ordered}) > 1
+    rates = [rate for rate, _ in panels]
     means = [abs(found.mean) for members in panels.values() for _, found in members]
     reach = 1.5 * max(means, default=0.0) + 1
     ticks = [t for t in (0.5, 1, 2, 5, 10, 20, 50) if t <= reach]
     axes = figure.subplots(1, max(len(panels), 1), sharey=True, squeeze=False)[0]
-    for axis, (place, members) in zip(axes, panels.items(), strict=False):
+    for axis, ((rate, device), members) in zip(axes, panels.items(), strict=False):
         allowed = sorted({row.allowed for row, _ in members})
-        for i, kind in enumerate(kinds):
-            long, shape, variant = kind
+        there = [kind for kind in ordered if any(_decay_kind(row) == kind for row, _ in members)]
+        for i, kind in enumerate(ordered):
+            variant, shape, share = kind
             lines = [(row, found) for row, found in members if _decay_kind(row) == kind]
-            aside = (i - (len(kinds) - 1) / 2) * 0.1
+            aside = (sum(k in there for k in ordered[:i]) - (len(there) - 1) / 2) * 0.1
             places = [allowed.index(row.allowed) + aside for row, _ in lines]
             _intervals(axis, places, [found for _, found in lines], COLOURS[variant])
-            of = " or ".join(map(str, sorted(shares[kind])))
             axis.plot(
                 places,
                 [found.mean for _, found in lines],
                 MARKERS[i % len(MARKERS)],
                 color=COLOURS[variant],
-                linestyle=":" if long else "-",
-                fillstyle="none" if long else "full",
-                label=f"{NAMES[variant]}, {f'{shape} ' * shaped}decay of {of}% of the steps",
+                linestyle=":" if share >= 50 else "-",
+                fillstyle="none" if share >= 50 else "full",
+                label=f"{NAMES[variant]}, {f'{shape} ' * shaped}decay of {share}% of the steps",
             )
-        axis.set_title(", ".join(k for k, apart in zip(place, differ, strict=True) if apart))
+        if len(panels) > 1:
+            axis.set_title(rate + f",\n{device}" * (rates.count(rate) > 1), fontsize="medium")
         axis.set_yscale("symlog", linthresh=1)
         axis.set_yticks([*(-t for t in ticks), 0, *ticks])
         axis.yaxis.set_minor_locator(NullLocator())
@@ -505,10 +509,9 @@ def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
     return figure
 
 
-def _decay_kind(row: Row) -> tuple[bool, str, Variant]:
-    """Whether the decay takes half of the steps or more, its shape, and the variant."""
-    shape = "" if row.decay is None else row.decay.shape
-    return (row.share or 0.0) >= 0.5, shape, row.variant
+def _decay_kind(row: Row) -> tuple[Variant, str, int]:
+    """A line of :func:`draw_budgets`: its variant, and the decay's shape and share in percent."""
+    return row.variant, "" if row.decay is None else row.decay.shape, round(100 * (row.share or 0))
 
 
 def _intervals(axis: Axes, places: Sequence[float], of: Sequence[Difference], colour: str) -> None:

@@ -663,7 +663,7 @@ def test_budgets_have_a_panel_per_learning_rate_and_machine_and_a_line_per_shape
 
     rows = [
         *(row(0.002, 18, 0.3), row(0.002, 18, 0.2, variant="sr"), row(0.002, 350, -1.0)),
-        *(row(0.02, 18, 0.4), row(0.02, 18, 0.5, shape="cosine")),
+        *(row(0.02, 18, 0.4), row(0.02, 70, 0.6), row(0.02, 18, 0.5, shape="cosine")),
         row(0.002, 35, 0.7, device="there", allowed=702),
     ]
     figure = figures.draw_budgets(rows)
@@ -677,13 +677,17 @@ def test_budgets_have_a_panel_per_learning_rate_and_machine_and_a_line_per_shape
     }
     short, long = "+SP, linear decay of 5% of the steps", "+SP, linear decay of 100% of the steps"
     assert shown == {
-        "learning rate 0.02, here": {short: [0.4], "+SP, cosine decay of 5% of the steps": [0.5]},
-        "learning rate 0.002, here": {
+        "learning rate 0.02": {
+            short: [0.4],
+            "+SP, linear decay of 20% of the steps": [0.6],
+            "+SP, cosine decay of 5% of the steps": [0.5],
+        },
+        "learning rate 0.002,\nhere": {
             short: [0.3],
             "+SR, linear decay of 5% of the steps": [0.2],
             long: [-1.0],
         },
-        "learning rate 0.002, there": {short: [0.7]},
+        "learning rate 0.002,\nthere": {short: [0.7]},
     }
     assert [t.get_text() for t in figure.axes[2].get_xticklabels()] == ["702"]
     assert len({axis.get_ylim() for axis in figure.axes}) == 1
