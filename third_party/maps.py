@@ -498,6 +498,16 @@ def update(built: Any) -> None:
         built.maps_valid = bool(getattr(built, "module2node", None))
         built.edges = sum(len(node.dependencies) for node in built.module2node.values())
         built.widest = max((max(p.shape, default=1) for p in built.model.parameters()), default=1)
+        built.furthest = _furthest(built)
+
+
+def _furthest(built: Any) -> int:
+    """Beyond all positions there are: what removals leave is never wider than what was traced."""
+    traced = [node.grad_fn for node in built.module2node.values() if not _is_bare(node)]
+    shapes = [_shape(one, 0) for one in traced]
+    if not all(shapes):
+        return int(16 * built.widest)
+    return max(int(built.widest), *(max(shape) for shape in shapes))
 
 
 def forget(built: Any) -> None:

@@ -111,7 +111,8 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
     that wait there.
 
     Raises:
-        EndlessWalkError: it does not end within a bound, see :data:`WALK` and :data:`PAIRS`.
+        EndlessWalkError: it comes where nothing has a position, or does not end within bounds, see
+            :data:`WALK` and :data:`PAIRS`.
         OverflowError: a reshape would make more positions than any layer has.
         UnsupportedLayerError: the layer is not in the graph.
     """
@@ -153,6 +154,8 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
                 if fresh and not waiting:
                     stack.append(at)
             if fresh:
+                if int(there[0].max()) >= built.furthest:  # round and round, each time further on
+                    raise EndlessWalkError({at: there.all() for at, there in reached.items()})
                 steps, pairs = steps + 1, pairs + fresh
                 lost = lost or reached[at].beyond(built)
                 astray = astray or (lost and reached[at].beyond(built, roots(), made=True))

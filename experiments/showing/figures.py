@@ -218,8 +218,10 @@ def _titled(figure: Figure, axis: Axes, what: str, title: str) -> None:
         _legend_above(figure)
 
 
-def _legend_above(figure: Figure, columns: int = 3) -> None:
-    figure.legend(frameon=False, loc="outside upper left", ncols=columns, columnspacing=1.2)
+def _legend_above(figure: Figure, columns: int = 3, of: Axes | None = None) -> None:
+    """A legend of all panels, or of one that has what all have."""
+    shown = () if of is None else of.get_legend_handles_labels()
+    figure.legend(*shown, frameon=False, loc="outside upper left", ncols=columns, columnspacing=1.2)
 
 
 def _layered(layers: Sequence[str], size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -463,15 +465,12 @@ def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
     """
     figure = Figure(figsize=size, layout="constrained")
     panels: dict[tuple[str, str], list[tuple[Row, Difference]]] = {}
-    kinds: dict[tuple[bool, bool, int, int], tuple[Variant, str, int]] = {}
     for row in sorted(rows, key=lambda row: (-row.learning_rate, row.device, row.allowed)):
         if row.decay is not None and row.difference is not None and row.share is not None:
             place = f"learning rate {row.learning_rate:g}", row.device
             panels.setdefault(place, []).append((row, row.difference))
-            variant, shape, share = kind = _decay_kind(row)
-            order = share >= 50, shape != "linear", share, ORDER.index(variant)
-            kinds[order] = kind
-    ordered = [kind for _, kind in sorted(kinds.items())]
+    drawn = {_decay_kind(row) for members in panels.values() for row, _ in members}
+    ordered = sorted(drawn, key=lambda k: (k[2] >= 50, k[1] != "linear", k[2], ORDER.index(k[0])))
     shaped = len({shape for _, shape, _ in ordered}) > 1
     rates = [rate for rate, _ in panels]
     means = [abs(found.mean) for members in panels.values() for _, found in members]
@@ -504,8 +503,7 @@ def draw_budgets(rows: Sequence[Row], size: tuple[float, float] = (8, 4)) -> Fig
         _minus_base(axis, [f"{steps:,}" for steps in allowed], reach)
         axis.label_outer()
     figure.supxlabel("training steps allowed, the decay's among them", fontsize="medium")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside upper left", ncols=2)
+    _legend_above(figure, 2, axes[0])
     return figure
 
 

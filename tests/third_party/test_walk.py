@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from dpm_core.third_party import graph, maps, tracing, walk
+from dpm_core.third_party import graph, maps, tracing, trial, walk
 from dpm_core.third_party.groups import UnsupportedLayerError
 from tests.support.structures import IMAGES, Net, assert_exact, conv, sizes
 
@@ -109,6 +109,64 @@ def test_a_walk_over_layers_that_run_often_takes_as_long_as_the_graph_is(known, 
             with walk.installed(), contextlib.suppress(walk.EndlessWalkError):
                 graph.whole(built, layer, range(layer.out_channels))
             assert 0 < len(steps) <= 4 * built.edges
+
+
+class Turned(nn.Module):
+    """Attention over tokens whose queries and keys are turned by their places, and hidden units.
+
+    In the graph the biases that are concatenated, and the halves that change places, are channels
+    that come round again, further on each time.
+    """
+
+    def __init__(self, width: int, heads: int, prefix: int) -> None:
+        super().__init__()
+        self.heads, self.prefix = heads, prefix
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.q_bias, self.v_bias = (nn.Parameter(torch.randn(width)) for _ in range(2))
+        self.qkv, self.proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 3)
+
+    def turned(self, x: Tensor) -> Tensor:
+        left, x = x[:, :, : self.prefix], x[:, :, self.prefix :]
+        angles = torch.arange(x.shape[2] * x.shape[3]).view(x.shape[2:]).to(x)
+        a, b = x.chunk(2, -1)
+        x = x * angles.cos() + torch.cat([-b, a], -1) * angles.sin()
+        return torch.cat([left, x], 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        n, tokens, width = x.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        parts = F.linear(self.norm(x), self.qkv.weight, bias).view(n, tokens, 3, self.heads, -1)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.turned(q), self.turned(k)
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
+        x = x + self.proj(seen)
+        return self.head(x + self.down(F.gelu(self.up(x))))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.sampled_from([2, 4, 8]), st.integers(1, 3), st.integers(0, 3), st.integers(4, 20), st.data()
+)
+def test_a_walk_that_goes_round_and_further_on_ends_where_no_layer_is(size, heads, prefix, more, d):
+    """A bound on steps alone lets it run for minutes, ever slower."""
+    width, example = size * heads, torch.randn(2, prefix + more, 3)
+    blocks = d.draw(st.integers(1, 2), "blocks")
+    parts = [p for _ in range(blocks) for p in (nn.Linear(3, width), Turned(width, heads, prefix))]
+    model = nn.Sequential(*parts, nn.Linear(3, 3)).eval()
+    built, steps, mapped = tracing.build(model, example), [], maps.mapped
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maps, "mapped", lambda *of: steps.append(of) or mapped(*of))
+        for layer in (m for m in built.module2node if isinstance(m, nn.Linear)):
+            steps.clear()
+            with walk.installed(), contextlib.suppress(walk.EndlessWalkError):
+                graph.whole(built, layer, range(layer.out_features))
+            assert len(steps) <= 8 * built.edges
+    hidden = {name for name, _ in model.named_modules() if name.endswith("up")}
+    found, _ = trial.exact_groups(model, example, skip_unsupported=True)
+    assert {g.root for g in found.groups} >= hidden
 
 
 @pytest.mark.parametrize("times", [1, 3])
