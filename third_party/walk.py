@@ -28,6 +28,8 @@ from torch_pruning.dependency import graph as _graph_module  # noqa: E402
 
 WALK = 40
 """A walk may take this many steps for every edge of the graph; ours. Most take one."""
+AGAIN = 4
+"""A walk beyond all positions there are may come so often to each place, on average; ours."""
 PAIRS = 16
 """A walk may carry this many times as many channels along every edge, on average, as the widest
 layer has; ours. Where each position belongs to one channel of the root, it is once at most."""
@@ -129,7 +131,8 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
     first: Any = tp.dependency.Dependency(function, function, source=node, target=node)
     reached = {(node, function): _Reached(first, start, start)}
     stack, steps, pairs = [(node, function)], 0, len(start)
-    lost = astray = False  # beyond the channels that a layer has, or beyond those that one puts out
+    # Beyond all positions there are, the channels that a layer has, and those that one puts out.
+    far = lost = astray = False
     while stack:
         node, function = stack.pop()
         here = reached[node, function].leave()
@@ -154,16 +157,16 @@ def _group_of(built: Any, layer: nn.Module, function: Any, idxs: Any) -> Group:
                 if fresh and not waiting:
                     stack.append(at)
             if fresh:
-                if int(there[0].max()) >= built.furthest:  # round and round, each time further on
-                    raise EndlessWalkError({at: there.all() for at, there in reached.items()})
                 steps, pairs = steps + 1, pairs + fresh
+                far = far or int(there[0].max()) >= built.furthest
                 lost = lost or reached[at].beyond(built)
                 astray = astray or (lost and reached[at].beyond(built, roots(), made=True))
             # Positions that a layer does not have are refused anyhow, but where little is to be
             # done, other reasons may be plainer.
             most = max(10, built.edges)
             much = max(steps / WALK, pairs / (PAIRS * built.widest)) / most
-            if much > 1 or (astray and much > 1 / WALK) or (lost and steps > most):
+            again = far and steps > AGAIN * len(reached)  # round and round, further on each time
+            if much > 1 or (astray and much > 1 / WALK) or (lost and steps > most) or again:
                 raise EndlessWalkError({at: there.all() for at, there in reached.items()})
     group = Group()
     group._DG = built
