@@ -178,7 +178,8 @@ def _plots(runs: list[Run], out: Path) -> None:
         print(picture)
 
 
-def _show(command: str, runs: list[Run], out: Path) -> None:
+def _show(command: str, paths: list[Path], out: Path) -> None:
+    runs = kept.located(paths)
     if command == "table":
         records = [record for _, record in runs]
         print(table.markdown(records), end="\n\n")
@@ -186,9 +187,12 @@ def _show(command: str, runs: list[Run], out: Path) -> None:
     elif command == "plots":
         _plots(runs, out)
     elif command == "report":
+        from .showing.lengths import BUDGETS
         from .showing.report import report
+        from .showing.results import RECORDS
 
-        print(report(runs, out / "report.html"))
+        ours = [path.resolve() for path in paths] == [RECORDS.resolve()] and BUDGETS.exists()
+        print(report(runs, out / "report.html", kept.read([BUDGETS]) if ours else ()))
     else:
         from .showing.results import keep
 
@@ -286,7 +290,7 @@ def _carry_out(args: argparse.Namespace) -> None:
     elif args.command in ("lengths", "budgets"):
         _lengths(args.paths, args.out, chosen=args.command == "lengths")
     else:
-        _show(args.command, kept.located(args.paths or [args.out]), args.out)
+        _show(args.command, args.paths or [args.out], args.out)
 
 
 if __name__ == "__main__":

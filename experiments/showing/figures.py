@@ -17,7 +17,7 @@ from ..record import CONTROLS, ORDER, Record, Timed, Variant
 from .lengths import Row
 from .norms import Kind, Sample
 from .pairs import Difference
-from .sections import DIFFERENCES, NAMES, by_variant, dense, minus, summary
+from .sections import DIFFERENCES, NAMES, Answers, by_variant, dense, summary
 
 Samples = Mapping[Variant, Sample]
 """Sampled norms by variant."""
@@ -367,24 +367,22 @@ def draw_latency(
     return figure
 
 
-def draw_differences(
-    members_by_name: Mapping[str, Sequence[Record]], size: tuple[float, float] = (7, 5)
-) -> Figure:
-    """Differences of final accuracy with their 95% intervals, a line per section and question.
+def draw_differences(answers: Mapping[str, Answers], size: tuple[float, float] = (7, 5)) -> Figure:
+    """Differences of final accuracy with their 95% intervals, a line per cell and question.
 
     A hollow marker has no interval: its pairs start from one network. Intervals that reach the
     edge go on beyond it.
 
     Args:
-        members_by_name: the records of each section, under a short name, in their order.
+        answers: of each cell, under a short name, in their order.
         size: in inches.
     """
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     shown: list[float] = []
-    for row, members in enumerate(members_by_name.values()):
+    for row, cell in enumerate(answers.values()):
         for i, (one, other) in enumerate(DIFFERENCES):
-            found = minus(members, one, other)
+            found = cell.differences.get((one, other))
             if found is None:
                 continue
             shown.append(abs(found.mean))
@@ -397,7 +395,7 @@ def draw_differences(
     reach = max(1.2 * max(shown, default=0.0), 1.0)
     axis.set_xlim(-reach, reach)
     axis.axvline(0, color=DENSE, zorder=0)
-    axis.set_yticks(range(len(members_by_name)), list(members_by_name))
+    axis.set_yticks(range(len(answers)), list(answers))
     axis.invert_yaxis()
     axis.set_xlabel("difference of final accuracy, points")
     handles = [

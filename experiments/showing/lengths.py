@@ -25,7 +25,16 @@ from ..record import ORDER, Record, Variant
 from .grid import Table
 from .kept import as_lines, read
 from .pairs import Difference, difference
-from .sections import NAMES, Summary, started_apart, summary
+from .sections import (
+    DIFFERENCES,
+    NAMES,
+    Answers,
+    Summary,
+    Versus,
+    gains,
+    started_apart,
+    summary,
+)
 
 KEPT = Path(__file__).parents[1] / "results" / "lengths.jsonl"
 BUDGETS = KEPT.with_name("budgets.jsonl")
@@ -188,53 +197,125 @@ def table(records: Sequence[Record]) -> Table:
     return Table(header, lines)
 
 
+@dataclass(frozen=True)
+class Decays:
+    """Decays of the same share of several numbers of steps, on one machine.
+
+    Attributes:
+        recipe, device, learning_rate: as of each :class:`Row`.
+        shape: of the decays.
+        percent: of the steps, rounded.
+    """
+
+    recipe: str
+    device: str
+    learning_rate: float
+    shape: str
+    percent: int
+
+
+@dataclass(frozen=True)
+class OverSteps:
+    """What such decays are worth.
+
+    Attributes:
+        versus: a variant, and what is subtracted from it.
+        allowed: the numbers of steps, in order.
+        difference: over all pairs, those of one dense network as one; in points.
+    """
+
+    versus: Versus
+    allowed: list[int]
+    difference: Difference
+
+    def line(self, of: Decays, *, with_device: bool) -> str:
+        """As text, for a list of them."""
+        one, other = (NAMES[variant] for variant in self.versus)
+        steps = [f"{steps:,}" for steps in self.allowed]
+        return (
+            f"{one} minus {other}, {of.shape} decays of {of.percent}% of {', '.join(steps[:-1])} "
+            f"and {steps[-1]} steps, learning rate {of.learning_rate:g}"
+            f"{f', {of.device}' * with_device}: {self.difference.interval}, "
+            f"{self.difference.counted}"
+        )
+
+
 def markdown(records: Sequence[Record]) -> str:
     """The table, and what decays of one share are worth over all numbers of steps."""
-    lines = "\n".join(f"- {line}" for line in over_steps(rows(records)))
-    return "\n\n".join([table(records).markdown(), *([lines] if lines else [])])
+    found = rows(records)
+    apart = len({row.device for row in found}) > 1
+    lines = [
+        f"- {one.line(decays, with_device=apart)}"
+        for decays, told in over_steps(found).items()
+        for one in told
+    ]
+    return "\n\n".join([table(records).markdown(), *(["\n".join(lines)] if lines else [])])
 
 
-def over_steps(found: Sequence[Row]) -> list[str]:
+def over_steps(found: Sequence[Row]) -> dict[Decays, list[OverSteps]]:
     """What decays of the same share of the steps are worth, over all numbers of steps.
 
-    A line for each recipe, machine, share and variant with several numbers of steps. All their
-    pairs count, those of one dense network as one: see :func:`.pairs.difference`.
+    All their pairs count, those of one dense network as one: see :func:`.pairs.difference`. What
+    was run with one number of steps alone is left out.
     """
-    alike: dict[tuple[str, str, str, int, Variant], list[Row]] = {}
+    alike: dict[Decays, dict[Variant, list[Row]]] = {}
     for row in found:
         if row.decay is not None and row.share is not None:
-            share = round(100 * row.share)
-            kind = row.recipe, row.device, row.decay.shape, share, row.variant
-            alike.setdefault(kind, []).append(row)
-    apart = len({row.device for row in found}) > 1
-    lines = []
-    for (_, device, shape, share, variant), members in alike.items():
-        for other, versus in (
-            ("base", [row.difference for row in members]),
-            (NAMES["random"], [row.to_chance for row in members]),
-        ):
-            told = [(row, d) for row, d in zip(members, versus, strict=True) if d is not None]
-            allowed = [f"{steps:,}" for steps in sorted({row.allowed for row, _ in told})]
-            if len(allowed) < 2:
-                continue
-            pairs = [
-                (value, row.networks[seed])
-                for row, d in told
-                for seed, value in zip(d.seeds, d.values, strict=True)
-            ]
-            whole = difference(
-                {i: value for i, (value, _) in enumerate(pairs)},
-                dict.fromkeys(range(len(pairs)), 0.0),
-                {i: network for i, (_, network) in enumerate(pairs)},
-            )
-            if whole is not None:
-                steps = f"{', '.join(allowed[:-1])} and {allowed[-1]}"
-                lines.append(
-                    f"{NAMES[variant]} minus {other}, {shape} decays of {share}% of {steps} steps, "
-                    f"learning rate {members[0].learning_rate:g}{f', {device}' * apart}: "
-                    f"{whole.interval}, {whole.counted}"
-                )
-    return lines
+            percent = round(100 * row.share)
+            kind = Decays(row.recipe, row.device, row.learning_rate, row.decay.shape, percent)
+            alike.setdefault(kind, {}).setdefault(row.variant, []).append(row)
+    worth: dict[Decays, list[OverSteps]] = {}
+    others: tuple[Variant, ...] = ("base", "random")
+    for kind, by_variant in alike.items():
+        for variant, members in by_variant.items():
+            for other in others:
+                versus = [r.difference if other == "base" else r.to_chance for r in members]
+                told = [(row, d) for row, d in zip(members, versus, strict=True) if d is not None]
+                allowed = sorted({row.allowed for row, _ in told})
+                whole = _together(told)
+                if len(allowed) > 1 and whole is not None:
+                    one = OverSteps((variant, other), allowed, whole)
+                    worth.setdefault(kind, []).append(one)
+    return worth
+
+
+def _together(told: Sequence[tuple[Row, Difference]]) -> Difference | None:
+    """The differences of several rows as one, all pairs of a dense network together."""
+    pairs = [
+        (value, row.networks[seed])
+        for row, d in told
+        for seed, value in zip(d.seeds, d.values, strict=True)
+    ]
+    return difference(
+        {i: value for i, (value, _) in enumerate(pairs)},
+        dict.fromkeys(range(len(pairs)), 0.0),
+        {i: network for i, (_, network) in enumerate(pairs)},
+    )
+
+
+def answers(records: Sequence[Record]) -> dict[str, Answers]:
+    """What decays over several numbers of steps say to what a reader asks of a cell.
+
+    Those of the lowest learning rate first, where a decay is worth most. Decays that were run as
+    ``sp`` alone are left out: they were tried for their length.
+    """
+    first = {(_recipe(r), r.device): r for r in reversed(records)}
+    named: dict[str, Answers] = {}
+    worth = sorted(over_steps(rows(records)).items(), key=lambda item: item[0].learning_rate)
+    for decays, told in worth:
+        found = {one.versus: one.difference for one in told if one.versus in DIFFERENCES}
+        if not any(variant == "sr" for variant, _ in found):
+            continue
+        record = first[decays.recipe, decays.device]
+        allowed = sorted({steps for one in told for steps in one.allowed})
+        name = (
+            f"{record.framework}-{record.model}, {allowed[0]:,} to {allowed[-1]:,} steps at "
+            f"{decays.learning_rate:g}"
+        )
+        if name in named:
+            name += f", {decays.shape}, {decays.percent}%, {decays.device}"
+        named[name] = Answers(found, gains([record]))
+    return named
 
 
 def _cells(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:

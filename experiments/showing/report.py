@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import statistics
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 
 from ..files import save_text
 from ..record import ORDER, Record, Speed, Variant
-from . import figures
+from . import figures, lengths
 from .figures import COLOURS
 from .grid import Table, text
 from .kept import Run
 from .norms import LINES, find_norms
 from .page import DARK, SIZE, STYLE, Page, palette
 from .sections import (
-    DIFFERENCES,
     NAMES,
+    Answers,
+    answers,
     by_variant,
     dense,
     heading,
-    minus,
-    paired,
     sections,
-    short_names,
     summary,
 )
 from .table import compared
@@ -45,13 +43,15 @@ VARIANT_NOTES: dict[Variant, str] = {
 ENGINES = {"torch": "PyTorch", "onnxruntime": "onnxruntime"}
 
 
-def report(runs: Sequence[Run], out: Path) -> Path:
+def report(runs: Sequence[Run], out: Path, budgets: Sequence[Record] = ()) -> Path:
     """Write the page.
 
     Args:
         runs: each record with the file it was read from, as of :func:`.kept.located`;
             norms are looked for beside it.
         out: the page.
+        budgets: runs of decays over several numbers of steps, as :func:`.lengths.keep` keeps
+            them; the overview tells what they are worth.
 
     Returns:
         Its path.
@@ -72,7 +72,7 @@ def report(runs: Sequence[Run], out: Path) -> Path:
             dark=palette(DARK),
             runs=f"{len(records)} runs" if len(records) != 1 else "1 run",
             links=_links(found),
-            overview=_overview(page, found),
+            overview=_overview(page, found, lengths.answers(budgets)),
             legend=_legend(records),
             sections="\n".join(parts),
         )
@@ -101,7 +101,9 @@ def _legend(records: Sequence[Record]) -> str:
     )
 
 
-def _overview(page: Page, found: Sequence[tuple[str, list[Record]]]) -> str:
+def _overview(
+    page: Page, found: Sequence[tuple[str, list[Record]]], of_steps: Mapping[str, Answers]
+) -> str:
     variants = [v for v in ORDER if any(m.variant == v for _, ms in found for m in ms)]
     body = []
     by_data: dict[str, dict[str, list[Record]]] = {}
@@ -123,7 +125,7 @@ def _overview(page: Page, found: Sequence[tuple[str, list[Record]]]) -> str:
         by_data.setdefault(first.data, {})[name] = members
     header = ["experiment", "dense", *(NAMES[v] for v in variants)]
     parts = []
-    if differences := _differences(page, found):
+    if differences := _differences(page, {**of_steps, **answers(found)}):
         parts += ['<div class="figures">', differences, "</div>"]
     parts.append(Table([*header, "MACs left, %"], body, "Final accuracy, % (mean ± spread)").html())
     drawn = []
@@ -147,20 +149,19 @@ def _overview(page: Page, found: Sequence[tuple[str, list[Record]]]) -> str:
     return "\n".join([*parts, '<div class="figures">', *drawn, "</div>"])
 
 
-def _differences(page: Page, of: Sequence[tuple[str, list[Record]]]) -> str:
-    named = paired(short_names(of))
+def _differences(page: Page, asked: Mapping[str, Answers]) -> str:
     said = [
         f"{name}, {NAMES[one]} minus {NAMES[other]}: {found.interval}"
-        for name, members in named.items()
-        for one, other in DIFFERENCES
-        if (found := minus(members, one, other)) is not None
+        for name, cell in asked.items()
+        for (one, other), found in cell.differences.items()
     ]
     if not said:
         return ""
     return page.figure(
-        figures.draw_differences(named, (9, 1 + 0.5 * len(named))),
+        figures.draw_differences(asked, (9, 1 + 0.5 * len(asked))),
         "What it is worth",
-        "Differences over pairs with their 95% intervals; the first line is of the most training. "
+        "Differences over pairs with their 95% intervals; those over several numbers of steps come "
+        "first, then the most training. "
         "Hollow: pairs of one dense network, which have no interval. A line that reaches the edge "
         "goes on.",
         f"Differences of final accuracy, in points. {'; '.join(said)}.",

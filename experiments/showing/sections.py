@@ -20,7 +20,9 @@ NAMES: dict[Variant, str] = {
     "least-resistant": "least resistant",
 }
 """What tables and plots call the variants."""
-DIFFERENCES: tuple[tuple[Variant, Variant], ...] = (
+Versus = tuple[Variant, Variant]
+"""A variant, and what is subtracted from it."""
+DIFFERENCES: tuple[Versus, ...] = (
     ("sp", "base"),
     ("sr", "base"),
     ("sr", "random"),
@@ -67,6 +69,20 @@ class Row:
     decayed: Summary
     difference: Difference | None
     published: float | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one cell says to :data:`DIFFERENCES`.
+
+    Attributes:
+        differences: of final accuracy, in points; only those that have pairs.
+        published: what is published for the framework, by variant: its accuracy minus that of the
+            framework alone, in points.
+    """
+
+    differences: Mapping[Versus, Difference]
+    published: Mapping[Variant, float]
 
 
 # ---------------------------------------------------------------------- sections
@@ -174,13 +190,14 @@ def short_names(sections: Sequence[tuple[str, list[Record]]]) -> dict[str, list[
     return named
 
 
-def paired(members_by_name: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[Record]]:
-    """Those sections that have any of :data:`DIFFERENCES`."""
-    return {
-        name: members
-        for name, members in members_by_name.items()
-        if any(minus(members, one, other) for one, other in DIFFERENCES)
-    }
+def answers(sections: Sequence[tuple[str, list[Record]]]) -> dict[str, Answers]:
+    """Of those sections that have any, by :func:`short_names`."""
+    found = {}
+    for name, members in short_names(sections).items():
+        told = {pair: d for pair in DIFFERENCES if (d := minus(members, *pair)) is not None}
+        if told:
+            found[name] = Answers(told, gains(members))
+    return found
 
 
 def by_variant(
@@ -249,6 +266,16 @@ def minus(records: Sequence[Record], one: Variant, other: Variant) -> Difference
         return {r.seed: r.accuracy.final for r in records if r.variant == variant}
 
     return difference(finals(one), finals(other), {r.seed: r.network for r in records})
+
+
+def gains(records: Sequence[Record]) -> dict[Variant, float]:
+    """What is published for the counterparts of some variants, minus that of base, in points."""
+    figures = benchmark(records)
+    if figures is None:
+        return {}
+    top1 = {variant: figures.top1(*counterpart(records), variant) for variant in ORDER}
+    start = top1.pop("base")
+    return {v: round(t - start, 2) for v, t in top1.items() if t is not None and start is not None}
 
 
 def counterpart(records: Sequence[Record]) -> tuple[str, bool]:

@@ -12,13 +12,13 @@ from .pairs import Difference, difference
 from .sections import (
     DIFFERENCES,
     NAMES,
+    Answers,
     Row,
     benchmark,
     by_variant,
     contrasts,
-    counterpart,
     dense,
-    minus,
+    gains,
     rows,
     sections,
     started_apart,
@@ -80,14 +80,13 @@ def compared(title: str, members: Sequence[Record]) -> Compared:
         title: the section's.
         members: its records.
     """
-    table, published = rows(members), benchmark(members)
-    header, start = [*HEADER], None
+    table, published, gained = rows(members), benchmark(members), gains(members)
+    header = [*HEADER]
     if published is not None:
         header[header.index("paper")] = f"paper ({published.network}, {published.data}), %"
-        start = published.top1(*counterpart(members), "base")
     differences = contrasts(members)
     return Compared(
-        Table(header, [_cells(row, start) for row in table], f"{title}; {_training(members)}"),
+        Table(header, [_cells(row, gained) for row in table], f"{title}; {_training(members)}"),
         [_contrast(other, versus) for other, versus in differences]
         + [
             f"{NAMES[row.variant]} minus base by seed: {row.difference.by_seed}"
@@ -98,27 +97,26 @@ def compared(title: str, members: Sequence[Record]) -> Compared:
     )
 
 
-def differences(members_by_name: Mapping[str, Sequence[Record]]) -> Table:
-    """What a reader asks of every section, a line for each: the text to the picture of them.
+def differences(answers: Mapping[str, Answers]) -> Table:
+    """What a reader asks of every cell, a line for each: the text to the picture of them.
 
     Args:
-        members_by_name: the records of each section, under a short name, in their order.
+        answers: of each cell, under a short name, in their order.
     """
     lines = []
-    for name, members in members_by_name.items():
-        found = {pair: minus(members, *pair) for pair in DIFFERENCES}
-        published = {row.variant: row.published for row in rows(members)}
-        most = max((d for d in found.values() if d), key=lambda d: d.pairs, default=None)
-        cells = []
-        for (one, other), versus in found.items():
-            if versus is None or most is None:
-                cells.append("-")
+    for name, cell in answers.items():
+        most = max(cell.differences.values(), key=lambda d: d.pairs)
+        texts = []
+        for one, other in DIFFERENCES:
+            versus = cell.differences.get((one, other))
+            if versus is None:
+                texts.append("-")
                 continue
-            gained = _gain(published[one], published["base"]) if other == "base" else None
-            paper = f" ({gained})" if gained else ""
+            gained = cell.published.get(one) if other == "base" else None
+            paper = "" if gained is None else f" ({gained:+g})"
             fewer = f", {versus.counted}" if versus.pairs < most.pairs else ""
-            cells.append(f"{versus.interval}{paper}{fewer}")
-        lines.append([name, *cells, most.counted if most else "-"])
+            texts.append(f"{versus.interval}{paper}{fewer}")
+        lines.append([name, *texts, most.counted])
     header = ["experiment", *(f"{NAMES[one]} minus {NAMES[other]}" for one, other in DIFFERENCES)]
     caption = (
         "Final accuracy in points, with 95% intervals where there are several networks; in "
@@ -155,8 +153,8 @@ def _training(members: Sequence[Record]) -> str:
     return f"{start} {accuracy:.2f}% after {steps.dense:,} steps, then {steps.total:,} steps"
 
 
-def _cells(row: Row, start: float | None) -> list[str]:
-    """A row's cells; ``start`` is the accuracy that is published for the framework alone."""
+def _cells(row: Row, gained: Mapping[Variant, float]) -> list[str]:
+    """A row's cells; ``gained`` is what is published above the framework alone."""
     released, decayed = row.released.mean, row.decayed.mean
     seeds, versus = len(row.seeds), row.difference
     pairs = seeds if row.variant == "base" else versus.pairs if versus else 0
@@ -170,23 +168,16 @@ def _cells(row: Row, start: float | None) -> list[str]:
         row.at_removal.text(1),
         row.at_removal_reestimated.text(1),
         f"{released:.1f} of {decayed:.0f}" if decayed else "-",
-        _paper(row, start),
+        _paper(row, gained),
         str(pairs) if pairs == seeds else f"{pairs} of {seeds}",
     ]
 
 
-def _paper(row: Row, start: float | None) -> str:
+def _paper(row: Row, gained: Mapping[Variant, float]) -> str:
     top1 = row.published
     if top1 is None:
         return "-"
-    if start is None or row.variant == "base":
-        return f"{top1:g}"
-    return f"{top1:g} ({_gain(top1, start)})"
-
-
-def _gain(top1: float | None, start: float | None) -> str | None:
-    """What is published for a variant above the framework alone, in points."""
-    return None if top1 is None or start is None else f"{round(top1 - start, 2):+g}"
+    return f"{top1:g} ({gained[row.variant]:+g})" if row.variant in gained else f"{top1:g}"
 
 
 def _contrast(other: Variant, versus: Difference) -> str:

@@ -9,7 +9,7 @@ from scipy import stats
 
 from experiments.__main__ import main
 from experiments.errors import RunError
-from experiments.showing import lengths
+from experiments.showing import lengths, sections
 from experiments.showing.kept import read
 from tests.support.records import changed, record, save
 
@@ -170,20 +170,41 @@ def test_decays_of_one_share_are_counted_over_all_numbers_of_steps_network_by_ne
     ]
     # Seeds 0 and 2 start from network 0, 1 and 3 from network 1.
     means = [(1.0 + 0.6 + 0.2) / 3, (-0.5 + 2.1) / 2]
-    low, high = stats.ttest_1samp(means, 0).confidence_interval(0.95)
+    least, most = stats.ttest_1samp(means, 0).confidence_interval(0.95)
     of = "linear decays of 5% of 100 and 400 steps, learning rate 0.02, none"
     four = "4 pairs of 2 networks"
-    lines = lengths.over_steps(lengths.rows(runs))
+    (text,) = lengths.markdown(runs).split(lengths.table(runs).markdown())[1:]
+    lines = [line.removeprefix("- ") for line in text.strip().splitlines()]
     assert lines == [
-        f"+SP minus base, {of}: +0.70 [{low:+.2f}, {high:+.2f}], 5 pairs of 2 networks",
+        f"+SP minus base, {of}: +0.70 [{least:+.2f}, {most:+.2f}], 5 pairs of 2 networks",
         f"+SR minus base, {of}: +5.00 [+5.00, +5.00], {four}",
         f"+SR minus random release, {of}: +1.50 [-4.85, +7.85], {four}",
         f"random release minus base, {of}: +3.50 [-2.85, +9.85], {four}",
     ]
-    text = lengths.markdown(runs)
-    assert text == lengths.table(runs).markdown() + "\n\n" + "\n".join(f"- {x}" for x in lines)
     alone = [r for r in runs if r.steps.total == 100]
     assert lengths.markdown(alone) == lengths.table(alone).markdown()
+    # At a glance: those that +SR was run with, the lowest learning rate first.
+    low = [
+        allowed(v, s, 70.0 + g + s / 10, epochs=e, steps=5 * e, rate=0.002)
+        for v, g in (("base", 0.0), ("sp", 1.0), ("sr", 3.0), ("random", 0.5))
+        for s in range(2)
+        for e in (1, 2)
+    ]
+    long = [
+        allowed("sp", s, 9.0, epochs=e, steps=100 * e, rate=0.002) for s in (0, 1) for e in (1, 2)
+    ]
+    asked = lengths.answers([*runs, *low, *long])
+    of = f"{runs[0].framework}-{runs[0].model}"
+    first, second = f"{of}, 100 to 200 steps at 0.002", f"{of}, 100 to 400 steps at 0.02"
+    assert list(asked) == [first, second]
+    assert {pair: (d.mean, d.counted) for pair, d in asked[first].differences.items()} == {
+        ("sp", "base"): (pytest.approx(1.0), four),
+        ("sr", "base"): (pytest.approx(3.0), four),
+        ("sr", "random"): (pytest.approx(2.5), four),
+    }
+    assert list(asked[second].differences) == [("sp", "base"), ("sr", "base"), ("sr", "random")]
+    assert asked[second].differences["sp", "base"].low == pytest.approx(least)
+    assert asked[first].published == sections.gains([low[0]]) != {}
 
 
 def test_releases_are_set_against_as_many_by_chance():

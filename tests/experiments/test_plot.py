@@ -600,7 +600,8 @@ def test_differences_are_those_of_the_pairs_and_hollow_without_an_interval():
     ]
     several[-1] = record("sr", 1, accuracy__final=several[-1].accuracy.final + 0.4)
     alone = [record(v, 0, accuracy__final=70.0 + up) for v, up in (("base", 0.0), ("sp", -0.5))]
-    (axis,) = figures.draw_differences({"several": several, "alone": alone}).axes
+    asked = sections.answers([("several", several), ("alone", alone)])
+    (axis,) = figures.draw_differences(asked).axes
     marks = [line for line in axis.lines if line.get_marker() not in ("None", None, "")]
     found = [
         (line.get_xdata()[0], round(line.get_ydata()[0]), line.get_fillstyle()) for line in marks
@@ -740,9 +741,10 @@ def test_decay_lengths_are_drawn_by_share_and_a_line_per_kind():
 
 def test_sections_without_any_pair_are_not_asked_for_differences():
     named = {
-        "alone": [record("base", 0)],
-        "a pair": [record("base", 0), record("sp", 0)],
-        "of other seeds": [record("base", 0), record("sp", 1)],
-        "to chance": [record("sr", 0), record("random", 0)],
+        "alone": [("base", 0)],
+        "a pair": [("base", 0), ("sp", 0)],
+        "of other seeds": [("base", 0), ("sp", 1)],
+        "to chance": [("sr", 0), ("random", 0)],
     }
-    assert list(sections.paired(named)) == ["a pair", "to chance"]
+    found = [(name, [record(v, s) for v, s in runs]) for name, runs in named.items()]
+    assert list(sections.answers(found)) == ["a pair", "to chance"]

@@ -11,12 +11,15 @@ from html.parser import HTMLParser
 
 import pytest
 
+from experiments.__main__ import main
 from experiments.errors import RunError
 from experiments.record import CONTROLS, VARIANTS
-from experiments.showing import figures, kept, norms, sections, table
+from experiments.showing import figures, kept, lengths, norms, sections, table
+from experiments.showing import report as reports
 from experiments.showing.grid import Table
 from experiments.showing.page import DARK
 from experiments.showing.report import report
+from experiments.showing.results import RECORDS
 from tests.support.records import record, save_trace
 
 BROWSER = next(
@@ -192,6 +195,40 @@ def test_the_page_has_the_table_and_the_links_of_every_experiment(content, runs)
     assert "made-up, CIFAR-10" in page.words("a")
     # All variants are explained, and named as in the table.
     assert set(sections.NAMES.values()) <= set(page.words("dt"))
+
+
+def test_decays_over_several_numbers_of_steps_come_first_at_a_glance(runs, tmp_path):
+    stage = {"prune": {"epochs": 1, "learning_rate": 0.002}}
+    budgets = [
+        record(
+            variant,
+            seed,
+            config={"stages": stage, "smooth": {"steps": steps // 20}},
+            steps__total=steps,
+            accuracy__final=70.0 + gain + seed,
+        )
+        for variant, gain in (("base", 0.0), ("sp", 0.25), ("sr", 1.5))
+        for seed in (0, 1)
+        for steps in (100, 400)
+    ]
+    content = report(runs, tmp_path / "report.html", budgets).read_text(encoding="utf-8")
+    (said,) = [p["aria-label"] for p in Page(content).all("svg") if "Differences of" in str(p)]
+    first, second = said.removeprefix("Differences of final accuracy, in points. ").split("; ")[:2]
+    assert "100 to 400 steps at 0.002, +SP minus base: +0.25 [" in first
+    assert "100 to 400 steps at 0.002, +SR minus base: +1.50 [" in second
+
+
+def test_the_kept_records_are_shown_with_those_over_several_numbers_of_steps(
+    tmp_path, monkeypatch, capsys
+):
+    given = []
+    monkeypatch.setattr(reports, "report", lambda runs, out, budgets: given.append(list(budgets)))
+    (one,) = RECORDS.glob("depgraph-digits.jsonl")
+    for shown in (RECORDS, one):
+        assert main(["report", str(shown), "--out", str(tmp_path)]) == 0
+    whole, alone = given
+    assert lengths.answers(whole) == lengths.answers(kept.read([lengths.BUDGETS])) != {}
+    assert alone == []
 
 
 def test_speed_is_given_with_batch_threads_and_device(content):

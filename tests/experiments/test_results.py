@@ -209,8 +209,8 @@ def test_results_are_written_from_the_kept_records(root):
     assert len(pictures) == 4  # with that of all differences
     for path in pictures:
         assert f"]({path.relative_to(root).as_posix()})" in text
-    named = sections.short_names(sections.sections(records))
-    assert f"differences.png)\n\n{table.differences(named).markdown()}\n\n## Reading" in text
+    asked = sections.answers(sections.sections(records))
+    assert f"differences.png)\n\n{table.differences(asked).markdown()}\n\n## Reading" in text
     again = {path: path.read_bytes() for path in written if path.suffix == ".md"}
     results.renew(root)
     assert again == {path: path.read_bytes() for path in again}
@@ -250,6 +250,28 @@ def test_budgets_are_drawn_and_shown_where_some_are_kept(root):
     link = f"]({picture.relative_to(root).as_posix()})\n\n"
     assert f"{link}{lengths.table(one).markdown()}\n\n" in text
     assert text.index("## The steps allowed") < text.index(link)
+    more = [
+        record(
+            variant,
+            seed,
+            config={
+                "stages": {"prune": {**stages["prune"], "epochs": epochs}},
+                "smooth": {"steps": 50 * epochs},
+            },
+            config_hash=f"p{epochs}",
+            steps__total=1000 * epochs,
+        )
+        for variant in ("base", "sp", "sr")
+        for seed in (0, 1)
+        for epochs in (1, 2)
+    ]
+    lengths.keep(more, tried, chosen=False)
+    results.renew(root)
+    text = (root / "RESULTS.md").read_text()
+    records = kept.read([root / results.RECORDS.relative_to(results.ROOT)])
+    asked = {**lengths.answers(more), **sections.answers(sections.sections(records))}
+    assert next(iter(asked)).endswith("1,000 to 2,000 steps at 0.02")
+    assert f"differences.png)\n\n{table.differences(asked).markdown()}\n\n" in text
 
 
 def test_records_are_kept_beside_those_that_are_kept_already(root):
