@@ -25,6 +25,7 @@ from .sections import (
     dense,
     heading,
     sections,
+    short_names,
     summary,
 )
 from .table import compared
@@ -87,9 +88,8 @@ def _figure(values: Sequence[float], digits: int) -> str:
 def _links(found: Sequence[tuple[str, list[Record]]]) -> str:
     links = ['<li><a href="#overview">Overview</a></li>']
     links.append('<li><a href="#how">How to read this</a></li>')
-    for i, (_, members) in enumerate(found, start=1):
-        first = members[0]
-        links.append(f'<li><a href="#s{i}">{text(first.name)}, {text(first.data)}</a></li>')
+    for i, name in enumerate(short_names(found), start=1):
+        links.append(f'<li><a href="#s{i}">{text(name)}</a></li>')
     return "\n".join(links)
 
 

@@ -50,8 +50,9 @@ LATER = {
 # Adam and its like divide by the size of past gradients. Where a gradient is zero but for rounding,
 # as those of biases before a BatchNorm are, that multiplies rounding by the rate over epsilon; in
 # double precision it stays far below what the tests allow. A weight decay that is added to such a
-# gradient feeds it back: near zero, where these biases begin, each step multiplies what rounding has
-# made of them by the rate times the decay over epsilon. So epsilon is large there, and this a fifth.
+# gradient feeds it back: near zero, where these biases begin, each step multiplies what rounding
+# has made of them by the rate times the decay over epsilon. So epsilon is large there, and this is
+# a fifth.
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-2),
     "nesterov": lambda p: SGD(p, 0.05, momentum=0.9, weight_decay=1e-2, nesterov=True),
