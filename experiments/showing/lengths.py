@@ -38,12 +38,20 @@ from .sections import (
 
 KEPT = Path(__file__).parents[1] / "results" / "lengths.jsonl"
 BUDGETS = KEPT.with_name("budgets.jsonl")
+OTHERS: dict[Variant, tuple[Variant, ...]] = {
+    "sp": ("base",),
+    "sr": ("base", "random", "sp"),
+    "random": ("base", "sp"),
+    "least-resistant": ("base", "sp"),
+}
+"""What is subtracted from each variant."""
 HEADER = (
     "steps",
     "learning rate",
     "variant",
     "decay, steps",
     "decay, %",
+    "at removal (BN re-estimated), %",
     "top-1, %",
     "to base, points",
     "pairs",
@@ -102,12 +110,13 @@ class Row:
         variant: of the runs.
         decay: its steps and shape, ``None`` for base.
         device: the machine that the runs were made on.
-        final: accuracy over the seeds, in percent.
+        at_removal, at_removal_reestimated, final: accuracies over the seeds, in percent.
         seeds: in order.
         networks: the dense network that each seed's run started from.
-        difference: to the base of the same fine-tuning on the same machine over the seeds that
-            both have, in points; ``None`` without any.
-        to_chance: the same, to releasing as many by chance; ``None`` but for ``sr``, and without.
+        differences: of the final accuracy to that of others with the same fine-tuning on the same
+            machine, over the seeds that both have, in points: to base, and of variants that
+            release to ``sp`` and of ``sr`` to ``random`` with the same decay. Those without a
+            common seed are left out.
         released: structures; ``None`` for variants that release none.
     """
 
@@ -117,12 +126,18 @@ class Row:
     variant: Variant
     decay: SmoothPruning | None
     device: str
+    at_removal: Summary
+    at_removal_reestimated: Summary
     final: Summary
     seeds: list[int]
     networks: Mapping[int, int]
-    difference: Difference | None
-    to_chance: Difference | None = None
+    differences: Mapping[Variant, Difference]
     released: Summary | None = None
+
+    @property
+    def difference(self) -> Difference | None:
+        """To base."""
+        return self.differences.get("base")
 
     @property
     def share(self) -> float | None:
@@ -137,12 +152,14 @@ def rows(records: Sequence[Record]) -> list[Row]:
         tried: dict[tuple[SmoothPruning | None, Variant], list[Record]] = {}
         for record in cell:
             tried.setdefault((_decay(record), record.variant), []).append(record)
-        base = _finals(tried.get((None, "base"), []))
         for (decay, variant), members in tried.items():
             final = _finals(members)
             start = {r.seed: r.network for r in members}
-            chance = _finals(tried.get((decay, "random"), []) if variant == "sr" else [])
-            released = summary([r.structures.released for r in members])
+            differences = {}
+            for other in OTHERS.get(variant, ()):
+                finals = _finals(tried.get((None if other == "base" else decay, other), []))
+                if (versus := difference(final, finals, start)) is not None:
+                    differences[other] = versus
             listed.append(
                 Row(
                     _recipe(members[0]),
@@ -151,12 +168,15 @@ def rows(records: Sequence[Record]) -> list[Row]:
                     variant,
                     decay,
                     device,
+                    summary([r.accuracy.at_removal for r in members]),
+                    summary([r.accuracy.at_removal_reestimated for r in members]),
                     summary(list(final.values())),
                     sorted(final),
                     start,
-                    None if variant == "base" else difference(final, base, start),
-                    difference(final, chance, start),
-                    None if variant in ("base", "sp") else released,
+                    differences,
+                    summary([r.structures.released for r in members])
+                    if variant not in ("base", "sp")
+                    else None,
                 )
             )
     return listed
@@ -170,7 +190,7 @@ def table(records: Sequence[Record]) -> Table:
     elsewhere = len({row.device for row in found}) > 1
     for row in found:
         versus, decay, share = row.difference, row.decay, row.share
-        chance, released = row.to_chance, row.released
+        chance, released = row.differences.get("random"), row.released
         of_releases = [chance.interval if chance else "-", released.text(1) if released else "-"]
         lines.append(
             [
@@ -180,6 +200,7 @@ def table(records: Sequence[Record]) -> Table:
                 "-" if decay is None else f"{decay.steps:,}",
                 "-" if share is None else f"{100 * share:.0f}",
                 *(["-" if decay is None else decay.shape] if shaped else []),
+                f"{row.at_removal.mean:.1f} ({row.at_removal_reestimated.mean:.1f})",
                 row.final.text(2),
                 versus.interval if versus else "-",
                 str(versus.pairs if versus else len(row.seeds)),
@@ -265,12 +286,10 @@ def over_steps(found: Sequence[Row]) -> dict[Decays, list[OverSteps]]:
             kind = Decays(row.recipe, row.device, row.learning_rate, row.decay.shape, percent)
             alike.setdefault(kind, {}).setdefault(row.variant, []).append(row)
     worth: dict[Decays, list[OverSteps]] = {}
-    others: tuple[Variant, ...] = ("base", "random")
     for kind, by_variant in alike.items():
         for variant, members in by_variant.items():
-            for other in others:
-                versus = [r.difference if other == "base" else r.to_chance for r in members]
-                told = [(row, d) for row, d in zip(members, versus, strict=True) if d is not None]
+            for other in OTHERS[variant]:
+                told = [(r, r.differences[other]) for r in members if other in r.differences]
                 allowed = sorted({row.allowed for row, _ in told})
                 whole = _together(told)
                 if len(allowed) > 1 and whole is not None:
@@ -303,7 +322,8 @@ def answers(records: Sequence[Record]) -> dict[str, Answers]:
     named: dict[str, Answers] = {}
     worth = sorted(over_steps(rows(records)).items(), key=lambda item: item[0].learning_rate)
     for decays, told in worth:
-        found = {one.versus: one.difference for one in told if one.versus in DIFFERENCES}
+        differences = {one.versus: one.difference for one in told}
+        found = {versus: differences[versus] for versus in DIFFERENCES if versus in differences}
         if not any(variant == "sr" for variant, _ in found):
             continue
         record = first[decays.recipe, decays.device]

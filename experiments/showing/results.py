@@ -77,7 +77,7 @@ def renew(root: Path = ROOT) -> list[Path]:
         records / "plots" / f"{name}.png" for name in ("differences", "lengths", "budgets")
     )
     if asked := lengths.answers(steps) | answers(found):
-        save(draw_differences(asked, (8, 1 + 0.6 * len(asked))), drawn)
+        save(draw_differences(asked, (8, 1 + 0.45 * len(asked))), drawn)
     if decays:
         save(draw_lengths(lengths.rows(decays)), by_length)
     if steps:
@@ -91,6 +91,7 @@ def renew(root: Path = ROOT) -> list[Path]:
         _of_decays(decays, "What a decay is worth, by its length", by_length, root),
         _of_differences(asked, drawn, root),
         _of_decays(steps, "What a decay is worth, by the training steps allowed", by_steps, root),
+        [*decays, *steps],
     )
     save_text(root / "RESULTS.md", text)
     return [
@@ -111,6 +112,7 @@ def results(
     lengths_text: str = "",
     differences_text: str = "",
     budgets_text: str = "",
+    beside: Sequence[Record] = (),
 ) -> str:
     """The whole text of RESULTS.md.
 
@@ -124,25 +126,23 @@ def results(
         search_text: Markdown: the plan of the search for a rectifier, and what was tried.
         lengths_text: Markdown: the decay lengths that were tried on validation images.
         budgets_text: Markdown: what a decay is worth with so many training steps.
+        beside: the records of the last two.
 
     Raises:
         RunError: records do not fit together, or the published figures are damaged.
     """
     plots = plots or {}
     found = sections(records)
-    asked = answers(found)
     parts = ["# Results", NOTICE]
     if differences_text:
         parts.append(differences_text)
     parts += ["## Reading", reading_text.strip()]
     parts += ["## Protocol", protocol_text.strip(), "## Runs"]
     for name, (title, members) in zip(short_names(found), found, strict=True):
-        first = members[0]
-        parts += [f"### {first.name}, {first.data}", compared(title, members).markdown()]
-        if name not in asked:  # a control by itself
-            alike = [m for _, m in found if m is not members and heading(m[0]) == heading(first)]
-            lines = [f"- {line}" for others in alike for line in across(members, others)]
-            parts += ["\n".join(lines)] if lines else []
+        parts += [f"### {name}, {members[0].data}", compared(title, members).markdown()]
+        alike = [m for _, m in found if m is not members and heading(m[0]) == heading(members[0])]
+        lines = [f"- {line}" for others in alike for line in across(members, others)]
+        parts += ["\n".join(lines)] if lines else []
         parts += [f"![{title}]({link})" for link in plots.get(title, ())]
     if budgets_text:
         parts += ["## The steps allowed", budgets_text]
@@ -151,7 +151,7 @@ def results(
     if search_text:
         parts += ["## The search for a rectifier", search_text.strip()]
     parts += ["## Published", published_tables(published.load())]
-    parts += ["## Machines and versions", machines(records)]
+    parts += ["## Machines and versions", machines([*records, *beside])]
     return "\n\n".join(parts) + "\n"
 
 

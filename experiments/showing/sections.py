@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..config.rectify import DEFAULT
 from ..errors import RunError
 from ..record import CONTROLS, ORDER, Record, Variant
 from . import published
@@ -79,10 +80,13 @@ class Answers:
         differences: of final accuracy, in points; only those that have pairs.
         published: what is published for the framework, by variant: its accuracy minus that of the
             framework alone, in points.
+        silent: pairs whose ``sr`` released nothing, and so is ``sp``; they are not among the
+            differences.
     """
 
     differences: Mapping[Versus, Difference]
     published: Mapping[Variant, float]
+    silent: Collection[Versus] = ()
 
 
 # ---------------------------------------------------------------------- sections
@@ -181,12 +185,17 @@ def started_apart(records: Sequence[Record]) -> str | None:
 
 
 def short_names(sections: Sequence[tuple[str, list[Record]]]) -> dict[str, list[Record]]:
-    """Sections by their experiments' names, with what else tells two of one name apart."""
+    """Sections by their experiments' names, with what else tells two of one name apart.
+
+    A criterion that is not the default stands behind the name: there +SR is not the method's.
+    """
     times = Counter(members[0].name for _, members in sections)
     named = {}
     for title, members in sections:
         name = members[0].name
-        named[name if times[name] == 1 else title] = members
+        criterion = members[0].settings.rectify.root.get("criterion", DEFAULT)
+        kind = "" if criterion == DEFAULT else f" ({criterion})"
+        named[f"{name if times[name] == 1 else title}{kind}"] = members
     return named
 
 
@@ -195,8 +204,11 @@ def answers(sections: Sequence[tuple[str, list[Record]]]) -> dict[str, Answers]:
     found = {}
     for name, members in short_names(sections).items():
         told = {pair: d for pair in DIFFERENCES if (d := minus(members, *pair)) is not None}
+        releases = any(m.structures.released for m in members if m.variant == "sr")
+        silent = () if releases else [pair for pair in told if pair[0] == "sr"]
         if told:
-            found[name] = Answers(told, gains(members))
+            kept = {pair: d for pair, d in told.items() if pair not in silent}
+            found[name] = Answers(kept, gains(members), silent)
     return found
 
 

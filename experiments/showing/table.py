@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ..config import as_before
 from ..record import Record, Variant
 from .grid import Table, text
 from .pairs import Difference, difference
@@ -14,6 +16,7 @@ from .sections import (
     NAMES,
     Answers,
     Row,
+    Versus,
     benchmark,
     by_variant,
     contrasts,
@@ -105,18 +108,18 @@ def differences(answers: Mapping[str, Answers]) -> Table:
     """
     lines = []
     for name, cell in answers.items():
-        most = max(cell.differences.values(), key=lambda d: d.pairs)
+        most = max(cell.differences.values(), key=lambda d: d.pairs, default=None)
         texts = []
         for one, other in DIFFERENCES:
             versus = cell.differences.get((one, other))
-            if versus is None:
-                texts.append("-")
+            if versus is None or most is None:
+                texts.append("released nothing" if (one, other) in cell.silent else "-")
                 continue
             gained = cell.published.get(one) if other == "base" else None
             paper = "" if gained is None else f" ({gained:+g})"
             fewer = f", {versus.counted}" if versus.pairs < most.pairs else ""
             texts.append(f"{versus.interval}{paper}{fewer}")
-        lines.append([name, *texts, most.counted])
+        lines.append([name, *texts, most.counted if most else "-"])
     header = ["experiment", *(f"{NAMES[one]} minus {NAMES[other]}" for one, other in DIFFERENCES)]
     caption = (
         "Final accuracy in points, with 95% intervals where there are several networks; in "
@@ -126,21 +129,36 @@ def differences(answers: Mapping[str, Answers]) -> Table:
 
 
 def across(members: Sequence[Record], others: Sequence[Record]) -> list[str]:
-    """A section's base against every variant of another section that starts from the same networks.
+    """A section against another that starts from the same networks, where one needs the other.
 
-    For a control that is a configuration of its own; nothing where pairs are none.
+    Where a section is base alone, a control that is a configuration of its own: that against every
+    variant of the other. Where it has no base: every variant against the base of one that differs
+    in its rectifier alone. Nothing where pairs are none.
     """
-    control = by_variant(members, ("base",))
+    mine, theirs = by_variant(members), by_variant(others)
+    if "base" in mine:
+        pairs: list[Versus] = [("base", other) for other in theirs] if len(mine) == 1 else []
+    else:
+        alike = "base" in theirs and _but_rectifier(members[0]) == _but_rectifier(others[0])
+        pairs = [(one, "base") for one in mine] if alike else []
     lines = []
-    for variant, runs in by_variant(others).items():
-        if not control or started_apart([*control["base"], *runs]):
+    for one, other in pairs:
+        if started_apart([*mine[one], *theirs[other]]):
             continue
-        one, other = ({r.seed: r.accuracy.final for r in of} for of in (control["base"], runs))
-        versus = difference(one, other, {r.seed: r.network for r in runs})
+        ours, against = (
+            {r.seed: r.accuracy.final for r in of} for of in (mine[one], theirs[other])
+        )
+        versus = difference(ours, against, {r.seed: r.network for r in theirs[other]})
         if versus is not None:
-            against = f"{NAMES[variant]} of {runs[0].name}"
-            lines.append(f"base minus {against}: {versus.interval} points, {versus.counted}")
+            what = f"{NAMES[one]} minus {NAMES[other]} of {others[0].name}"
+            lines.append(f"{what}: {versus.interval} points, {versus.counted}")
     return lines
+
+
+def _but_rectifier(record: Record) -> dict[str, Any]:
+    """A configuration without what base does not depend on."""
+    config = as_before(record.config)
+    return {k: v for k, v in config.items() if k not in ("name", "smooth", "rectify", "curve")}
 
 
 def _training(members: Sequence[Record]) -> str:

@@ -109,11 +109,13 @@ def test_the_table_says_what_there_is():
     lines = lengths.table(RUNS).markdown().splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]
     assert cells[0] == list(lengths.HEADER)
-    assert cells[2] == ["600", "0.02", "base", "-", "-", "81.50 ± 1.29", "-", "4", "-"]
+    removal = f"{RUNS[0].accuracy.at_removal:.1f} ({RUNS[0].accuracy.at_removal_reestimated:.1f})"
+    assert cells[2] == ["600", "0.02", "base", "-", "-", removal, "81.50 ± 1.29", "-", "4", "-"]
     assert cells[4] == [
-        *("600", "0.02", "+SP", "40", "7", "81.50 ± 1.00", "+0.50 [+0.50, +0.50]", "3", "2")
+        *("600", "0.02", "+SP", "40", "7", removal),
+        *("81.50 ± 1.00", "+0.50 [+0.50, +0.50]", "3", "2"),
     ]
-    assert cells[5][6:] == ["-", "2", "-"]
+    assert cells[5][7:] == ["-", "2", "-"]
     assert cells[6][0] == "1,200"
 
 
@@ -172,14 +174,18 @@ def test_decays_of_one_share_are_counted_over_all_numbers_of_steps_network_by_ne
     means = [(1.0 + 0.6 + 0.2) / 3, (-0.5 + 2.1) / 2]
     least, most = stats.ttest_1samp(means, 0).confidence_interval(0.95)
     of = "linear decays of 5% of 100 and 400 steps, learning rate 0.02, none"
-    four = "4 pairs of 2 networks"
+    three, four = (f"{n} pairs of 2 networks" for n in (3, 4))
+    short, far = stats.ttest_1samp([(4.0 + 4.8) / 2, 5.5], 0).confidence_interval(0.95)
+    below, above = stats.ttest_1samp([(3.0 + 3.8) / 2, 3.5], 0).confidence_interval(0.95)
     (text,) = lengths.markdown(runs).split(lengths.table(runs).markdown())[1:]
     lines = [line.removeprefix("- ") for line in text.strip().splitlines()]
     assert lines == [
         f"+SP minus base, {of}: +0.70 [{least:+.2f}, {most:+.2f}], 5 pairs of 2 networks",
         f"+SR minus base, {of}: +5.00 [+5.00, +5.00], {four}",
         f"+SR minus random release, {of}: +1.50 [-4.85, +7.85], {four}",
+        f"+SR minus +SP, {of}: +4.95 [{short:+.2f}, {far:+.2f}], {three}",
         f"random release minus base, {of}: +3.50 [-2.85, +9.85], {four}",
+        f"random release minus +SP, {of}: +3.45 [{below:+.2f}, {above:+.2f}], {three}",
     ]
     alone = [r for r in runs if r.steps.total == 100]
     assert lengths.markdown(alone) == lengths.table(alone).markdown()
@@ -209,9 +215,15 @@ def test_decays_of_one_share_are_counted_over_all_numbers_of_steps_network_by_ne
 
 def test_releases_are_set_against_as_many_by_chance():
     by_variant = {r.variant: r for r in lengths.rows(BUDGETS) if steps(r) in (None, 5)}
-    versus = by_variant["sr"].to_chance
+    versus = by_variant["sr"].differences["random"]
     assert (versus.pairs, versus.mean) == (2, 2.5)
-    assert all(by_variant[v].to_chance is None for v in ("base", "sp", "random"))
+    means = {v: {o: d.mean for o, d in row.differences.items()} for v, row in by_variant.items()}
+    assert means == {
+        "base": {},
+        "sp": {"base": 1.0},
+        "sr": {"base": 2.5, "random": 2.5, "sp": 1.5},
+        "random": {"base": 0.0, "sp": -1.0},
+    }
     assert [v for v, row in by_variant.items() if row.released] == ["sr", "random"]
     lines = lengths.table(BUDGETS).markdown().splitlines()
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in lines]

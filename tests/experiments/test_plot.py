@@ -594,11 +594,12 @@ def test_names_with_dollars_are_drawn_as_they_are(tmp_path):
 
 def test_differences_are_those_of_the_pairs_and_hollow_without_an_interval():
     several = [
-        record(v, s, accuracy__final=80.0 + up + s / 10)
-        for v, up in (("base", 0.0), ("sp", 1.0), ("sr", 2.0))
+        record(v, s, accuracy__final=80.0 + up + s / 10, structures__released=released)
+        for v, up, released in (("base", 0.0, 0), ("sp", 1.0, 0), ("sr", 2.0, 4))
         for s in (0, 1)
     ]
-    several[-1] = record("sr", 1, accuracy__final=several[-1].accuracy.final + 0.4)
+    last = several[-1].accuracy.final + 0.4
+    several[-1] = record("sr", 1, accuracy__final=last, structures__released=4)
     alone = [record(v, 0, accuracy__final=70.0 + up) for v, up in (("base", 0.0), ("sp", -0.5))]
     asked = sections.answers([("several", several), ("alone", alone)])
     (axis,) = figures.draw_differences(asked).axes
@@ -624,7 +625,18 @@ def test_budgets_are_drawn_at_their_steps_and_long_decays_apart():
         versus = None if steps is None else Difference(4, 4, mean, 1.0, low, high, 1.0, [], [])
         final = sections.Summary(80.0, 1.0)
         decay = steps and SmoothPruning(steps)
-        return Row("", allowed, 0.02, variant, decay, "none", final, [0, 1, 2, 3], {}, versus)
+        return Row(
+            "",
+            allowed,
+            0.02,
+            variant,
+            decay,
+            "none",
+            *[final] * 3,
+            [0, 1, 2, 3],
+            {},
+            (versus and {"base": versus}) or {},
+        )
 
     rows = [
         row(1404, "base", None, 0.0),
@@ -660,7 +672,18 @@ def test_budgets_have_a_panel_per_learning_rate_and_machine_and_a_line_per_shape
     def row(rate, steps, mean, device="here", shape="linear", variant="sp", allowed=351):
         versus = Difference(4, 4, mean, 1.0, None, None, 1.0, [], [])
         final, decay = sections.Summary(80.0, 1.0), SmoothPruning(steps, shape)
-        return Row("", allowed, rate, variant, decay, device, final, [0, 1, 2, 3], {}, versus)
+        return Row(
+            "",
+            allowed,
+            rate,
+            variant,
+            decay,
+            device,
+            *[final] * 3,
+            [0, 1, 2, 3],
+            {},
+            (versus and {"base": versus}) or {},
+        )
 
     rows = [
         *(row(0.002, 18, 0.3), row(0.002, 18, 0.2, variant="sr"), row(0.002, 350, -1.0)),
@@ -704,7 +727,18 @@ def test_decay_lengths_are_drawn_by_share_and_a_line_per_kind():
         decay = steps and SmoothPruning(steps, shape)
         final = sections.Summary(80.0, 1.0)
         variant = "base" if steps is None else "sp"
-        return Row("", allowed, rate, variant, decay, device, final, [0, 1, 2, 3], {}, versus)
+        return Row(
+            "",
+            allowed,
+            rate,
+            variant,
+            decay,
+            device,
+            *[final] * 3,
+            [0, 1, 2, 3],
+            {},
+            (versus and {"base": versus}) or {},
+        )
 
     rows = [
         *(row(0.02, None, 0.0), row(0.02, 20, -0.1, -0.9, 0.7), row(0.02, 400, 0.2)),

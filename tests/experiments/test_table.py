@@ -328,7 +328,8 @@ def test_sr_is_compared_with_its_controls_and_with_sp():
 
 def test_one_table_has_all_differences_beside_what_is_published():
     alone = [changed(r, framework="torch-prune") for r in runs({"base": {0: 80.0}})]
-    cells = [("ours", runs(PAIRED)), ("shared", sharing(1)), ("other", alone)]
+    ours = runs(PAIRED, structures__released=5)
+    cells = [("ours", ours), ("shared", sharing(1)), ("other", alone)]
     shown = table.differences(sections.answers(cells))
     found = {row.variant: row.difference for row in sections.rows(runs(PAIRED))}
     paper = published.load().benchmark("depgraph", sparse=False)
@@ -362,8 +363,46 @@ def test_a_control_of_its_own_is_set_against_the_variants_of_another_section():
         assert line == f"base minus {sections.NAMES[variant]} of made-up: {shown}"
     elsewhere = [changed(r, start="one") for r in control]
     assert table.across(elsewhere, [changed(r, start="another") for r in sharing(2)]) == []
-    assert table.across([record("sp", 0)], sharing(2)) == []
     assert table.across([record("base", 9)], sharing(2)) == []
+
+
+def test_variants_without_a_base_are_set_against_that_of_another_rectifier():
+    def of(name, variant, gain, **config):
+        return [
+            record(variant, s, config={"name": name, **config}, accuracy__final=80.0 + gain[s])
+            for s in range(3)
+        ]
+
+    released = {"rectify": {"rate": 0.0}}
+    mine = [*of("o", "sr", (2, 3, 5), **released), *of("o", "random", (1, 1, 1), **released)]
+    others = [*of("whole", "base", (0, 0, 1)), *of("whole", "sr", (7, 7, 7))]
+    low, high = stats.ttest_1samp([2, 3, 4], 0).confidence_interval(0.95)
+    assert table.across(mine, others) == [
+        f"+SR minus base of whole: +3.00 [{low:+.2f}, {high:+.2f}] points, 3 pairs",
+        *table.across(mine[3:], others),
+    ]
+    longer = {"stages": {"prune": {"epochs": 9, "learning_rate": 0.1}}}
+    assert table.across(mine, of("longer", "base", (0, 0, 0), **longer)) == []
+    assert table.across(mine, mine) == table.across(others, mine) == []
+
+
+def test_a_rectifier_that_released_nothing_says_so_in_place_of_a_difference():
+    finals = {"base": {0: 80.0, 1: 81.0}, "sp": {0: 81.0, 1: 83.0}, "sr": {0: 81.0, 1: 83.0}}
+    (sp,) = [row for row in sections.rows(runs(finals)) if row.variant == "sp"]
+    (line,) = table.differences(sections.answers([("one", runs(finals))])).rows
+    assert line[2:4] == ["released nothing", "-"]
+    assert line[1].startswith(sp.difference.interval)
+    one = runs(finals, structures__released=1)
+    (line,) = table.differences(sections.answers([("one", one)])).rows
+    assert line[2].startswith("+1.50 [")
+
+
+def test_a_criterion_that_is_not_the_default_stands_behind_the_name():
+    def named(name, **rectify):
+        return [record(v, 0, config={"name": name, "rectify": rectify}) for v in ("base", "sp")]
+
+    found = sections.sections([*named("one", criterion="exchange"), *named("two", rate=0.0)])
+    assert sorted(sections.short_names(found)) == ["one (exchange)", "two"]
 
 
 def test_controls_have_rows_and_lines_of_their_own():
