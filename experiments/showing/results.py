@@ -26,7 +26,7 @@ TEXTS = ROOT / "experiments" / "results"
 
 
 def keep(runs: Sequence[Run], folder: Path = RECORDS) -> list[Path]:
-    """Take records, and the norms of their first seeds, into those that are kept.
+    """Take records, and the norms of the first seeds there are, into those that are kept.
 
     Args:
         runs: each record with the path it was read from, as :func:`.kept.located`.
@@ -39,7 +39,11 @@ def keep(runs: Sequence[Run], folder: Path = RECORDS) -> list[Path]:
     by_name: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run[1].name):
         by_name.setdefault(run[1].name, []).append(run)
-    for members in by_name.values():
+    for name, members in by_name.items():
+        anew = {(record.variant, record.seed) for _, record in members}
+        path = folder / f"{name}.jsonl"
+        there = kept.located([path]) if path.exists() else []
+        members += [run for run in there if (run[1].variant, run[1].seed) not in anew]
         find_norms(members, [record for _, record in members])
     check(folder)
     clean(folder)

@@ -8,8 +8,8 @@ import random
 import pytest
 
 from experiments.errors import RunError
-from experiments.showing import kept, lengths, published, results, search, sections, table
-from tests.support.records import STAGE, record, save
+from experiments.showing import kept, lengths, norms, published, results, search, sections, table
+from tests.support.records import STAGE, record, save, save_trace
 
 OTHER = {
     "config": {"name": "other", "stages": {"sparse": STAGE, "prune": STAGE}},
@@ -272,6 +272,32 @@ def test_budgets_are_drawn_and_shown_where_some_are_kept(root):
     asked = {**lengths.answers(more), **sections.answers(sections.sections(records))}
     assert next(iter(asked)).endswith("1,000 to 2,000 steps at 0.02")
     assert f"differences.png)\n\n{table.differences(asked).markdown()}\n\n" in text
+
+
+def test_norms_of_an_earlier_seed_stay_where_later_runs_are_kept(root):
+    folder = root / results.RECORDS.relative_to(results.ROOT)
+    begun = {"step": 0, "kind": "decay", "group": "g", "structures": (0,), "norms": (1.0,)}
+    trace = {"events": [{**begun, "wave": 0}], "trace": [(1, {"g": {0: 0.0}})]}
+
+    def keep(*runs):
+        for variant, seed in runs:
+            one = record(variant, seed, config={"name": "n"})
+            at = save(root / "more" / f"{variant}{seed}", one)
+            save_trace(at, one, trace)
+        results.keep(kept.located([root / "more" / f"{v}{s}" for v, s in runs]), folder)
+        there = kept.located([folder / "n.jsonl"])
+        found = norms.find_norms(there, [r for _, r in there])
+        return {variant: sample.seed for variant, sample in found.items()}
+
+    assert keep(("sp", 3)) == {"sp": 3}
+    assert keep(("sr", 3), ("sr", 4)) == {"sp": 3, "sr": 3}
+    assert keep(("sp", 5), ("base", 5)) == {"sp": 3, "sr": 3}
+    assert keep(("sp", 1)) == {"sp": 1, "sr": 3}
+    (folder / "n-norms.json").write_text("{}")
+    before = (folder / "n.jsonl").read_bytes()
+    with pytest.raises(RunError, match="holds no norms"):
+        keep(("sp", 7))
+    assert (folder / "n.jsonl").read_bytes() == before
 
 
 def test_records_are_kept_beside_those_that_are_kept_already(root):
