@@ -18,7 +18,6 @@ from typing import Any
 
 from dpm_core import SmoothPruning
 
-from ..config import as_before
 from ..errors import RunError
 from ..files import save_text
 from ..record import ORDER, Record, Variant
@@ -32,6 +31,7 @@ from .sections import (
     Summary,
     Versus,
     gains,
+    settings_but,
     started_apart,
     summary,
 )
@@ -353,9 +353,7 @@ def _decay(record: Record) -> SmoothPruning | None:
 
 def _fine_tuning(record: Record) -> str:
     """All that a run depends on but its seed and its decay, as text."""
-    whole = as_before(record.config)  # a later release's may stand beside an earlier one's
-    config = {k: v for k, v in whole.items() if k not in ("name", "smooth", "curve")}
-    return json.dumps(config, sort_keys=True)
+    return json.dumps(settings_but(record, "name", "smooth", "curve"), sort_keys=True)
 
 
 def _recipe(record: Record) -> str:

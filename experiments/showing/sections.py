@@ -6,7 +6,9 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ..config import as_before
 from ..config.rectify import DEFAULT
 from ..errors import RunError
 from ..record import CONTROLS, ORDER, Record, Variant
@@ -139,6 +141,12 @@ def sections(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
                 f"{title} has {times} records of {variant}, seed {seed}; give only one of them"
             )
     return sorted(by_title.items(), key=lambda section: -_weight(section[1]))
+
+
+def settings_but(record: Record, *left_out: str) -> dict[str, Any]:
+    """A run's configuration, as any release would write it, without some of its keys."""
+    config = as_before(record.config)  # a later release's may stand beside an earlier one's
+    return {key: value for key, value in config.items() if key not in left_out}
 
 
 def heading(record: Record) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ..config import as_before
 from ..record import Record, Variant
 from .grid import Table, text
 from .pairs import Difference, difference
@@ -24,12 +22,15 @@ from .sections import (
     gains,
     rows,
     sections,
+    settings_but,
     started_apart,
 )
 
 EFFECT, ENOUGH = 0.3, 25
 """The effect that is looked for, in points, and the pairs that it takes at the least, with a dense
 network each."""
+NOT_OF_BASE = ("name", "smooth", "rectify", "curve")
+"""What base does not depend on, among the keys of a configuration."""
 FEW = 6
 """So many pairs are listed one by one."""
 HEADER = (
@@ -139,8 +140,8 @@ def across(members: Sequence[Record], others: Sequence[Record]) -> list[str]:
     if "base" in mine:
         pairs: list[Versus] = [("base", other) for other in theirs] if len(mine) == 1 else []
     else:
-        alike = "base" in theirs and _but_rectifier(members[0]) == _but_rectifier(others[0])
-        pairs = [(one, "base") for one in mine] if alike else []
+        whole, twin = (settings_but(of[0], *NOT_OF_BASE) for of in (members, others))
+        pairs = [(one, "base") for one in mine] if "base" in theirs and whole == twin else []
     lines = []
     for one, other in pairs:
         if started_apart([*mine[one], *theirs[other]]):
@@ -153,12 +154,6 @@ def across(members: Sequence[Record], others: Sequence[Record]) -> list[str]:
             what = f"{NAMES[one]} minus {NAMES[other]} of {others[0].name}"
             lines.append(f"{what}: {versus.interval} points, {versus.counted}")
     return lines
-
-
-def _but_rectifier(record: Record) -> dict[str, Any]:
-    """A configuration without what base does not depend on."""
-    config = as_before(record.config)
-    return {k: v for k, v in config.items() if k not in ("name", "smooth", "rectify", "curve")}
 
 
 def _training(members: Sequence[Record]) -> str:

@@ -620,23 +620,18 @@ def test_differences_are_those_of_the_pairs_and_hollow_without_an_interval():
     assert right == pytest.approx(1.2 * 2.2)
 
 
+def fine_tuned(allowed, rate, variant, decay, device, versus):
+    """A row with this difference to base, of four seeds."""
+    differences = {} if versus is None else {"base": versus}
+    of = [sections.Summary(80.0, 1.0)] * 3
+    return Row("", allowed, rate, variant, decay, device, *of, [0, 1, 2, 3], {}, differences)
+
+
 def test_budgets_are_drawn_at_their_steps_and_long_decays_apart():
     def row(allowed, variant, steps, mean, low=None, high=None):
         versus = None if steps is None else Difference(4, 4, mean, 1.0, low, high, 1.0, [], [])
-        final = sections.Summary(80.0, 1.0)
         decay = steps and SmoothPruning(steps)
-        return Row(
-            "",
-            allowed,
-            0.02,
-            variant,
-            decay,
-            "none",
-            *[final] * 3,
-            [0, 1, 2, 3],
-            {},
-            (versus and {"base": versus}) or {},
-        )
+        return fine_tuned(allowed, 0.02, variant, decay, "none", versus)
 
     rows = [
         row(1404, "base", None, 0.0),
@@ -671,19 +666,8 @@ def test_budgets_are_drawn_at_their_steps_and_long_decays_apart():
 def test_budgets_have_a_panel_per_learning_rate_and_machine_and_a_line_per_shape():
     def row(rate, steps, mean, device="here", shape="linear", variant="sp", allowed=351):
         versus = Difference(4, 4, mean, 1.0, None, None, 1.0, [], [])
-        final, decay = sections.Summary(80.0, 1.0), SmoothPruning(steps, shape)
-        return Row(
-            "",
-            allowed,
-            rate,
-            variant,
-            decay,
-            device,
-            *[final] * 3,
-            [0, 1, 2, 3],
-            {},
-            (versus and {"base": versus}) or {},
-        )
+        decay = SmoothPruning(steps, shape)
+        return fine_tuned(allowed, rate, variant, decay, device, versus)
 
     rows = [
         *(row(0.002, 18, 0.3), row(0.002, 18, 0.2, variant="sr"), row(0.002, 350, -1.0)),
@@ -725,20 +709,8 @@ def test_decay_lengths_are_drawn_by_share_and_a_line_per_kind():
     def row(rate, steps, mean, low=None, high=None, device="here", shape="linear", allowed=1000):
         versus = None if steps is None else Difference(4, 4, mean, 1.0, low, high, 1.0, [], [])
         decay = steps and SmoothPruning(steps, shape)
-        final = sections.Summary(80.0, 1.0)
         variant = "base" if steps is None else "sp"
-        return Row(
-            "",
-            allowed,
-            rate,
-            variant,
-            decay,
-            device,
-            *[final] * 3,
-            [0, 1, 2, 3],
-            {},
-            (versus and {"base": versus}) or {},
-        )
+        return fine_tuned(allowed, rate, variant, decay, device, versus)
 
     rows = [
         *(row(0.02, None, 0.0), row(0.02, 20, -0.1, -0.9, 0.7), row(0.02, 400, 0.2)),
